@@ -1,0 +1,147 @@
+"""What a `Tensor` means: the one pair of functions between numpy arrays and the contract.
+
+Both sides use it, so that they cannot drift apart.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from lossd.v1 import tensor_pb2 as pb
+
+Array = NDArray[Any]
+
+DTYPES: dict["pb.DataType.ValueType", np.dtype[Any]] = {
+    pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    pb.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+    pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
+    pb.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    pb.DATA_TYPE_INT8: np.dtype("i1"),
+    pb.DATA_TYPE_INT16: np.dtype("<i2"),
+    pb.DATA_TYPE_INT32: np.dtype("<i4"),
+    pb.DATA_TYPE_INT64: np.dtype("<i8"),
+    pb.DATA_TYPE_UINT8: np.dtype("u1"),
+    pb.DATA_TYPE_UINT16: np.dtype("<u2"),
+    pb.DATA_TYPE_UINT32: np.dtype("<u4"),
+    pb.DATA_TYPE_UINT64: np.dtype("<u8"),
+    pb.DATA_TYPE_BOOL: np.dtype("?"),
+}
+"""The numpy type of every element type of the contract, in the byte order of the wire."""
+
+DATA_TYPES: dict[str, "pb.DataType.ValueType"] = {dtype.name: enum for enum, dtype in DTYPES.items()}
+"""The contract's element type by numpy's name for it."""
+
+MAX_DIMENSIONS = 32
+"""Most dimensions of a tensor; numpy holds 64, torch's CUDA kernels fewer."""
+
+_MAX_BYTES = 2**62
+
+_missing = set(pb.DataType.values()) - set(DTYPES) - {pb.DATA_TYPE_UNSPECIFIED}
+if _missing:
+    raise ImportError(f"no numpy type for {[pb.DataType.Name(value) for value in _missing]}")
+
+
+class TensorError(ValueError):
+    """A `Tensor` that means no array, or an array that no `Tensor` can hold.
+
+    Attributes:
+        reason: `INVALID_DTYPE`, `INVALID_SHAPE` or `INVALID_TENSOR`, as in the contract's `ErrorReason`.
+        values: Every value that the message mentions, by name.
+    """
+
+    def __init__(self, reason: str, message: str, **values: object) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.values = {name: str(value) for name, value in values.items()}
+
+
+def pack(array: Array) -> pb.Tensor:
+    """Returns the `Tensor` that holds `array`, whatever its strides and byte order.
+
+    Raises:
+        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
+    """
+    data_type = data_type_of(array.dtype)
+    _check_shape(array.shape)
+    little_endian = array.astype(DTYPES[data_type], copy=False)
+    return pb.Tensor(dtype=data_type, shape=array.shape, inline=little_endian.tobytes())
+
+
+def unpack(tensor: pb.Tensor) -> Array:
+    """Returns the read-only array that `tensor` holds.
+
+    Raises:
+        TensorError: The type is unknown, an extent is negative, the storage is not exactly as long
+            as shape and type say, or a bool is neither 0 nor 1.
+    """
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        known = ", ".join(sorted(DATA_TYPES))
+        raise TensorError(
+            "INVALID_DTYPE", f"dtype is {tensor.dtype}, want one of {known}", dtype=tensor.dtype
+        )
+    shape = tuple(tensor.shape)
+    _check_shape(shape)
+    expected = math.prod(shape) * dtype.itemsize
+    data = tensor.inline
+    if len(data) != expected:
+        raise TensorError(
+            "INVALID_TENSOR",
+            f"storage is {len(data)} bytes, want {expected} for {dtype.name} {list(shape)}",
+            length=len(data),
+            expected=expected,
+            dtype=dtype.name,
+            shape=list(shape),
+        )
+    if dtype == np.bool_:
+        _check_bools(data)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def data_type_of(dtype: np.dtype[Any]) -> "pb.DataType.ValueType":
+    """Returns the contract's type for a numpy dtype of either byte order.
+
+    Raises:
+        TensorError: The contract has none.
+    """
+    data_type = DATA_TYPES.get(dtype.name)
+    if data_type is None:
+        known = ", ".join(sorted(DATA_TYPES))
+        raise TensorError("INVALID_DTYPE", f"dtype is {dtype}, want one of {known}", dtype=dtype)
+    return data_type
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) > MAX_DIMENSIONS:
+        raise TensorError(
+            "INVALID_SHAPE",
+            f"shape has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed",
+            dimensions=len(shape),
+        )
+    for axis, extent in enumerate(shape):
+        if extent < 0:
+            raise TensorError(
+                "INVALID_SHAPE",
+                f"shape[{axis}] is {extent}, want at least 0",
+                axis=axis,
+                extent=extent,
+            )
+    # Zero extents hide the others from the product, but not from numpy.
+    if math.prod(max(extent, 1) for extent in shape) * 8 > _MAX_BYTES:
+        raise TensorError("INVALID_SHAPE", f"shape {list(shape)} is too large", shape=list(shape))
+
+
+def _check_bools(data: bytes) -> None:
+    stray = np.frombuffer(data, np.uint8) > 1
+    if stray.any():
+        position = int(stray.argmax())
+        raise TensorError(
+            "INVALID_TENSOR",
+            f"bool element {position} is {data[position]}, want 0 or 1",
+            position=position,
+            value=data[position],
+        )
