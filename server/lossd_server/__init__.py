@@ -1,0 +1,1 @@
+"""The lossd server: losses, targets, the engine that runs them, and the service that offers them."""

@@ -1,0 +1,208 @@
+"""Refuses bad tensors before anything computes with them.
+
+Every check takes numpy arrays and torch tensors alike. Shapes and types are read off the object;
+values are only read where a check is about values, on the host.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lossd_server.errors import InvalidInputError, Reason
+
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+class ArrayLike(Protocol):
+    """A numpy array or a torch tensor."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Extents, outermost first."""
+
+    @property
+    def dtype(self) -> Any:
+        """A `numpy.dtype` or a `torch.dtype`."""
+
+
+def host_array(array: Any) -> NDArray[Any]:
+    """Returns the values of an array or tensor as numpy, bfloat16 widened to float32."""
+    if isinstance(array, np.ndarray):
+        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    tensor = array.detach().cpu()
+    return host_array((tensor.float() if dtype_name(tensor) == "bfloat16" else tensor).numpy())
+
+
+def host_arrays(arrays: Sequence[Any]) -> list[NDArray[Any]]:
+    """Returns the values of each as numpy, from a device in one copy and so with one wait."""
+    if not all(isinstance(array, torch.Tensor) and array.is_cuda for array in arrays):
+        return [host_array(array) for array in arrays]
+    flat = host_array(torch.cat([array.flatten() for array in arrays]))
+    ends = np.cumsum([array.numel() for array in arrays])[:-1]
+    parts = zip(np.split(flat, ends), arrays, strict=True)
+    return [part.reshape(tuple(array.shape)) for part, array in parts]
+
+
+def dtype_name(array: ArrayLike) -> str:
+    """Returns numpy's name of the element type, `bfloat16` included."""
+    return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
+
+
+def require_dtype(field: str, array: ArrayLike, allowed: Sequence[str]) -> None:
+    """Raises `INVALID_DTYPE` unless the element type is one of `allowed`."""
+    name = dtype_name(array)
+    if name not in allowed:
+        raise InvalidInputError(
+            Reason.INVALID_DTYPE,
+            f"dtype is {name}, want one of {', '.join(allowed)}",
+            field=field,
+            dtype=name,
+        )
+
+
+def require_shape(field: str, array: ArrayLike, expected: Sequence[int | str]) -> None:
+    """Raises `INVALID_SHAPE` unless the shape fits; a string stands for any extent, by its name."""
+    shape = list(array.shape)
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = f"[{', '.join(str(extent) for extent in expected)}]"
+        raise InvalidInputError(
+            Reason.INVALID_SHAPE,
+            f"shape is {shape}, want {wanted}",
+            field=field,
+            shape=shape,
+            expected=wanted,
+        )
+
+
+def require_same_rows(field: str, array: ArrayLike, other_field: str, other: ArrayLike) -> None:
+    """Raises `INVALID_SHAPE` unless both shapes are equal but for extents of 1."""
+    shape, expected = list(array.shape), list(other.shape)
+    if [n for n in shape if n != 1] != [n for n in expected if n != 1]:
+        raise InvalidInputError(
+            Reason.INVALID_SHAPE,
+            f"shape is {shape}, want that of {other_field}, {expected}",
+            field=field,
+            shape=shape,
+            expected=expected,
+        )
+
+
+def require_count(field: str, count: int, other_field: str, expected: int) -> None:
+    """Raises `INVALID_SHAPE` unless a list has as many entries as another."""
+    if count != expected:
+        raise InvalidInputError(
+            Reason.INVALID_SHAPE,
+            f"has {count} entries, want {expected} as {other_field}",
+            field=field,
+            count=count,
+            expected=expected,
+        )
+
+
+def require_labels(field: str, labels: Any, *, num_classes: int | None, lowest: int = -1) -> None:
+    """Raises `LABEL_OUT_OF_RANGE` at the first label outside `lowest..num_classes - 1`.
+
+    Args:
+        field: Name of the field.
+        labels: Integers of any shape.
+        num_classes: Number of classes, or None where any class goes.
+        lowest: Smallest label allowed: -1 where that means "no object".
+    """
+    values = host_array(labels)
+    outside = values < lowest
+    if num_classes is not None:
+        outside |= values >= num_classes
+    if outside.any():
+        position = first_position(outside)
+        value = int(values[tuple(position)])
+        highest = "" if num_classes is None else str(num_classes - 1)
+        raise InvalidInputError(
+            Reason.LABEL_OUT_OF_RANGE,
+            f"label at {position} is {value}, want {lowest}..{highest}",
+            field=field,
+            position=position,
+            value=value,
+            lowest=lowest,
+            highest=highest,
+        )
+
+
+def require_unit_interval(field: str, values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> None:
+    """Raises `VALUE_OUT_OF_RANGE` at the first value outside 0..1, NaN included, among those `where`."""
+    outside = ~((values >= 0) & (values <= 1))
+    if where is not None:
+        outside &= where
+    if outside.any():
+        position = first_position(outside)
+        value = float(values[tuple(position)])
+        raise InvalidInputError(
+            Reason.VALUE_OUT_OF_RANGE,
+            f"value at {position} is {value}, want 0..1",
+            field=field,
+            position=position,
+            value=value,
+        )
+
+
+def require_upright_boxes(field: str, boxes: NDArray[Any]) -> None:
+    """Raises `INVERTED_BOX` at the first xyxy box whose right is before its left, or bottom above top."""
+    inverted = (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])
+    if inverted.any():
+        index = int(inverted.argmax())
+        box = boxes[index].tolist()
+        raise InvalidInputError(
+            Reason.INVERTED_BOX,
+            f"box {index} is {box} (x1, y1, x2, y2), want x1 <= x2 and y1 <= y2",
+            field=field,
+            index=index,
+            box=box,
+        )
+
+
+def require_finite(field: str, values: NDArray[Any]) -> None:
+    """Raises `NOT_FINITE` at the first NaN or infinity."""
+    stray = ~np.isfinite(values)
+    if stray.any():
+        position = first_position(stray)
+        value = float(values[tuple(position)])
+        raise InvalidInputError(
+            Reason.NOT_FINITE,
+            f"value at {position} is {value}, want finite",
+            field=field,
+            position=position,
+            value=value,
+        )
+
+
+def require_number(
+    field: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Raises `INVALID_OPTION` unless a setting is finite and within its bounds."""
+    bounds = [
+        (f"at least {at_least}", at_least is None or value >= at_least),
+        (f"above {above}", above is None or value > above),
+        (f"at most {at_most}", at_most is None or value <= at_most),
+        ("finite", bool(np.isfinite(value))),
+    ]
+    for want, holds in bounds:
+        if not holds:
+            raise InvalidInputError(
+                Reason.INVALID_OPTION, f"is {value}, want {want}", field=field, value=value
+            )
+
+
+def first_position(mask: NDArray[np.bool_]) -> list[int]:
+    """Returns the index of the first true element, row-major."""
+    return [int(i) for i in np.unravel_index(int(mask.argmax()), mask.shape)]

@@ -1,0 +1,99 @@
+"""What can go wrong, by reason. Knows nothing of transports: `rpc` maps a reason to a status.
+
+LossdError
+├── InvalidInputError     the caller's data or settings; also a ValueError
+├── CustomLossError       the operator's module failed
+├── UnavailableError      not now: another replica, or later
+├── DeadlineError         too late to begin
+└── OutOfMemoryError      too large for the device
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Which rule was broken; the contract's `ErrorReason` without its prefix."""
+
+    MALFORMED_REQUEST = "MALFORMED_REQUEST"
+    """The bytes are no message of the request type."""
+    MISSING_FIELD = "MISSING_FIELD"
+    """A field that must be set is not."""
+    UNEXPECTED_FIELD = "UNEXPECTED_FIELD"
+    """A field that does not go with the others is set."""
+    INVALID_OPTION = "INVALID_OPTION"
+    """A setting is outside its range, or unknown."""
+    INVALID_TENSOR = "INVALID_TENSOR"
+    """Storage, shape and type of a tensor disagree."""
+    INVALID_DTYPE = "INVALID_DTYPE"
+    """A type that the field does not take."""
+    INVALID_SHAPE = "INVALID_SHAPE"
+    """A shape that the field does not take, or that does not go with another."""
+    LABEL_OUT_OF_RANGE = "LABEL_OUT_OF_RANGE"
+    """A label that is neither a class nor -1."""
+    VALUE_OUT_OF_RANGE = "VALUE_OUT_OF_RANGE"
+    """A value outside the range of its field."""
+    INVERTED_BOX = "INVERTED_BOX"
+    """A target box with x2 < x1 or y2 < y1."""
+    NOT_FINITE = "NOT_FINITE"
+    """NaN or infinity where it is refused."""
+    UNKNOWN_CUSTOM_LOSS = "UNKNOWN_CUSTOM_LOSS"
+    """No custom loss of that name is loaded."""
+    CUSTOM_LOSS_FAILED = "CUSTOM_LOSS_FAILED"
+    """A custom loss raised, or returned what is no loss."""
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    """Larger than the server reads."""
+    DRAINING = "DRAINING"
+    """The server is stopping."""
+    TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
+    """As many streams as the server serves are open."""
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    """The deadline passed before the evaluation began."""
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    """The device has not the memory for this request."""
+    INTERNAL = "INTERNAL"
+    """A fault of the server."""
+
+
+class LossdError(Exception):
+    """Why a request is refused, fit to be shown to whoever made it.
+
+    Attributes:
+        reason: Which rule was broken.
+        message: What is wrong, for people, without the field.
+        field: Path of the offending field; empty when no single field is at fault.
+        values: Every value that the message mentions, by name.
+    """
+
+    def __init__(self, reason: Reason, message: str, *, field: str = "", **values: object) -> None:
+        super().__init__(reason, message, field)
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.values = {name: str(value) for name, value in values.items()}
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+    def prefix_field(self, prefix: str) -> None:
+        """Puts the path of the enclosing message before the field, as the error travels outwards."""
+        self.field = f"{prefix}.{self.field}" if self.field else prefix
+
+
+class InvalidInputError(LossdError, ValueError):
+    """The caller's data or settings break a rule."""
+
+
+class CustomLossError(LossdError):
+    """The operator's module raised, or returned what is no loss."""
+
+
+class UnavailableError(LossdError):
+    """Not now: the server is stopping, or as busy as it may be."""
+
+
+class DeadlineError(LossdError):
+    """The caller's deadline passed before its work began."""
+
+
+class OutOfMemoryError(LossdError):
+    """The device has not the memory for this request."""

@@ -1,0 +1,137 @@
+"""What an assignment came to, and the two forms in which it is handed out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lossd_server.targets.pyramid import Pyramid
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseLevel:
+    """Targets for every location of one level.
+
+    Attributes:
+        cls: Class, `[B, H, W]` int64; the preset's label where no box was assigned.
+        reg: Distances l, t, r, b in pixels, `[B, 4, H, W]` float32; 0 where unassigned.
+        centerness: `[B, H, W]` float32; 0 where unassigned.
+        ignored: True where a location lies in a crowd region and took no box, `[B, H, W]` bool;
+            None when there is no crowd region.
+    """
+
+    cls: Ints
+    reg: Floats
+    centerness: Floats
+    ignored: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseTargets:
+    """The positive locations, ordered by image, level, row, column.
+
+    Attributes:
+        locations: Image, level, row and column of each, `[P, 4]` int32.
+        labels: Class of each, `[P]` int64.
+        ltrb: Distances l, t, r, b of each in pixels, `[P, 4]` float32.
+        centerness: Of each, `[P]` float32.
+        matched: Index of each one's box among the boxes of its image, `[P]` int32.
+        ignored: Image, level, row and column of each ignored location, `[Q, 4]` int32.
+    """
+
+    locations: NDArray[np.int32]
+    labels: Ints
+    ltrb: Floats
+    centerness: Floats
+    matched: NDArray[np.int32]
+    ignored: NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """The positive locations of B images on one pyramid.
+
+    Attributes:
+        pyramid: The levels.
+        batch_size: Number of images B.
+        image: Image of each positive, `[P]`, ascending.
+        location: Flat location of each positive in its image, `[P]`, ascending within an image.
+        labels: Class of each, `[P]`.
+        matched: Index of its box among the boxes of its image, `[P]`.
+        ltrb: Its distances in pixels, `[P, 4]`.
+        centerness: Its centerness, `[P]`.
+        ignored: Locations in crowd regions that took no box, `[B, locations]` bool; None when there
+            is no crowd region.
+        unassigned: The label of every other location.
+    """
+
+    pyramid: Pyramid
+    batch_size: int
+    image: Ints
+    location: Ints
+    labels: Ints
+    matched: Ints
+    ltrb: Floats
+    centerness: Floats
+    ignored: NDArray[np.bool_] | None
+    unassigned: int
+
+    def positive_counts(self) -> list[int]:
+        """Returns the number of positives of each level."""
+        levels = len(self.pyramid.strides)
+        counts = np.bincount(self.pyramid.level_of(self.location), minlength=levels)
+        return [int(count) for count in counts]
+
+    def label_map(self) -> Ints:
+        """Returns the class of every location, `[B, locations]`."""
+        labels = np.full((self.batch_size, self.pyramid.location_count), self.unassigned, np.int64)
+        labels[self.image, self.location] = self.labels
+        return labels
+
+    def sparse(self) -> SparseTargets:
+        """Returns the positives alone."""
+        return SparseTargets(
+            locations=self._cells(self.image, self.location),
+            labels=self.labels,
+            ltrb=self.ltrb,
+            centerness=self.centerness,
+            matched=self.matched.astype(np.int32),
+            ignored=self._ignored_cells(),
+        )
+
+    def dense(self) -> list[DenseLevel]:
+        """Returns the targets of every location, level by level."""
+        labels = self.label_map()
+        return [self._dense_level(level, labels, span) for level, span in enumerate(self._level_spans())]
+
+    def _dense_level(self, level: int, labels: Ints, span: slice) -> DenseLevel:
+        shape = (self.batch_size, *self.pyramid.sizes[level])
+        here = (self.location >= span.start) & (self.location < span.stop)
+        image, cell = self.image[here], self.location[here] - span.start
+        reg = np.zeros((self.batch_size, 4, span.stop - span.start), np.float32)
+        reg[image, :, cell] = self.ltrb[here]
+        centerness = np.zeros((self.batch_size, span.stop - span.start), np.float32)
+        centerness[image, cell] = self.centerness[here]
+        return DenseLevel(
+            cls=labels[:, span].reshape(shape),
+            reg=reg.reshape(shape[0], 4, *shape[1:]),
+            centerness=centerness.reshape(shape),
+            ignored=None if self.ignored is None else self.ignored[:, span].reshape(shape),
+        )
+
+    def _level_spans(self) -> Iterator[slice]:
+        starts = self.pyramid.starts.tolist()
+        return map(slice, starts[:-1], starts[1:])
+
+    def _cells(self, image: NDArray[Any], location: NDArray[Any]) -> NDArray[np.int32]:
+        return np.stack([image, *self.pyramid.cells_of(location)], axis=1).astype(np.int32)
+
+    def _ignored_cells(self) -> NDArray[np.int32]:
+        if self.ignored is None:
+            return np.zeros((0, 4), np.int32)
+        return self._cells(*np.nonzero(self.ignored))
