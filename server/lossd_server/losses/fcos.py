@@ -1,0 +1,346 @@
+"""The combined loss of an FCOS head (Tian et al., "FCOS", 2019, §3.1)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossd_server import checks
+from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
+from lossd_server.losses.fcos_terms import (
+    GradientRequest,
+    at_positives,
+    centerness_term,
+    classification_term,
+    regression_term,
+)
+from lossd_server.losses.focal import check_focal_constants
+from lossd_server.losses.focal_kernel import FocalConstants
+from lossd_server.losses.formulas import entropy
+from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
+from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar
+from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
+from lossd_server.targets import DEFAULT_STRIDES, FCOSAssigner, GroundTruth
+
+PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
+DENSE_TARGETS = ("cls_targets", "reg_targets", "centerness_targets")
+COMPONENTS = ("cls_loss", "reg_loss", "centerness_loss")
+"""The component that each of `PREDICTIONS` feeds, in order."""
+
+
+class FCOSLoss(LossModule):
+    """Classification, box regression and centerness over all levels of a feature pyramid.
+
+    Takes dense targets or ground truth. Without a preset, dense targets get `autotimm` (the numbers
+    of AutoTimm's published source) and ground truth gets `documented` (what its documentation says).
+
+    Args:
+        num_classes: Number of classes C; must equal the channels of `cls_preds`.
+        focal_alpha: Alpha of the focal loss.
+        focal_gamma: Gamma of the focal loss.
+        cls_weight: Weight of the classification component; also `cls_loss_weight`.
+        reg_weight: Weight of the regression component; also `reg_loss_weight`.
+        centerness_weight: Weight of the centerness component; also `centerness_loss_weight`.
+        strides: Strides of the assigner, for ground truth.
+        regress_ranges: Ranges of the assigner; None means the default ones of five strides.
+        preset: `autotimm` or `documented`; None chooses by the kind of targets.
+        assigner: The whole assigner, in place of `strides` and `regress_ranges`.
+        cls_loss_weight: The documented name of `cls_weight`.
+        reg_loss_weight: The documented name of `reg_weight`.
+        centerness_loss_weight: The documented name of `centerness_weight`.
+
+    Raises:
+        InvalidInputError: A parameter is out of range, or given under both of its names.
+    """
+
+    differentiable = PREDICTIONS
+
+    def __init__(
+        self,
+        num_classes: int,
+        focal_alpha: float | None = 0.25,
+        focal_gamma: float = 2.0,
+        cls_weight: float | None = None,
+        reg_weight: float | None = None,
+        centerness_weight: float | None = None,
+        *,
+        strides: Sequence[int] = DEFAULT_STRIDES,
+        regress_ranges: Sequence[tuple[float, float]] | None = None,
+        preset: str | None = None,
+        assigner: FCOSAssigner | None = None,
+        cls_loss_weight: float | None = None,
+        reg_loss_weight: float | None = None,
+        centerness_loss_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.focal = FocalConstants(alpha=focal_alpha, gamma=focal_gamma)
+        self.weights = (
+            _weight("cls_weight", cls_weight, "cls_loss_weight", cls_loss_weight),
+            _weight("reg_weight", reg_weight, "reg_loss_weight", reg_loss_weight),
+            _weight(
+                "centerness_weight",
+                centerness_weight,
+                "centerness_loss_weight",
+                centerness_loss_weight,
+            ),
+        )
+        self.preset = None if preset is None else _preset(preset)
+        self.assigner = assigner or FCOSAssigner(
+            strides=tuple(strides),
+            regress_ranges=None if regress_ranges is None else tuple(regress_ranges),
+        )
+        checks.require_number("num_classes", num_classes, at_least=1)
+        check_focal_constants(self.focal, alpha_field="focal_alpha", gamma_field="focal_gamma")
+
+    def forward(
+        self,
+        cls_preds: Sequence[Tensor],
+        reg_preds: Sequence[Tensor],
+        centerness_preds: Sequence[Tensor],
+        cls_targets: Sequence[Tensor] | Sequence[Mapping[str, Any]] | None = None,
+        reg_targets: Sequence[Tensor] | None = None,
+        centerness_targets: Sequence[Tensor] | None = None,
+        *,
+        ground_truth: Sequence[GroundTruth | Mapping[str, Any]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Computes the combined loss from dense targets, or from ground truth as the fourth argument.
+
+        Args:
+            cls_preds: Classification logits, one a level, `[B, C, H, W]`, any float type.
+            reg_preds: Distances l, t, r, b in pixels, one a level, `[B, 4, H, W]`, any float type.
+            centerness_preds: Centerness logits, one a level, `[B, 1, H, W]`, any float type.
+            cls_targets: Classes, one a level, `[B, H, W]`, any integer type, -1 without an object;
+                or the ground truth: for each image a mapping with `boxes` `[N, 4]` in xyxy pixels
+                and `labels` `[N]`.
+            reg_targets: Target distances, one a level, `[B, 4, H, W]`.
+            centerness_targets: Target centerness in 0..1, one a level, `[B, H, W]`.
+            ground_truth: The ground truth, by name.
+
+        Returns:
+            `cls_loss`, `reg_loss` and `centerness_loss` (after their weights under `autotimm`,
+            before them under `documented`), and the weighted total as `loss` and as `total_loss`,
+            all 0-d.
+
+        Raises:
+            InvalidInputError: Levels, shapes or types that do not go together, a label out of range,
+                a refused box.
+        """
+        arguments = arguments_by_name(
+            cls_preds,
+            reg_preds,
+            centerness_preds,
+            cls_targets,
+            reg_targets,
+            centerness_targets,
+            ground_truth=ground_truth,
+        )
+        evaluation = self.evaluate_for_autograd(arguments)
+        dtype = evaluation.loss.dtype
+        terms = [c for c in evaluation.components if c.name in COMPONENTS]
+        losses = {
+            term.name: attach_gradients(term.value.to(dtype), arguments, evaluation, [prediction], scalar)
+            for term, prediction in zip(terms, PREDICTIONS, strict=True)
+        }
+        total = torch.stack([losses[term.name] * term.weight for term in terms]).sum()
+        return {**losses, "loss": total, "total_loss": total}
+
+    def check(self, arguments: Arguments) -> None:
+        """Raises `InvalidInputError` unless predictions and targets go together.
+
+        Ground truth is checked by the assigner.
+        """
+        sizes = self._check_predictions(arguments)
+        if arguments.get("ground_truth") is None:
+            self._check_dense_targets(arguments, sizes)
+            return
+        for name in DENSE_TARGETS:
+            if arguments.get(name):
+                raise InvalidInputError(Reason.UNEXPECTED_FIELD, "is set beside ground_truth", field=name)
+        batch = sizes[0][0]
+        checks.require_count("ground_truth", len(arguments["ground_truth"]), "images", batch)
+        checks.require_count("cls_preds", len(sizes), "strides of the assigner", len(self.assigner.strides))
+
+    def _check_predictions(self, arguments: Arguments) -> list[tuple[int, int, int]]:
+        """Returns batch size, height and width of each level."""
+        cls_preds = arguments["cls_preds"]
+        if not len(cls_preds):
+            raise InvalidInputError(Reason.MISSING_FIELD, "has no levels", field="cls_preds")
+        for name in PREDICTIONS[1:]:
+            checks.require_count(name, len(arguments[name]), "cls_preds", len(cls_preds))
+        sizes: list[tuple[int, int, int]] = []
+        checks.require_shape("cls_preds[0]", cls_preds[0], ["B", self.num_classes, "H", "W"])
+        batch = cls_preds[0].shape[0]
+        for level, cls_pred in enumerate(cls_preds):
+            checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, self.num_classes, "H", "W"])
+            _, _, height, width = cls_pred.shape
+            sizes.append((batch, height, width))
+            for name, channels in zip(PREDICTIONS, (self.num_classes, 4, 1), strict=True):
+                field, pred = f"{name}[{level}]", arguments[name][level]
+                checks.require_dtype(field, pred, checks.FLOATS)
+                checks.require_shape(field, pred, [batch, channels, height, width])
+        return sizes
+
+    def _check_dense_targets(self, arguments: Arguments, sizes: Sequence[tuple[int, int, int]]) -> None:
+        for name in DENSE_TARGETS:
+            if arguments.get(name) is None:
+                raise InvalidInputError(
+                    Reason.MISSING_FIELD, "is not set, and neither is ground_truth", field=name
+                )
+            checks.require_count(name, len(arguments[name]), "cls_preds", len(sizes))
+        for level, (batch, height, width) in enumerate(sizes):
+            expected = ([batch, height, width], [batch, 4, height, width], [batch, height, width])
+            types = (checks.INTEGERS, checks.FLOATS, checks.FLOATS)
+            for name, shape, allowed in zip(DENSE_TARGETS, expected, types, strict=True):
+                field, target = f"{name}[{level}]", arguments[name][level]
+                checks.require_dtype(field, target, allowed)
+                checks.require_shape(field, target, shape)
+        labels = checks.host_arrays(arguments["cls_targets"])
+        centerness = checks.host_arrays(arguments["centerness_targets"])
+        for level, (classes, values) in enumerate(zip(labels, centerness, strict=True)):
+            checks.require_labels(f"cls_targets[{level}]", classes, num_classes=self.num_classes)
+            checks.require_unit_interval(f"centerness_targets[{level}]", values, where=classes >= 0)
+
+    def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
+        """Evaluates checked predictions; see `LossModule.evaluate`.
+
+        Raises:
+            InvalidInputError: A box or a label of the ground truth is refused.
+        """
+        targets = self._read_targets(arguments)
+        preset = self.preset_for(arguments)
+        rules = LOSS_RULES[preset]
+        valid = _taking_part(targets, background=rules.background)
+        valid_counts = torch.stack([valid[:, span].sum() for span in targets.spans()]).double()
+        counts = targets.sum_by_level(torch.ones_like(targets.location))
+        normalizer = counts.sum().clamp(min=1)
+        if options.normalizer is not None:
+            normalizer = torch.full_like(normalizer, options.normalizer)
+        divisors = rules.divisors(valid_counts, counts, normalizer)
+        # A component's gradient leaves the weight out where the component itself does.
+        bare = options.component_gradients and not rules.weighted_components
+        requests = {
+            name: GradientRequest(
+                scale=(1.0 if bare else weight) / divisor.expand_as(counts),
+                dtype=options.gradient_dtype,
+            )
+            for name, weight, divisor in zip(PREDICTIONS, self.weights, divisors, strict=True)
+            if name in options.gradients
+        }
+        ltrb = at_positives(arguments["reg_preds"], targets)
+        terms = (
+            classification_term(
+                arguments["cls_preds"], targets, valid, self.focal, requests.get("cls_preds")
+            ),
+            regression_term(ltrb, arguments["reg_preds"], targets, rules.box_rows, requests.get("reg_preds")),
+            centerness_term(arguments["centerness_preds"], targets, requests.get("centerness_preds")),
+        )
+        floor = entropy(targets.centerness.double())
+        components = self._components(
+            [term.sums for term in terms], targets.sum_by_level(floor), divisors, rules
+        )
+        dtype = torch.promote_types(arguments["cls_preds"][0].dtype, torch.float32)
+        return Evaluation(
+            loss=torch.stack([c.value * c.weight for c in components if c.weight]).sum().to(dtype),
+            components=components,
+            gradients={
+                name: term.gradients
+                for name, term in zip(PREDICTIONS, terms, strict=True)
+                if term.gradients is not None
+            },
+            raw_sums={
+                **{name: term.sums for name, term in zip(COMPONENTS, terms, strict=True)},
+                "centerness_target": targets.sum_by_level(targets.centerness),
+                "valid_count": valid_counts,
+                "positive_count": counts,
+            },
+            preset=preset,
+            negative_side_count=(ltrb < 0).any(dim=1).sum(),
+        )
+
+    def preset_for(self, arguments: Arguments) -> LossPreset:
+        """Returns the preset that these arguments are evaluated under."""
+        if self.preset is not None:
+            return self.preset
+        dense = arguments.get("ground_truth") is None
+        return LossPreset.AUTOTIMM if dense else LossPreset.DOCUMENTED
+
+    def _read_targets(self, arguments: Arguments) -> LocationTargets:
+        ground_truth = arguments.get("ground_truth")
+        cls_preds = arguments["cls_preds"]
+        if ground_truth is None:
+            return from_dense(*(arguments[name] for name in DENSE_TARGETS))
+        sizes = [(pred.shape[2], pred.shape[3]) for pred in cls_preds]
+        assignment = self.assigner.assign(ground_truth, sizes, num_classes=self.num_classes)
+        return from_assignment(assignment, cls_preds[0].device)
+
+    def _components(
+        self, sums: Sequence[Tensor], floor_sums: Tensor, divisors: Divisors, rules: LossRules
+    ) -> tuple[Component, ...]:
+        def component(name: str, total: Tensor, divisor: Tensor, weight: float) -> Component:
+            value = (total / divisor).sum()
+            if rules.weighted_components:
+                return Component(name=name, value=value * weight, weight=1.0)
+            return Component(name=name, value=value, weight=weight)
+
+        terms = map(component, COMPONENTS, sums, divisors, self.weights)
+        floor = component("centerness_floor", floor_sums, divisors.centerness, self.weights[2])
+        return (*terms, replace(floor, weight=0.0))
+
+
+def arguments_by_name(
+    cls_preds: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    centerness_preds: Sequence[Tensor],
+    cls_targets: Sequence[Any] | None,
+    reg_targets: Sequence[Tensor] | None,
+    centerness_targets: Sequence[Tensor] | None,
+    ground_truth: Sequence[Any] | None,
+) -> Arguments:
+    """Returns the arguments of `FCOSLoss.forward` by name, ground truth told from dense targets."""
+    if ground_truth is None and reg_targets is None and centerness_targets is None:
+        ground_truth, cls_targets = cls_targets, None
+    return {
+        "cls_preds": cls_preds,
+        "reg_preds": reg_preds,
+        "centerness_preds": centerness_preds,
+        "cls_targets": cls_targets,
+        "reg_targets": reg_targets,
+        "centerness_targets": centerness_targets,
+        "ground_truth": ground_truth,
+    }
+
+
+def _taking_part(targets: LocationTargets, *, background: bool) -> Tensor:
+    """Returns which locations the classification loss counts, `[B, T]` bool."""
+    if not background:
+        return targets.labels >= 0
+    if targets.ignored is None:
+        return torch.ones_like(targets.labels, dtype=torch.bool)
+    return ~targets.ignored
+
+
+def _weight(name: str, value: float | None, alias: str, alias_value: float | None) -> float:
+    """Returns a component's weight, given under its name or under the documented one; 1 by default."""
+    if value is not None and alias_value is not None:
+        raise InvalidInputError(Reason.UNEXPECTED_FIELD, f"is given, and so is {alias}", field=name)
+    weight = alias_value if value is None else value
+    if weight is None:
+        return 1.0
+    checks.require_number(name, weight, at_least=0)
+    return weight
+
+
+def _preset(name: str) -> LossPreset:
+    try:
+        return LossPreset(name)
+    except ValueError:
+        raise InvalidInputError(
+            Reason.INVALID_OPTION,
+            f"is {name!r}, want one of {', '.join(LossPreset)}",
+            field="preset",
+            value=name,
+        ) from None

@@ -1,0 +1,142 @@
+"""Focal loss for dense classification."""
+
+import torch
+from torch import Tensor
+
+from lossd_server import checks
+from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.focal_kernel import (
+    FocalConstants,
+    empty_gradient,
+    focal_rows,
+    grid,
+)
+from lossd_server.losses.module import Arguments, LossModule, attach_gradients
+from lossd_server.losses.presets import LossPreset
+from lossd_server.losses.reduction import Reduction
+
+
+class FocalLoss(LossModule):
+    """Sigmoid focal loss `-α_t (1 - p_t)^γ log(p_t)`, summed over classes (Lin et al., 2017, eq. 5).
+
+    Accurate to float32 rounding for every finite logit, easy examples included. Half-precision
+    logits are computed in float32.
+
+    Args:
+        alpha: Weight of a row's own class, at most 1; the other classes weigh `1 - alpha`. None or a
+            negative value weighs all alike.
+        gamma: Focusing parameter, at least 0.
+        reduction: `mean` over the rows that are not ignored, `sum`, or `none`.
+
+    Raises:
+        InvalidInputError: A parameter is out of range.
+    """
+
+    differentiable = ("inputs",)
+
+    def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reduction = Reduction.of(reduction)
+        check_focal_constants(self.constants, alpha_field="alpha", gamma_field="gamma")
+
+    @property
+    def constants(self) -> FocalConstants:
+        """The constants, as the kernel takes them."""
+        return FocalConstants(alpha=self.alpha, gamma=self.gamma)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Computes the focal loss.
+
+        Args:
+            inputs: Logits, `[N, C]` or `[N, C, H, W]`, any float type.
+            targets: Class of each row, `[N]` or `[N, H, W]`, any integer type: 0..C-1, or -1 to
+                ignore the row.
+
+        Returns:
+            The loss, 0-d; under the reduction `none`, `[rows]` for the rows that are not ignored,
+            in order. Without any such row, 0-d and exactly 0, as in the published source.
+
+        Raises:
+            InvalidInputError: A wrong shape or type, or a label out of range.
+        """
+        arguments = {"inputs": inputs, "targets": targets}
+        evaluation = self.evaluate_for_autograd(arguments)
+
+        def spread(upstream: Tensor) -> Tensor:
+            if upstream.dim() == 0 or evaluation.kept_rows is None:
+                return upstream
+            rows = upstream.new_zeros(targets.numel())
+            rows[evaluation.kept_rows] = upstream
+            return rows.reshape(targets.shape).unsqueeze(1)
+
+        return attach_gradients(evaluation.loss, arguments, evaluation, ["inputs"], spread)
+
+    def check(self, arguments: Arguments) -> None:
+        """Raises `InvalidInputError` unless logits and labels go together."""
+        inputs, targets = arguments["inputs"], arguments["targets"]
+        checks.require_dtype("inputs", inputs, checks.FLOATS)
+        checks.require_dtype("targets", targets, checks.INTEGERS)
+        if len(inputs.shape) not in {2, 4}:
+            raise InvalidInputError(
+                Reason.INVALID_SHAPE,
+                f"shape is {list(inputs.shape)}, want [N, C] or [N, C, H, W]",
+                field="inputs",
+                shape=list(inputs.shape),
+            )
+        batch, classes, *cells = inputs.shape
+        checks.require_shape("targets", targets, [batch, *cells])
+        checks.require_labels("targets", targets, num_classes=classes)
+
+    def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
+        """Evaluates checked logits and labels; see `LossModule.evaluate`."""
+        self.reduction.refuse_normalizer(options.normalizer)
+        inputs: Tensor = arguments["inputs"]
+        logits = grid(inputs)
+        labels = arguments["targets"].to(torch.int64).reshape(logits.shape[0], logits.shape[2])
+        valid = labels >= 0
+        count = valid.sum().double()
+        divisor = self._divisor(count, options.normalizer)
+        gradient = None
+        if "inputs" in options.gradients:
+            gradient = empty_gradient(inputs, options.gradient_dtype)
+        rows = focal_rows(
+            logits,
+            labels,
+            valid,
+            self.constants,
+            gradient=None if gradient is None else grid(gradient),
+            scale=1 / divisor,
+        )
+        total = rows.sum(dtype=torch.float64)
+        keep = self.reduction is Reduction.NONE
+        return Evaluation(
+            loss=_kept(rows, valid) if keep else (total / divisor).to(rows.dtype),
+            gradients={} if gradient is None else {"inputs": gradient},
+            raw_sums={
+                "cls_loss": total[None],
+                "valid_count": count[None],
+                "positive_count": count[None],
+            },
+            preset=LossPreset.AUTOTIMM,
+            kept_rows=valid.flatten().nonzero().flatten() if keep else None,
+        )
+
+    def _divisor(self, count: Tensor, normalizer: float | None) -> Tensor:
+        if self.reduction is not Reduction.MEAN:
+            return torch.ones_like(count)
+        return count.clamp(min=1) if normalizer is None else torch.full_like(count, normalizer)
+
+
+def check_focal_constants(constants: FocalConstants, *, alpha_field: str, gamma_field: str) -> None:
+    """Raises `InvalidInputError` for an alpha above 1 or a negative gamma, naming the field."""
+    checks.require_number(gamma_field, constants.gamma, at_least=0)
+    if constants.alpha is not None:
+        checks.require_number(alpha_field, constants.alpha, at_most=1)
+
+
+def _kept(rows: Tensor, valid: Tensor) -> Tensor:
+    kept = rows[valid]
+    return kept if len(kept) else rows.new_zeros(())

@@ -1,0 +1,100 @@
+"""Generalized IoU loss for matched boxes."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lossd_server import checks
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.formulas import giou, rows_and_slopes
+from lossd_server.losses.module import Arguments, LossModule, attach_gradients
+from lossd_server.losses.presets import LossPreset
+from lossd_server.losses.reduction import Reduction, reduce_rows
+
+
+class GIoULoss(LossModule):
+    """Generalized IoU loss `1 - GIoU` (Rezatofighi et al., 2019), in 0..2 for upright boxes.
+
+    Computed in float64 whatever the inputs, so that large half-precision boxes do not overflow.
+
+    Args:
+        reduction: `mean` (weighted: `Σ w·loss / max(Σ w, eps)`), `sum`, or `none`.
+        eps: Floor of the union's and the enclosing box's area, square pixels, above 0.
+
+    Raises:
+        InvalidInputError: A parameter is out of range.
+    """
+
+    differentiable = ("pred_boxes",)
+
+    def __init__(self, reduction: str = "mean", eps: float = 1e-7) -> None:
+        super().__init__()
+        self.reduction = Reduction.of(reduction)
+        self.eps = eps
+        checks.require_number("eps", eps, above=0)
+
+    def forward(self, pred_boxes: Tensor, target_boxes: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Computes the GIoU loss of matched boxes.
+
+        Args:
+            pred_boxes: `[N, 4]` x1 y1 x2 y2, any float type.
+            target_boxes: `[N, 4]` x1 y1 x2 y2, any float or integer type, upright.
+            weights: Optional weight of each box, `[N]`, any float type.
+
+        Returns:
+            The loss, 0-d, or `[N]` under the reduction `none`; 0-d and exactly 0 for no boxes.
+
+        Raises:
+            InvalidInputError: A wrong shape or type, or an inverted target box.
+        """
+        arguments = {"pred_boxes": pred_boxes, "target_boxes": target_boxes, "weights": weights}
+        evaluation = self.evaluate_for_autograd(arguments)
+        return attach_gradients(
+            evaluation.loss,
+            arguments,
+            evaluation,
+            ["pred_boxes"],
+            lambda upstream: upstream.unsqueeze(-1),
+        )
+
+    def check(self, arguments: Arguments) -> None:
+        """Raises `InvalidInputError` unless boxes and weights go together."""
+        pred, target = arguments["pred_boxes"], arguments["target_boxes"]
+        checks.require_dtype("pred_boxes", pred, checks.FLOATS)
+        checks.require_shape("pred_boxes", pred, ["N", 4])
+        checks.require_dtype("target_boxes", target, (*checks.FLOATS, *checks.INTEGERS))
+        checks.require_shape("target_boxes", target, pred.shape)
+        checks.require_upright_boxes("target_boxes", checks.host_array(target))
+        weights = arguments.get("weights")
+        if weights is not None:
+            checks.require_dtype("weights", weights, checks.FLOATS)
+            checks.require_shape("weights", weights, pred.shape[:1])
+
+    def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
+        """Evaluates checked boxes; see `LossModule.evaluate`."""
+        pred: Tensor = arguments["pred_boxes"]
+        rows, slopes = rows_and_slopes(partial(_giou_loss, eps=self.eps), pred, arguments["target_boxes"])
+        reduced = reduce_rows(
+            rows,
+            arguments.get("weights"),
+            self.reduction,
+            least_weight=self.eps,
+            normalizer=options.normalizer,
+        )
+        gradient = slopes * reduced.row_factors.unsqueeze(-1)
+        wanted = "pred_boxes" in options.gradients
+        return Evaluation(
+            loss=reduced.loss.to(torch.promote_types(pred.dtype, torch.float32)),
+            gradients={"pred_boxes": gradient.to(options.gradient_dtype or pred.dtype)} if wanted else {},
+            raw_sums={
+                "reg_loss": reduced.total[None],
+                "weight": reduced.weight[None],
+                "positive_count": rows.new_tensor([len(rows)]),
+            },
+            preset=LossPreset.AUTOTIMM,
+        )
+
+
+def _giou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
+    return 1 - giou(pred, target, eps)

@@ -1,0 +1,91 @@
+"""What an FCOS loss wants at each location of the pyramid, from dense targets or from ground truth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossd_server.targets import Assignment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocationTargets:
+    """Targets of B images, locations in one flat row: level by level, row by row.
+
+    Attributes:
+        labels: Class of each location, `[B, T]` int64; negative without an object.
+        ignored: Locations that take no part whatever the preset, `[B, T]` bool, or None.
+        starts: Where each level begins in the row; the last entry is T.
+        image: Image of each positive, `[P]`.
+        location: Place of each positive in the row, `[P]`.
+        ltrb: Target distances of each positive, `[P, 4]`.
+        centerness: Target centerness of each positive, `[P]`.
+    """
+
+    labels: Tensor
+    ignored: Tensor | None
+    starts: tuple[int, ...]
+    image: Tensor
+    location: Tensor
+    ltrb: Tensor
+    centerness: Tensor
+
+    def spans(self) -> list[slice]:
+        """Returns where each level lies in the row."""
+        return list(map(slice, self.starts[:-1], self.starts[1:]))
+
+    def level(self) -> Tensor:
+        """Returns the level of each positive, `[P]`."""
+        bounds = torch.tensor(self.starts, device=self.location.device)
+        return torch.searchsorted(bounds, self.location, right=True) - 1
+
+    def sum_by_level(self, values: Tensor) -> Tensor:
+        """Returns the sum of one value a positive over each level, `[L]` float64, in a fixed order."""
+        levels = torch.arange(len(self.starts) - 1, device=values.device).unsqueeze(1)
+        return torch.where(self.level() == levels, values.double(), 0).sum(dim=1)
+
+
+def from_dense(
+    cls_targets: Sequence[Tensor],
+    reg_targets: Sequence[Tensor],
+    centerness_targets: Sequence[Tensor],
+) -> LocationTargets:
+    """Returns the targets that dense maps hold: `[B, H, W]`, `[B, 4, H, W]` and `[B, H, W]` a level."""
+    labels = torch.cat([level.flatten(1).to(torch.int64) for level in cls_targets], dim=1)
+    image, location = torch.nonzero(labels >= 0, as_tuple=True)
+    ltrb = flat_levels(reg_targets)[image, :, location]
+    centerness = torch.cat([level.flatten(1) for level in centerness_targets], dim=1)
+    return LocationTargets(
+        labels=labels,
+        ignored=None,
+        starts=_starts([level[0].numel() if len(level) else 0 for level in cls_targets]),
+        image=image,
+        location=location,
+        ltrb=ltrb,
+        centerness=centerness[image, location],
+    )
+
+
+def from_assignment(assignment: Assignment, device: torch.device) -> LocationTargets:
+    """Returns the targets that an assignment found, on the device of the predictions."""
+    ignored = assignment.ignored
+    return LocationTargets(
+        labels=torch.from_numpy(assignment.label_map()).to(device),
+        ignored=None if ignored is None else torch.from_numpy(ignored).to(device),
+        starts=tuple(assignment.pyramid.starts.tolist()),
+        image=torch.from_numpy(assignment.image).to(device),
+        location=torch.from_numpy(assignment.location).to(device),
+        ltrb=torch.from_numpy(assignment.ltrb).to(device),
+        centerness=torch.from_numpy(assignment.centerness).to(device),
+    )
+
+
+def flat_levels(levels: Sequence[Tensor]) -> Tensor:
+    """Returns maps `[B, K, H, W]`, one a level, as one `[B, K, T]`."""
+    return torch.cat([level.flatten(2) for level in levels], dim=2)
+
+
+def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(np.cumsum([0, *sizes]).tolist())

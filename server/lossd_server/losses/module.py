@@ -1,0 +1,129 @@
+"""What all loss modules share: checks first, then value and gradient together."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+
+Arguments = Mapping[str, Any]
+"""Tensors, lists of tensors (one a level) or ground truth by the names of `forward`.
+
+Left out or None means not given.
+"""
+
+Spread = Callable[[Tensor], Tensor]
+"""Lays out the upstream gradient of each row so that it multiplies the gradient of the input."""
+
+
+class LossModule(nn.Module):
+    """A loss with a closed-form gradient.
+
+    Attributes:
+        differentiable: The arguments that gradients can be asked for.
+    """
+
+    differentiable: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def check(self, arguments: Arguments) -> None:
+        """Raises `InvalidInputError` unless the arguments, numpy or torch, can be evaluated."""
+
+    @abstractmethod
+    def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
+        """Evaluates checked arguments: tensors on one device, ground truth on any.
+
+        Raises:
+            InvalidInputError: The options do not go with this loss.
+        """
+
+    def evaluate_for_autograd(self, arguments: Arguments) -> Evaluation:
+        """Checks and evaluates, with the gradients that autograd will want.
+
+        Gradients of half-precision inputs are kept in float32 until the upstream gradient, which
+        may be a loss scale, has been multiplied in.
+        """
+        self.check(arguments)
+        wanted = self._inputs_that_require_gradient(arguments)
+        wide = reduce(torch.promote_types, (t.dtype for t in wanted.values()), torch.float32)
+        options = EvaluationOptions(
+            gradients=tuple(name for name in self.differentiable if name in wanted),
+            gradient_dtype=wide,
+            component_gradients=True,
+        )
+        with torch.no_grad():
+            return self.evaluate(arguments, options)
+
+    def _inputs_that_require_gradient(self, arguments: Arguments) -> dict[str, Tensor]:
+        """Returns one tensor of each argument that requires a gradient, by name."""
+        wanted: dict[str, Tensor] = {}
+        for name, value in arguments.items():
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+                    wanted[name] = tensor
+        for name in wanted:
+            if name not in self.differentiable:
+                raise InvalidInputError(
+                    Reason.INVALID_OPTION,
+                    "requires a gradient, which this loss does not give; detach it",
+                    field=name,
+                )
+        return wanted
+
+
+class _Attached(torch.autograd.Function):
+    """Gives a value the gradients that were computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, spread: Spread, gradients: Sequence[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        ctx.spread = spread
+        ctx.gradients = gradients
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor = ctx.spread(upstream)  # type: ignore[attr-defined]
+        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)  # type: ignore[attr-defined]
+        return None, None, None, *((gradient * factor).to(dtype) for gradient, dtype in pairs)
+
+
+def attach_gradients(
+    value: Tensor,
+    arguments: Arguments,
+    evaluation: Evaluation,
+    names: Sequence[str],
+    spread: Spread,
+) -> Tensor:
+    """Returns `value` as a function of the named inputs whose gradients were evaluated."""
+    pairs = [
+        (tensor, gradient)
+        for name in names
+        if name in evaluation.gradients
+        for tensor, gradient in zip(
+            _as_list(arguments[name]), _as_list(evaluation.gradients[name]), strict=True
+        )
+    ]
+    if not pairs:
+        return value
+    inputs, gradients = zip(*pairs, strict=True)
+    attached: Tensor = _Attached.apply(value, spread, gradients, *inputs)  # type: ignore[no-untyped-call]
+    return attached
+
+
+def scalar(upstream: Tensor) -> Tensor:
+    """The `Spread` of a loss that is one number."""
+    return upstream
+
+
+def _as_list(value: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [value] if isinstance(value, Tensor) else value
