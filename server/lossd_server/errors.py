@@ -6,6 +6,7 @@ LossdError
 ├── UnavailableError      not now: another replica, or later
 ├── DeadlineError         too late to begin
 └── OutOfMemoryError      too large for the device
+    └── ConfigurationError    the operator's settings; the server does not start
 """
 
 from enum import StrEnum
@@ -97,3 +98,7 @@ class DeadlineError(LossdError):
 
 class OutOfMemoryError(LossdError):
     """The device has not the memory for this request."""
+
+
+class ConfigurationError(LossdError):
+    """The operator's settings cannot be served: a port taken, a device missing, a module that fails."""

@@ -26,11 +26,12 @@ class CenternessLoss(LossModule):
         InvalidInputError: The reduction is unknown.
     """
 
+    required = ("pred", "target")
     differentiable = ("pred",)
 
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
-        self.reduction = Reduction.of(reduction)
+        self.reduction: Reduction = Reduction.of(reduction)
 
     def forward(self, pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Computes the centerness loss.
@@ -68,7 +69,7 @@ class CenternessLoss(LossModule):
             checks.require_same_rows("weights", weights, "pred", pred)
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
-        """Evaluates checked logits; see `LossModule.evaluate`."""
+        """Evaluates prepared logits; see `LossModule.evaluate`."""
         pred: Tensor = arguments["pred"]
         target = arguments["target"].flatten().double()
         weights: Tensor | None = arguments.get("weights")

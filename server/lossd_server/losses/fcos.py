@@ -56,6 +56,7 @@ class FCOSLoss(LossModule):
         InvalidInputError: A parameter is out of range, or given under both of its names.
     """
 
+    required = PREDICTIONS
     differentiable = PREDICTIONS
 
     def __init__(
@@ -151,7 +152,7 @@ class FCOSLoss(LossModule):
     def check(self, arguments: Arguments) -> None:
         """Raises `InvalidInputError` unless predictions and targets go together.
 
-        Ground truth is checked by the assigner.
+        The objects of the ground truth are checked where they are read, by `prepare`.
         """
         sizes = self._check_predictions(arguments)
         if arguments.get("ground_truth") is None:
@@ -163,6 +164,15 @@ class FCOSLoss(LossModule):
         batch = sizes[0][0]
         checks.require_count("ground_truth", len(arguments["ground_truth"]), "images", batch)
         checks.require_count("cls_preds", len(sizes), "strides of the assigner", len(self.assigner.strides))
+
+    def prepare(self, arguments: Arguments) -> Arguments:
+        """Checks arguments, numpy or torch, and returns them with the ground truth read."""
+        self.check(arguments)
+        ground_truth = arguments.get("ground_truth")
+        if ground_truth is None:
+            return arguments
+        objects = self.assigner.read(ground_truth, num_classes=self.num_classes)
+        return {**arguments, "ground_truth": objects}
 
     def _check_predictions(self, arguments: Arguments) -> list[tuple[int, int, int]]:
         """Returns batch size, height and width of each level."""
@@ -205,11 +215,7 @@ class FCOSLoss(LossModule):
             checks.require_unit_interval(f"centerness_targets[{level}]", values, where=classes >= 0)
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
-        """Evaluates checked predictions; see `LossModule.evaluate`.
-
-        Raises:
-            InvalidInputError: A box or a label of the ground truth is refused.
-        """
+        """Evaluates prepared predictions; see `LossModule.evaluate`."""
         targets = self._read_targets(arguments)
         preset = self.preset_for(arguments)
         rules = LOSS_RULES[preset]
@@ -274,7 +280,7 @@ class FCOSLoss(LossModule):
         if ground_truth is None:
             return from_dense(*(arguments[name] for name in DENSE_TARGETS))
         sizes = [(pred.shape[2], pred.shape[3]) for pred in cls_preds]
-        assignment = self.assigner.assign(ground_truth, sizes, num_classes=self.num_classes)
+        assignment = self.assigner.assign_objects(ground_truth, sizes)
         return from_assignment(assignment, cls_preds[0].device)
 
     def _components(

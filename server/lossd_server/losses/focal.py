@@ -33,13 +33,14 @@ class FocalLoss(LossModule):
         InvalidInputError: A parameter is out of range.
     """
 
+    required = ("inputs", "targets")
     differentiable = ("inputs",)
 
     def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0, reduction: str = "mean") -> None:
         super().__init__()
         self.alpha = alpha
         self.gamma = gamma
-        self.reduction = Reduction.of(reduction)
+        self.reduction: Reduction = Reduction.of(reduction)
         check_focal_constants(self.constants, alpha_field="alpha", gamma_field="gamma")
 
     @property
@@ -91,8 +92,7 @@ class FocalLoss(LossModule):
         checks.require_labels("targets", targets, num_classes=classes)
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
-        """Evaluates checked logits and labels; see `LossModule.evaluate`."""
-        self.reduction.refuse_normalizer(options.normalizer)
+        """Evaluates prepared logits and labels; see `LossModule.evaluate`."""
         inputs: Tensor = arguments["inputs"]
         logits = grid(inputs)
         labels = arguments["targets"].to(torch.int64).reshape(logits.shape[0], logits.shape[2])

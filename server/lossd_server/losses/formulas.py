@@ -94,7 +94,8 @@ def centerness_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def entropy(targets: Tensor) -> Tensor:
     """Returns `-t log t - (1 - t) log(1 - t)`: the cross-entropy of a perfect prediction."""
     of_one, of_zero = torch.xlogy(targets, targets), torch.special.xlog1py(1 - targets, -targets)
-    return -(of_one + of_zero)
+    entropies: Tensor = -(of_one + of_zero)
+    return entropies
 
 
 def rows_and_slopes(formula: RowFormula, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

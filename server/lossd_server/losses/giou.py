@@ -26,11 +26,12 @@ class GIoULoss(LossModule):
         InvalidInputError: A parameter is out of range.
     """
 
+    required = ("pred_boxes", "target_boxes")
     differentiable = ("pred_boxes",)
 
     def __init__(self, reduction: str = "mean", eps: float = 1e-7) -> None:
         super().__init__()
-        self.reduction = Reduction.of(reduction)
+        self.reduction: Reduction = Reduction.of(reduction)
         self.eps = eps
         checks.require_number("eps", eps, above=0)
 
@@ -72,7 +73,7 @@ class GIoULoss(LossModule):
             checks.require_shape("weights", weights, pred.shape[:1])
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
-        """Evaluates checked boxes; see `LossModule.evaluate`."""
+        """Evaluates prepared boxes; see `LossModule.evaluate`."""
         pred: Tensor = arguments["pred_boxes"]
         rows, slopes = rows_and_slopes(partial(_giou_loss, eps=self.eps), pred, arguments["target_boxes"])
         reduced = reduce_rows(

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.reduction import Reduction
 
 Arguments = Mapping[str, Any]
 """Tensors, lists of tensors (one a level) or ground truth by the names of `forward`.
@@ -26,22 +28,38 @@ class LossModule(nn.Module):
     """A loss with a closed-form gradient.
 
     Attributes:
+        required: The arguments that must be given.
         differentiable: The arguments that gradients can be asked for.
+        reduction: How rows become the loss; None where the loss has a rule of its own.
     """
 
+    required: ClassVar[tuple[str, ...]]
     differentiable: ClassVar[tuple[str, ...]]
+    reduction: Reduction | None = None
 
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
         """Raises `InvalidInputError` unless the arguments, numpy or torch, can be evaluated."""
 
+    def prepare(self, arguments: Arguments) -> Arguments:
+        """Checks arguments, numpy or torch, and returns them ready to be evaluated."""
+        self.check(arguments)
+        return arguments
+
+    def check_normalizer(self, normalizer: float) -> None:
+        """Raises `InvalidInputError` for a normalizer that is not above 0, or would not be used."""
+        if self.reduction not in {None, Reduction.MEAN}:
+            raise InvalidInputError(
+                Reason.UNEXPECTED_FIELD,
+                f"is {normalizer}, but the reduction {self.reduction} divides by nothing",
+                field="normalizer",
+                value=normalizer,
+            )
+        checks.require_number("normalizer", normalizer, above=0)
+
     @abstractmethod
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
-        """Evaluates checked arguments: tensors on one device, ground truth on any.
-
-        Raises:
-            InvalidInputError: The options do not go with this loss.
-        """
+        """Evaluates prepared arguments: tensors on one device, ground truth on any."""
 
     def evaluate_for_autograd(self, arguments: Arguments) -> Evaluation:
         """Checks and evaluates, with the gradients that autograd will want.
@@ -49,7 +67,7 @@ class LossModule(nn.Module):
         Gradients of half-precision inputs are kept in float32 until the upstream gradient, which
         may be a loss scale, has been multiplied in.
         """
-        self.check(arguments)
+        arguments = self.prepare(arguments)
         wanted = self._inputs_that_require_gradient(arguments)
         wide = reduce(torch.promote_types, (t.dtype for t in wanted.values()), torch.float32)
         options = EvaluationOptions(

@@ -33,16 +33,6 @@ class Reduction(StrEnum):
                 value=value,
             ) from None
 
-    def refuse_normalizer(self, normalizer: float | None) -> None:
-        """Raises `InvalidInputError` for a normalizer that this reduction would not use."""
-        if normalizer is not None and self is not Reduction.MEAN:
-            raise InvalidInputError(
-                Reason.UNEXPECTED_FIELD,
-                f"is {normalizer}, but the reduction {self} divides by nothing",
-                field="normalizer",
-                value=normalizer,
-            )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reduced:
@@ -78,7 +68,6 @@ def reduce_rows(
         least_weight: Floor of `Σ w`.
         normalizer: Divisor in place of `Σ w`; only for `mean`.
     """
-    reduction.refuse_normalizer(normalizer)
     weighted = rows if weights is None else rows * weights.double()
     total = weighted.sum()
     weight = rows.new_tensor(len(rows)) if weights is None else weights.sum(dtype=torch.float64)

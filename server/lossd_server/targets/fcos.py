@@ -26,6 +26,9 @@ DEFAULT_STRIDES = (8, 16, 32, 64, 128)
 DEFAULT_RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, math.inf))
 """Range of the farthest side on P3 to P7, pixels."""
 
+MAX_LEVELS = 64
+"""Most levels of a pyramid."""
+
 _PAIRS_AT_ONCE = 1 << 19
 """Pairs of box and cell looked at together: about 30 MB of temporaries."""
 
@@ -52,8 +55,13 @@ class FCOSAssigner:
 
     def __post_init__(self) -> None:
         """Refuses settings that do not go together with `InvalidInputError`."""
-        if not self.strides:
-            raise InvalidInputError(Reason.INVALID_OPTION, "is empty", field="strides")
+        if not 1 <= len(self.strides) <= MAX_LEVELS:
+            raise InvalidInputError(
+                Reason.INVALID_OPTION,
+                f"has {len(self.strides)} entries, want 1..{MAX_LEVELS}",
+                field="strides",
+                count=len(self.strides),
+            )
         for level, stride in enumerate(self.strides):
             checks.require_number(f"strides[{level}]", stride, at_least=1, at_most=2**20)
         if len(self.ranges) != len(self.strides):
@@ -101,22 +109,26 @@ class FCOSAssigner:
             InvalidInputError: Sizes do not go with the strides, or an image's objects are refused;
                 the field is `ground_truth[i].…`.
         """
-        self._check_sizes(sizes)
-        objects = [
-            read_objects(
-                GroundTruth.of(image, field),
-                self.box_format,
-                field=field,
-                num_classes=num_classes,
-            )
-            for field, image in (
-                (f"ground_truth[{index}]", image) for index, image in enumerate(ground_truth)
-            )
+        return self.assign_objects(self.read(ground_truth, num_classes=num_classes), sizes)
+
+    def read(
+        self, ground_truth: Sequence[GroundTruth | Mapping[str, Any]], *, num_classes: int | None = None
+    ) -> list[Objects]:
+        """Checks the objects of each image and returns them in the assigner's terms; see `assign`."""
+        fields = (f"ground_truth[{index}]" for index in range(len(ground_truth)))
+        return [
+            read_objects(GroundTruth.of(image, field), self.box_format, field=field, num_classes=num_classes)
+            for field, image in zip(fields, ground_truth, strict=True)
         ]
+
+    def assign_objects(self, objects: Sequence[Objects], sizes: Sequence[tuple[int, int]]) -> Assignment:
+        """Assigns the locations of images whose objects were read before; see `assign`."""
+        self.check_sizes(sizes)
         levels = pyramid(self.strides, tuple((int(h), int(w)) for h, w in sizes))
         return _assign(objects, levels, self.ranges, ASSIGNER_RULES[self.preset])
 
-    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raises `InvalidInputError` unless there is a size for each stride, none of them negative."""
         checks.require_count("feature_sizes", len(sizes), "strides", len(self.strides))
         for level, size in enumerate(sizes):
             for axis, extent in zip(("height", "width"), size, strict=True):

@@ -1,0 +1,47 @@
+"""The settings of a server."""
+
+from dataclasses import dataclass
+
+from lossd_server import checks
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """What an operator can set.
+
+    Attributes:
+        listen: Addresses to serve on: `host:port` (port 0 takes a free one) or `unix:/path`.
+        metrics_port: Port of the Prometheus endpoint; 0 takes a free one, None serves none.
+        metrics_host: Address of the Prometheus endpoint.
+        device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
+        max_message_bytes: Largest request that is read and largest answer of assigned targets.
+        worker_threads: Calls handled at a time; a stream takes one as long as it is open.
+        max_streams: Streams open at a time; below `worker_threads`, so that calls always get through.
+        drain_seconds: How long a stopping server waits for what runs.
+        load: Custom losses beside those of entry points, as `[name=]package.module:Class`.
+
+    Raises:
+        InvalidInputError: A number is out of range.
+    """
+
+    listen: tuple[str, ...] = ("127.0.0.1:50051",)
+    metrics_port: int | None = 9464
+    metrics_host: str = "127.0.0.1"
+    device: str = "auto"
+    max_message_bytes: int = 256 * MEBIBYTE
+    worker_threads: int = 64
+    max_streams: int = 32
+    drain_seconds: float = 30.0
+    load: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses numbers out of range."""
+        # gRPC keeps message lengths in 32 bits.
+        checks.require_number(
+            "max_message_bytes", self.max_message_bytes, at_least=MEBIBYTE, at_most=2**31 - 1
+        )
+        checks.require_number("worker_threads", self.worker_threads, at_least=2)
+        checks.require_number("max_streams", self.max_streams, at_least=1, at_most=self.worker_threads - 1)
+        checks.require_number("drain_seconds", self.drain_seconds, at_least=0)

@@ -1,0 +1,193 @@
+"""The engine: one evaluation at a time on the device, none once it drains."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lossd_server.engine.custom import CustomLoss
+from lossd_server.engine.transfer import to_device, to_host
+from lossd_server.engine.work import (
+    AssignJob,
+    AssignResults,
+    LossItem,
+    LossJob,
+    LossOutcome,
+    LossResults,
+    Timing,
+)
+from lossd_server.errors import (
+    DeadlineError,
+    InvalidInputError,
+    LossdError,
+    OutOfMemoryError,
+    Reason,
+    UnavailableError,
+)
+from lossd_server.losses import (
+    CenternessLoss,
+    Evaluation,
+    EvaluationOptions,
+    FCOSLoss,
+    FocalLoss,
+    GIoULoss,
+    LossModule,
+)
+from lossd_server.losses.evaluation import find_non_finite
+
+
+class Engine:
+    """Evaluates jobs on one device.
+
+    Attributes:
+        device: Where losses are evaluated. Targets are assigned on the host.
+        custom_losses: The operator's losses by name.
+    """
+
+    def __init__(self, device: torch.device, custom_losses: Mapping[str, CustomLoss] | None = None) -> None:
+        self.device = device
+        self.custom_losses = dict(custom_losses or {})
+        self._turn = threading.Lock()
+        self._draining = threading.Event()
+        for loss in self.custom_losses.values():
+            loss.to(device)
+
+    def compute(self, job: LossJob, deadline: float | None = None) -> LossResults:
+        """Evaluates a batch, all of it or none.
+
+        Args:
+            job: Prepared work.
+            deadline: On the clock of `time.monotonic`; None waits without end.
+
+        Raises:
+            UnavailableError: The engine drains.
+            DeadlineError: The deadline passed while waiting for the device.
+            InvalidInputError: An item holds NaN or infinity, and the job is strict.
+            CustomLossError: The operator's module failed.
+            OutOfMemoryError: The device has not the memory.
+        """
+        waited = time.monotonic()
+        with self._device(deadline):
+            began = time.monotonic()
+            outcomes = [self._evaluate(job, item) for item in job.items]
+            timing = Timing(queue=began - waited, compute=time.monotonic() - began)
+        return outcomes, timing
+
+    def assign(self, job: AssignJob) -> AssignResults:
+        """Assigns targets; on the host and without waiting for the device.
+
+        Raises:
+            UnavailableError: The engine drains.
+            InvalidInputError: Level sizes do not go with the strides.
+        """
+        self._refuse_when_draining()
+        began = time.monotonic()
+        assignments = []
+        for item in job.items:
+            with _errors_at(item.path):
+                assignments.append(job.assigner.assign_objects(item.objects, item.sizes))
+        return assignments, Timing(queue=0.0, compute=time.monotonic() - began)
+
+    def warm_up(self) -> None:
+        """Evaluates every loss once on small inputs, so that no caller pays for first-time work."""
+        for loss, arguments in _samples():
+            options = EvaluationOptions(gradients=loss.differentiable)
+            item = LossItem(path="warm-up", arguments=loss.prepare(arguments), options=options)
+            self.compute(LossJob(loss=loss, items=[item]))
+
+    def drain(self) -> None:
+        """Refuses work from now on; what runs goes on to its end."""
+        self._draining.set()
+
+    @contextmanager
+    def _device(self, deadline: float | None) -> Iterator[None]:
+        """Holds the device, in the order of arrival as far as the lock keeps it."""
+        self._refuse_when_draining()
+        remaining = -1 if deadline is None else max(deadline - time.monotonic(), 0)
+        if not self._turn.acquire(timeout=min(remaining, threading.TIMEOUT_MAX)):
+            raise DeadlineError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the queue")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining.is_set():
+            raise UnavailableError(Reason.DRAINING, "the server is stopping")
+
+    def _evaluate(self, job: LossJob, item: LossItem) -> LossOutcome:
+        with _errors_at(item.path), _memory_errors():
+            arguments = {name: to_device(value, self.device) for name, value in item.arguments.items()}
+            non_finite = find_non_finite(arguments)
+            if job.strict and non_finite:
+                first = non_finite[0]
+                raise InvalidInputError(
+                    Reason.NOT_FINITE,
+                    f"{first.count} values are NaN or infinite, the first at {list(first.first_index)}",
+                    field=first.input,
+                    count=first.count,
+                    position=list(first.first_index),
+                )
+            with torch.no_grad():
+                evaluation = job.loss.evaluate(arguments, item.options)
+            return replace(_on_host(evaluation), non_finite=non_finite)
+
+
+def _on_host(evaluation: Evaluation) -> LossOutcome:
+    names = list(evaluation.raw_sums)
+    sums = [evaluation.raw_sums[name].double() for name in names]
+    levels = torch.stack(sums, dim=1).tolist() if sums else []
+    return LossOutcome(
+        loss=to_host(evaluation.loss),
+        components=[(c.name, float(c.value), c.weight) for c in evaluation.components],
+        gradients={
+            name: [to_host(g) for g in (gradient if isinstance(gradient, list) else [gradient])]
+            for name, gradient in evaluation.gradients.items()
+        },
+        raw_sums=[dict(zip(names, level, strict=True)) for level in levels],
+        preset=evaluation.preset,
+        kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
+        negative_side_count=int(evaluation.negative_side_count or 0),
+    )
+
+
+@contextmanager
+def _errors_at(path: str) -> Iterator[None]:
+    try:
+        yield
+    except LossdError as error:
+        error.prefix_field(path)
+        raise
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(Reason.OUT_OF_MEMORY, "the device has not the memory for this item") from error
+
+
+def _samples() -> list[tuple[LossModule, dict[str, object]]]:
+    """Returns every loss with a small input of its own."""
+    logits = np.zeros((1, 2, 4, 4), np.float32)
+    boxes = np.array([[0, 0, 8, 8]], np.float32)
+    head = {
+        "cls_preds": [logits],
+        "reg_preds": [np.ones((1, 4, 4, 4), np.float32)],
+        "centerness_preds": [np.zeros((1, 1, 4, 4), np.float32)],
+    }
+    objects = [{"boxes": boxes, "labels": np.zeros(1, np.int64)}]
+    return [
+        (FocalLoss(), {"inputs": logits, "targets": np.zeros((1, 4, 4), np.int64)}),
+        (GIoULoss(), {"pred_boxes": boxes, "target_boxes": boxes}),
+        (CenternessLoss(), {"pred": np.zeros(4, np.float32), "target": np.ones(4, np.float32)}),
+        (
+            FCOSLoss(2, strides=(8,), regress_ranges=((-1, 64),)),
+            {**head, "ground_truth": objects},
+        ),
+    ]

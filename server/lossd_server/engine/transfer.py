@@ -1,0 +1,37 @@
+"""Between numpy arrays on the host and torch tensors on the device, bit for bit."""
+
+import warnings
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Requests are read-only views of received bytes, and nothing here writes to its inputs.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Returns arrays, and arrays in lists, as tensors on the device; anything else as it is."""
+    if isinstance(value, list):
+        return [to_device(entry, device) for entry in value]
+    return _tensor(value).to(device) if isinstance(value, np.ndarray) else value
+
+
+def to_host(tensor: Tensor) -> NDArray[Any]:
+    """Returns the values of a tensor as numpy, bfloat16 as `ml_dtypes.bfloat16`."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    if array.dtype == _BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,277 @@
+"""From messages to work: unpacks, checks everything, and names the field of whatever is wrong."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from google.protobuf.message import DecodeError, Message
+
+from lossd.tensors import TensorError, unpack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2, tensor_pb2
+from lossd_server.engine import AssignItem, AssignJob, CustomLoss, LossItem, LossJob
+from lossd_server.errors import InvalidInputError, LossdError, Reason
+from lossd_server.losses import EvaluationOptions, LossModule
+from lossd_server.losses.fcos import DENSE_TARGETS
+from lossd_server.rpc.losses import assigner_of, loss_of
+from lossd_server.targets import FCOSAssigner, GroundTruth
+
+M = TypeVar("M", bound=Message)
+
+MAX_ITEMS = 65_536
+"""Most items of one request."""
+
+GRADIENT_DTYPES: dict[int, torch.dtype] = {
+    tensor_pb2.DATA_TYPE_FLOAT32: torch.float32,
+    tensor_pb2.DATA_TYPE_FLOAT64: torch.float64,
+    tensor_pb2.DATA_TYPE_FLOAT16: torch.float16,
+    tensor_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16,
+}
+
+_DENSE_BYTES_PER_LOCATION = 8 + 16 + 4 + 1
+_SPARSE_BYTES_PER_LOCATION = 4
+"""What a location costs before a box is looked at."""
+
+
+def parse(message_type: type[M], data: bytes) -> M:
+    """Returns the message that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
+    try:
+        return message_type.FromString(data)
+    except DecodeError as error:
+        name = message_type.DESCRIPTOR.full_name
+        raise InvalidInputError(
+            Reason.MALFORMED_REQUEST, f"{len(data)} bytes are no {name}", length=len(data), type=name
+        ) from error
+
+
+def read_loss_job(request: pb.ComputeLossRequest, custom_losses: Mapping[str, CustomLoss]) -> LossJob:
+    """Returns the checked work of a request.
+
+    Raises:
+        InvalidInputError: Whatever is wrong with it, by field path.
+    """
+    kind = request.WhichOneof("loss")
+    if kind is None:
+        raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="loss")
+    _require_items(len(request.items))
+    if kind == "custom":
+        loss: LossModule | CustomLoss = _custom_loss(request.custom.name, custom_losses)
+    else:
+        loss = loss_of(kind, getattr(request, kind))
+    options = _options(request, loss)
+    items = [_read_item(index, item, kind, loss, options) for index, item in enumerate(request.items)]
+    return LossJob(loss=loss, items=items, strict=request.strict)
+
+
+def read_assign_job(request: pb.AssignTargetsRequest, max_answer_bytes: int) -> AssignJob:
+    """Returns the checked work of a request whose answer stays within a size.
+
+    Raises:
+        InvalidInputError: Whatever is wrong with it, by field path.
+    """
+    _require_items(len(request.items))
+    if request.format not in pb.TargetFormat.values():
+        raise InvalidInputError(
+            Reason.INVALID_OPTION, f"is {request.format}, which is unknown", field="format"
+        )
+    with _within("assigner"):
+        assigner = assigner_of(request.assigner)
+    items = []
+    for index, item in enumerate(request.items):
+        with _within(f"items[{index}]"):
+            items.append(_read_assign_item(f"items[{index}]", item, assigner))
+    _require_answer_size(items, request.format, max_answer_bytes)
+    return AssignJob(assigner=assigner, items=items)
+
+
+def _custom_loss(name: str, custom_losses: Mapping[str, CustomLoss]) -> CustomLoss:
+    if name not in custom_losses:
+        loaded = ", ".join(sorted(custom_losses)) or "none"
+        raise InvalidInputError(
+            Reason.UNKNOWN_CUSTOM_LOSS,
+            f"is {name!r}, loaded are: {loaded}",
+            field="custom.name",
+            name=name,
+            loaded=loaded,
+        )
+    return custom_losses[name]
+
+
+def _options(request: pb.ComputeLossRequest, loss: LossModule | CustomLoss) -> EvaluationOptions:
+    allowed = loss.inputs if isinstance(loss, CustomLoss) else loss.differentiable
+    for index, name in enumerate(request.gradients):
+        if name not in allowed:
+            raise InvalidInputError(
+                Reason.INVALID_OPTION,
+                f"is {name!r}, want one of {', '.join(allowed)}",
+                field=f"gradients[{index}]",
+                value=name,
+            )
+    if request.gradient_dtype and request.gradient_dtype not in GRADIENT_DTYPES:
+        raise InvalidInputError(
+            Reason.INVALID_OPTION,
+            f"is {request.gradient_dtype}, want a float type",
+            field="gradient_dtype",
+            value=request.gradient_dtype,
+        )
+    if isinstance(loss, CustomLoss) and request.component_gradients:
+        raise InvalidInputError(
+            Reason.UNEXPECTED_FIELD, "a custom loss has no such gradients", field="component_gradients"
+        )
+    return EvaluationOptions(
+        gradients=tuple(dict.fromkeys(request.gradients)),
+        gradient_dtype=GRADIENT_DTYPES.get(request.gradient_dtype),
+        component_gradients=request.component_gradients,
+    )
+
+
+def _read_item(
+    index: int, item: pb.LossItem, kind: str, loss: LossModule | CustomLoss, options: EvaluationOptions
+) -> LossItem:
+    path = f"items[{index}]"
+    with _within(path):
+        given = item.WhichOneof("inputs")
+        if given != kind:
+            raise InvalidInputError(
+                Reason.MISSING_FIELD if given is None else Reason.UNEXPECTED_FIELD,
+                f"inputs are {given}, but the loss is {kind}",
+                field=given or kind,
+                inputs=given,
+                loss=kind,
+            )
+        options = _with_normalizer(options, item, loss)
+    path = f"{path}.{kind}"
+    with _within(path):
+        inputs = getattr(item, kind)
+        if isinstance(loss, CustomLoss):
+            arguments = {name: _unpack(f"tensors[{name}]", inputs.tensors[name]) for name in inputs.tensors}
+            loss.check(arguments, options.gradients)
+            return LossItem(path=path, arguments=arguments, options=options)
+        return LossItem(path=path, arguments=_read_arguments(inputs, loss), options=options)
+
+
+def _with_normalizer(
+    options: EvaluationOptions, item: pb.LossItem, loss: LossModule | CustomLoss
+) -> EvaluationOptions:
+    if not item.HasField("normalizer"):
+        return options
+    if isinstance(loss, CustomLoss):
+        raise InvalidInputError(
+            Reason.UNEXPECTED_FIELD, "a custom loss does its own division", field="normalizer"
+        )
+    loss.check_normalizer(item.normalizer)
+    return EvaluationOptions(
+        gradients=options.gradients,
+        gradient_dtype=options.gradient_dtype,
+        component_gradients=options.component_gradients,
+        normalizer=item.normalizer,
+    )
+
+
+def _read_arguments(inputs: Message, loss: LossModule) -> Mapping[str, Any]:
+    """Returns the tensors of an inputs message by field name, as the loss wants them."""
+    arguments = {field.name: _read_field(inputs, field.name) for field in inputs.DESCRIPTOR.fields}
+    for name in loss.required:
+        if arguments[name] is None:
+            raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field=name)
+    if isinstance(inputs, losses_pb2.FCOSInputs):
+        dense = any(arguments[name] for name in DENSE_TARGETS)
+        arguments["ground_truth"] = arguments["ground_truth"] or (None if dense else [])
+    return loss.prepare(arguments)
+
+
+def _read_field(inputs: Message, name: str) -> Any:
+    value = getattr(inputs, name)
+    if isinstance(value, tensor_pb2.Tensor):
+        return _unpack(name, value) if inputs.HasField(name) else None
+    return [_READERS[type(entry)](f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+
+
+def _read_ground_truth(field: str, objects: losses_pb2.GroundTruth) -> GroundTruth:
+    for name in ("boxes", "labels"):
+        if not objects.HasField(name):
+            raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field=f"{field}.{name}")
+    return GroundTruth(
+        boxes=_unpack(f"{field}.boxes", objects.boxes),
+        labels=_unpack(f"{field}.labels", objects.labels),
+        iscrowd=_unpack(f"{field}.iscrowd", objects.iscrowd) if objects.HasField("iscrowd") else None,
+    )
+
+
+def _unpack(field: str, tensor: tensor_pb2.Tensor) -> Any:
+    try:
+        return unpack(tensor)
+    except TensorError as error:
+        raise InvalidInputError(Reason(error.reason), str(error), field=field, **error.values) from error
+
+
+_READERS: dict[type, Callable[[str, Any], Any]] = {
+    tensor_pb2.Tensor: _unpack,
+    losses_pb2.GroundTruth: _read_ground_truth,
+}
+
+
+def _read_assign_item(path: str, item: pb.AssignItem, assigner: FCOSAssigner) -> AssignItem:
+    ground_truth = [
+        _read_ground_truth(f"ground_truth[{i}]", objects) for i, objects in enumerate(item.ground_truth)
+    ]
+    if item.HasField("image_size") == bool(item.feature_sizes):
+        given = "both are" if item.feature_sizes else "neither is"
+        raise InvalidInputError(
+            Reason.MISSING_FIELD if given == "neither is" else Reason.UNEXPECTED_FIELD,
+            f"want this or feature_sizes, {given} set",
+            field="image_size",
+        )
+    sizes = [(size.height, size.width) for size in item.feature_sizes]
+    if not sizes:
+        size = item.image_size
+        _require_size("image_size", size)
+        sizes = assigner.feature_sizes((size.height, size.width))
+    assigner.check_sizes(sizes)
+    return AssignItem(path=path, objects=assigner.read(ground_truth), sizes=sizes)
+
+
+def _require_size(field: str, size: pb.Size) -> None:
+    for name in ("height", "width"):
+        if getattr(size, name) < 0:
+            raise InvalidInputError(
+                Reason.VALUE_OUT_OF_RANGE,
+                f"is {getattr(size, name)}, want at least 0",
+                field=f"{field}.{name}",
+                value=getattr(size, name),
+            )
+
+
+def _require_items(count: int) -> None:
+    if not 1 <= count <= MAX_ITEMS:
+        raise InvalidInputError(
+            Reason.MISSING_FIELD if count == 0 else Reason.VALUE_OUT_OF_RANGE,
+            f"has {count} entries, want 1..{MAX_ITEMS}",
+            field="items",
+            count=count,
+        )
+
+
+def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes: int) -> None:
+    """Refuses a few bytes that ask for gigabytes."""
+    sparse = target_format == pb.TARGET_FORMAT_SPARSE
+    per_location = _SPARSE_BYTES_PER_LOCATION if sparse else _DENSE_BYTES_PER_LOCATION
+    locations = sum(len(item.objects) * sum(h * w for h, w in item.sizes) for item in items)
+    if locations * per_location > max_bytes:
+        raise InvalidInputError(
+            Reason.MESSAGE_TOO_LARGE,
+            f"come to {locations} locations, at most {max_bytes // per_location} are answered in one call",
+            field="items",
+            locations=locations,
+            limit=max_bytes // per_location,
+        )
+
+
+@contextmanager
+def _within(path: str) -> Iterator[None]:
+    try:
+        yield
+    except LossdError as error:
+        error.prefix_field(path)
+        raise

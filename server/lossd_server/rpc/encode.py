@@ -1,0 +1,75 @@
+"""From outcomes to messages."""
+
+from lossd.tensors import pack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd_server.engine import LossOutcome
+from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
+from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
+
+_COUNTS = {"valid_count", "positive_count"}
+
+
+def loss_result(outcome: LossOutcome) -> pb.LossResult:
+    """Returns the message of one evaluation."""
+    result = pb.LossResult(
+        loss=pack(outcome.loss),
+        components=[
+            pb.LossComponent(name=name, value=value, weight=weight)
+            for name, value, weight in outcome.components
+        ],
+        positive_count=outcome.positive_count,
+        raw_sums=[
+            pb.RawSums(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})  # type: ignore[arg-type]
+            for level in outcome.raw_sums
+        ],
+        gradients=[
+            pb.Gradient(input=name, tensors=[pack(array) for array in arrays])
+            for name, arrays in outcome.gradients.items()
+        ],
+        kept_rows=None if outcome.kept_rows is None else pack(outcome.kept_rows),
+        non_finite=[
+            pb.NonFinite(input=found.input, count=found.count, first_index=found.first_index)
+            for found in outcome.non_finite
+        ],
+        negative_side_count=outcome.negative_side_count,
+    )
+    if outcome.preset is not None:
+        result.preset = number_of(LOSS_PRESETS, outcome.preset)
+    return result
+
+
+def target_result(assignment: Assignment, target_format: int, preset: AssignerPreset) -> pb.TargetResult:
+    """Returns the message of one item's targets, in the form asked for."""
+    sparse = target_format == pb.TARGET_FORMAT_SPARSE
+    return pb.TargetResult(
+        dense=None if sparse else _dense(assignment.dense()),
+        sparse=_sparse(assignment.sparse()) if sparse else None,
+        positive_counts=assignment.positive_counts(),
+        feature_sizes=[pb.Size(height=height, width=width) for height, width in assignment.pyramid.sizes],
+        preset=number_of(ASSIGNER_PRESETS, preset),
+    )
+
+
+def _dense(levels: list[DenseLevel]) -> pb.DenseTargets:
+    return pb.DenseTargets(
+        levels=[
+            pb.DenseLevel(
+                cls=pack(level.cls),
+                reg=pack(level.reg),
+                centerness=pack(level.centerness),
+                ignored=None if level.ignored is None else pack(level.ignored),
+            )
+            for level in levels
+        ]
+    )
+
+
+def _sparse(targets: SparseTargets) -> pb.SparseTargets:
+    return pb.SparseTargets(
+        locations=pack(targets.locations),
+        labels=pack(targets.labels),
+        ltrb=pack(targets.ltrb),
+        centerness=pack(targets.centerness),
+        matched=pack(targets.matched),
+        ignored=pack(targets.ignored),
+    )

@@ -1,0 +1,181 @@
+"""The service on gRPC: bytes in and out, errors as status, streams of requests.
+
+Handlers see raw bytes, so that parsing is timed, and bytes that are no message are the caller's
+error and not the server's.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from grpc_status import rpc_status
+
+from lossd.v1 import loss_service_pb2 as pb
+from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
+from lossd_server.rpc.decode import parse
+from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.service import LossService
+from lossd_server.rpc.stages import Stages
+from lossd_server.rpc.status import code_of, status_of, stream_error
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Method:
+    """A method: the name that metrics and logs use, its request type, and what answers it."""
+
+    name: str
+    request: type[Any]
+    answer: Callable[[Any, Stages, float | None], Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StreamMethod:
+    """The stream twin of a method and its two envelopes."""
+
+    method: _Method
+    request: type[Any]
+    response: type[Any]
+
+
+class Handlers:
+    """The gRPC handlers of a service."""
+
+    def __init__(self, service: LossService, metrics: Metrics, *, max_streams: int) -> None:
+        self._metrics = metrics
+        self._max_streams = max_streams
+        self._stream_places = threading.BoundedSemaphore(max_streams)
+        compute = _Method(name="ComputeLoss", request=pb.ComputeLossRequest, answer=service.compute_loss)
+        assign = _Method(name="AssignTargets", request=pb.AssignTargetsRequest, answer=service.assign_targets)
+        info = _Method(name="GetServerInfo", request=pb.GetServerInfoRequest, answer=service.get_server_info)
+        compute_stream = _StreamMethod(
+            method=compute,
+            request=pb.ComputeLossStreamRequest,
+            response=pb.ComputeLossStreamResponse,
+        )
+        assign_stream = _StreamMethod(
+            method=assign,
+            request=pb.AssignTargetsStreamRequest,
+            response=pb.AssignTargetsStreamResponse,
+        )
+        self._handlers = {
+            **{m.name: self._unary_handler(m) for m in (compute, assign, info)},
+            **{f"{m.method.name}Stream": self._stream_handler(m) for m in (compute_stream, assign_stream)},
+        }
+
+    def generic_handler(self) -> grpc.GenericRpcHandler:
+        """Returns what a `grpc.Server` takes."""
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, self._handlers)
+
+    def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        def handle(data: bytes, call: grpc.ServicerContext) -> bytes:
+            try:
+                return self._answer(method, data, call)
+            except Exception as error:  # noqa: BLE001  # every exception gets its status here
+                self._abort(method, error, call)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        def handle(messages: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[bytes]:
+            if not self._stream_places.acquire(blocking=False):
+                self._abort(stream.method, self._too_many_streams(), call)
+            try:
+                for data in messages:
+                    yield self._answer_on_stream(stream, data, call)
+            except LossdError as error:
+                self._abort(stream.method, error, call)
+            finally:
+                self._stream_places.release()
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+    def _answer(self, method: _Method, data: bytes, call: grpc.ServicerContext) -> bytes:
+        with self._observed(method, len(data)) as stages:
+            with stages.timed("decode"):
+                request = parse(method.request, data)
+            response = method.answer(request, stages, _deadline(call))
+            return self._serialize(method, response, stages)
+
+    def _answer_on_stream(self, stream: _StreamMethod, data: bytes, call: grpc.ServicerContext) -> bytes:
+        method = stream.method
+        with self._observed(method, len(data)) as stages:
+            with stages.timed("decode"):
+                envelope = parse(stream.request, data)
+            try:
+                response = method.answer(_request_in(envelope), stages, _deadline(call))
+                answer = stream.response(id=envelope.id, response=response)
+            except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
+                refusal = _as_lossd_error(error)
+                self._record(method, refusal, call)
+                answer = stream.response(id=envelope.id, error=stream_error(refusal))
+            return self._serialize(method, answer, stages)
+
+    def _serialize(self, method: _Method, message: Message, stages: Stages) -> bytes:
+        with stages.timed("encode"):
+            answer = message.SerializeToString()
+        self._metrics.response_bytes.labels(method.name).observe(len(answer))
+        return answer
+
+    @contextmanager
+    def _observed(self, method: _Method, request_bytes: int) -> Iterator[Stages]:
+        """Counts a request, and its time by stage however it ends."""
+        stages = Stages()
+        self._metrics.request_bytes.labels(method.name).observe(request_bytes)
+        with self._metrics.in_flight.labels(method.name).track_inprogress():
+            try:
+                yield stages
+            finally:
+                self._metrics.observe_stages(method.name, stages.seconds)
+
+    def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
+        refusal = _as_lossd_error(error)
+        self._record(method, refusal, call)
+        call.abort_with_status(rpc_status.to_status(status_of(refusal)))
+
+    def _record(self, method: _Method, error: LossdError, call: grpc.ServicerContext) -> None:
+        """Counts a refusal and writes its one line."""
+        self._metrics.refusals.labels(method.name, error.reason).inc()
+        _log.warning(
+            "refused",
+            method=method.name,
+            code=code_of(error).name,
+            reason=str(error.reason),
+            field=error.field,
+            message=error.message,
+            peer=call.peer(),
+        )
+
+    def _too_many_streams(self) -> UnavailableError:
+        return UnavailableError(
+            Reason.TOO_MANY_STREAMS, f"{self._max_streams} streams are open", limit=self._max_streams
+        )
+
+
+def _request_in(envelope: Any) -> Any:
+    if not envelope.HasField("request"):
+        raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="request")
+    return envelope.request
+
+
+def _as_lossd_error(error: Exception) -> LossdError:
+    """Returns what a caller may know of an exception; anything unforeseen stays in the log."""
+    if isinstance(error, LossdError):
+        return error
+    _log.error("internal error", exc_info=error)
+    return LossdError(Reason.INTERNAL, "a fault of the server; its log has the details")
+
+
+def _deadline(call: grpc.ServicerContext) -> float | None:
+    """Returns the call's deadline on the clock of `time.monotonic`."""
+    remaining = call.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining

@@ -1,0 +1,86 @@
+"""The server's Prometheus metrics. No label has values that a caller can choose."""
+
+from collections.abc import Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from lossd_server.engine import LossOutcome
+from lossd_server.targets import Assignment
+
+SECONDS = (
+    1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
+)  # fmt: skip
+BYTES = tuple(4.0**power for power in range(4, 15))
+ITEMS = tuple(2.0**power for power in range(13))
+
+_RPC = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Metrics:
+    """All metrics of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.started = Counter("grpc_server_started", "RPCs started on the server.", _RPC, registry=registry)
+        self.handled = Counter(
+            "grpc_server_handled",
+            "RPCs completed on the server, by status code.",
+            (*_RPC, "grpc_code"),
+            registry=registry,
+        )
+        self.received = Counter(
+            "grpc_server_msg_received", "Messages received by the server.", _RPC, registry=registry
+        )
+        self.sent = Counter("grpc_server_msg_sent", "Messages sent by the server.", _RPC, registry=registry)
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Time until an RPC was completed.",
+            _RPC,
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.stage = Histogram(
+            "lossd_stage_seconds",
+            "Time spent in a stage: decode, queue, compute, encode.",
+            ("method", "stage"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.items = Histogram(
+            "lossd_batch_items", "Items in a request.", ("method",), buckets=ITEMS, registry=registry
+        )
+        self.request_bytes = Histogram(
+            "lossd_request_bytes", "Size of a request.", ("method",), buckets=BYTES, registry=registry
+        )
+        self.response_bytes = Histogram(
+            "lossd_response_bytes", "Size of an answer.", ("method",), buckets=BYTES, registry=registry
+        )
+        self.in_flight = Gauge("lossd_in_flight", "Requests being served.", ("method",), registry=registry)
+        self.refusals = Counter(
+            "lossd_refusals", "Requests refused, by reason.", ("method", "reason"), registry=registry
+        )
+        self.positives = Counter(
+            "lossd_positives", "Positive rows or locations seen.", ("method",), registry=registry
+        )
+        self.non_finite = Counter(
+            "lossd_non_finite_inputs", "Input tensors that held NaN or infinity.", registry=registry
+        )
+        self.build = Info("lossd_build", "Version and device.", registry=registry)
+
+    def observe_stages(self, method: str, seconds: Mapping[str, float]) -> None:
+        """Observes how long each stage of a call took."""
+        for stage, spent in seconds.items():
+            self.stage.labels(method, stage).observe(spent)
+
+    def count_outcomes(self, outcomes: Sequence[LossOutcome]) -> None:
+        """Counts the items, positives and non-finite inputs of a batch of evaluations."""
+        method = "ComputeLoss"
+        self.items.labels(method).observe(len(outcomes))
+        self.positives.labels(method).inc(sum(outcome.positive_count for outcome in outcomes))
+        self.non_finite.inc(sum(len(outcome.non_finite) for outcome in outcomes))
+
+    def count_assignments(self, assignments: Sequence[Assignment]) -> None:
+        """Counts the items and positives of a batch of assignments."""
+        method = "AssignTargets"
+        self.items.labels(method).observe(len(assignments))
+        self.positives.labels(method).inc(sum(len(found.labels) for found in assignments))

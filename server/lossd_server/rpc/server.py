@@ -1,0 +1,156 @@
+"""The server: its listeners, health, reflection and metrics, from start to drain."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import grpc
+import prometheus_client
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lossd import __version__
+from lossd_server.config import ServerConfig
+from lossd_server.engine import Engine, describe_device, load_custom_losses, resolve_device
+from lossd_server.errors import ConfigurationError, Reason
+from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
+from lossd_server.rpc.interceptor import MetricsInterceptor
+from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.options import server_options
+from lossd_server.rpc.service import LossService
+
+_log = structlog.get_logger()
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_HEALTH_NAMES = ("", SERVICE_NAME)
+
+
+class Server:
+    """A lossd server in this process.
+
+    Use it as a context manager, or call `start` and `stop`.
+
+    Attributes:
+        addresses: What it listens on, with the ports that were taken; known after `start`.
+        metrics_port: Port of the Prometheus endpoint, or None; known after `start`.
+
+    Raises:
+        ConfigurationError: There is no such device, or a custom loss cannot be loaded.
+    """
+
+    def __init__(self, config: ServerConfig | None = None) -> None:
+        self._config = config or ServerConfig()
+        self.addresses: list[str] = []
+        self.metrics_port: int | None = None
+        self._metrics = Metrics()
+        self._engine = Engine(resolve_device(self._config.device), load_custom_losses(self._config.load))
+        self._pool = ThreadPoolExecutor(self._config.worker_threads, thread_name_prefix="lossd-rpc")
+        self._health_pool = ThreadPoolExecutor(1, thread_name_prefix="lossd-health")
+        self._health = health.HealthServicer(
+            experimental_non_blocking=True, experimental_thread_pool=self._health_pool
+        )
+        self._grpc = self._assemble()
+        self._metrics_server: Any = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listens, warms up, and only then reports SERVING.
+
+        Raises:
+            ConfigurationError: An address or the metrics port cannot be listened on.
+        """
+        self._set_health(_NOT_SERVING)
+        try:
+            self.addresses = [self._listen(address) for address in self._config.listen]
+            self._serve_metrics()
+        except ConfigurationError:
+            self.stop(grace=0)
+            raise
+        self._grpc.start()
+        self._engine.warm_up()
+        self._set_health(_SERVING)
+        _log.info(
+            "serving",
+            addresses=self.addresses,
+            metrics_port=self.metrics_port,
+            device=describe_device(self._engine.device),
+            version=__version__,
+        )
+
+    def stop(self, grace: float | None = None) -> None:
+        """Reports NOT_SERVING, refuses new work, and waits for what runs, `grace` seconds at most.
+
+        Args:
+            grace: Seconds; None means the configured `drain_seconds`.
+        """
+        grace = self._config.drain_seconds if grace is None else grace
+        self._set_health(_NOT_SERVING)
+        self._engine.drain()
+        finished = self._grpc.stop(grace).wait(grace + 5)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._health_pool.shutdown(wait=False, cancel_futures=True)
+        if self._metrics_server is not None:
+            server, thread = self._metrics_server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._metrics_server = None
+        _log.info("stopped", drained=finished)
+
+    def _assemble(self) -> grpc.Server:
+        config = self._config
+        server = grpc.server(
+            self._pool,
+            interceptors=[MetricsInterceptor(self._metrics)],
+            options=server_options(config.max_message_bytes),
+        )
+        service = LossService(self._engine, self._metrics, config)
+        handlers = Handlers(service, self._metrics, max_streams=config.max_streams)
+        server.add_generic_rpc_handlers((handlers.generic_handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        self._metrics.build.info({"version": __version__, "device": describe_device(self._engine.device)})
+        return server
+
+    def _listen(self, address: str) -> str:
+        """Listens on an address and returns it with the port that was taken."""
+        try:
+            port = self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise ConfigurationError(
+                Reason.INVALID_OPTION, f"cannot listen on {address}", field="listen", address=address
+            )
+        if address.startswith("unix:"):
+            return address
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    def _serve_metrics(self) -> None:
+        port, host = self._config.metrics_port, self._config.metrics_host
+        if port is None:
+            return
+        try:
+            self._metrics_server = prometheus_client.start_http_server(
+                port, host, registry=self._metrics.registry
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                Reason.INVALID_OPTION,
+                f"cannot listen on {host}:{port}: {error.strerror}",
+                field="metrics_port",
+                port=port,
+            ) from error
+        self.metrics_port = self._metrics_server[0].server_port
+
+    def _set_health(self, status: int) -> None:
+        for name in _HEALTH_NAMES:
+            self._health.set(name, status)

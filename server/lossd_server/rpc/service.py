@@ -1,0 +1,70 @@
+"""The methods of `LossService`: decode, ask the engine, encode."""
+
+import time
+
+from lossd import __version__
+from lossd.v1 import loss_service_pb2 as pb
+from lossd_server.config import ServerConfig
+from lossd_server.engine import Engine, describe_device
+from lossd_server.rpc import decode, encode
+from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, numbers_of
+from lossd_server.rpc.losses import LOSS_KINDS
+from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.stages import Stages
+
+
+class LossService:
+    """Answers requests: messages in, messages out, `LossdError` for what is refused."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, config: ServerConfig) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._config = config
+        self._began = time.monotonic()
+
+    def compute_loss(
+        self, request: pb.ComputeLossRequest, stages: Stages, deadline: float | None
+    ) -> pb.ComputeLossResponse:
+        """Evaluates a batch of items; the deadline is on the clock of `time.monotonic`."""
+        with stages.timed("decode"):
+            job = decode.read_loss_job(request, self._engine.custom_losses)
+        outcomes, timing = self._engine.compute(job, deadline)
+        stages.add("queue", timing.queue)
+        stages.add("compute", timing.compute)
+        with stages.timed("encode"):
+            results = [encode.loss_result(outcome) for outcome in outcomes]
+        self._metrics.count_outcomes(outcomes)
+        return pb.ComputeLossResponse(results=results, timings=stages.timings())
+
+    def assign_targets(
+        self, request: pb.AssignTargetsRequest, stages: Stages, _deadline: float | None
+    ) -> pb.AssignTargetsResponse:
+        """Assigns targets to a batch of items; nothing here waits, so there is no deadline to miss."""
+        with stages.timed("decode"):
+            job = decode.read_assign_job(request, self._config.max_message_bytes)
+        assignments, timing = self._engine.assign(job)
+        stages.add("compute", timing.compute)
+        with stages.timed("encode"):
+            preset = job.assigner.preset
+            results = [encode.target_result(found, request.format, preset) for found in assignments]
+        self._metrics.count_assignments(assignments)
+        return pb.AssignTargetsResponse(results=results, timings=stages.timings())
+
+    def get_server_info(
+        self, _request: pb.GetServerInfoRequest, _stages: Stages, _deadline: float | None
+    ) -> pb.GetServerInfoResponse:
+        """Says what this server is and offers."""
+        return pb.GetServerInfoResponse(
+            version=__version__,
+            devices=[describe_device(self._engine.device)],
+            losses=LOSS_KINDS,
+            custom_losses=[
+                pb.CustomLossInfo(name=loss.name, inputs=loss.inputs)
+                for loss in self._engine.custom_losses.values()
+            ],
+            loss_presets=numbers_of(LOSS_PRESETS),
+            assigner_presets=numbers_of(ASSIGNER_PRESETS),
+            max_message_bytes=self._config.max_message_bytes,
+            max_stream_count=self._config.max_streams,
+            uptime_seconds=time.monotonic() - self._began,
+        )

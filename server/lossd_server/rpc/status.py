@@ -1,0 +1,73 @@
+"""What a caller is told of an error: the one place where a reason becomes a gRPC code."""
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from lossd.v1 import loss_service_pb2 as pb
+from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
+from lossd_server.rpc.enums import REASONS, number_of
+
+DOMAIN = "lossd"
+RETRY_SECONDS = 1
+"""When a caller that was turned away may come again."""
+
+MAX_VALUE_LENGTH = 256
+"""Longest value in the metadata of an error: status details travel in a header of limited size."""
+
+CODES: dict[Reason, grpc.StatusCode] = {
+    **dict.fromkeys(Reason, grpc.StatusCode.INVALID_ARGUMENT),
+    Reason.UNKNOWN_CUSTOM_LOSS: grpc.StatusCode.NOT_FOUND,
+    Reason.CUSTOM_LOSS_FAILED: grpc.StatusCode.INTERNAL,
+    Reason.MESSAGE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.OUT_OF_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
+    Reason.TOO_MANY_STREAMS: grpc.StatusCode.UNAVAILABLE,
+    Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+
+def code_of(error: LossdError) -> grpc.StatusCode:
+    """Returns the gRPC code of an error."""
+    return CODES[error.reason]
+
+
+def status_of(error: LossdError) -> status_pb2.Status:
+    """Returns the `google.rpc.Status` of an error: what a unary call fails with."""
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))]
+    if isinstance(error, InvalidInputError) and error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=_shorten(error.message)
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, UnavailableError):
+        delay = Duration(seconds=RETRY_SECONDS)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code_of(error).value[0], message=_shorten(str(error)))
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def stream_error(error: LossdError) -> pb.Error:
+    """Returns the same as a message, for an answer on a stream."""
+    return pb.Error(
+        code=code_of(error).value[0],
+        message=_shorten(str(error)),
+        reason=number_of(REASONS, error.reason),
+        field=error.field,
+        metadata=_metadata(error),
+    )
+
+
+def _metadata(error: LossdError) -> dict[str, str]:
+    values = {name: _shorten(value) for name, value in error.values.items()}
+    return {**values, "field": _shorten(error.field)} if error.field else values
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"
