@@ -1,0 +1,61 @@
+"""A thin client of lossd: numpy in, numpy out, and no torch unless `lossd_client.torch` is imported.
+
+from lossd_client import Client, FocalLoss
+
+with Client("localhost:50051") as client:
+result = client.compute_loss(FocalLoss(), logits, targets, gradients=True)
+"""
+
+from lossd_client._arrays import Array
+from lossd_client._configs import (
+    CenternessLoss,
+    CustomLoss,
+    FCOSAssigner,
+    FCOSLoss,
+    FocalLoss,
+    GIoULoss,
+)
+from lossd_client._errors import (
+    DeadlineError,
+    InvalidInputError,
+    LossdError,
+    NotFoundError,
+    ServerError,
+    TooLargeError,
+    UnavailableError,
+)
+from lossd_client._results import (
+    DenseLevel,
+    DenseTargets,
+    LossResult,
+    NonFinite,
+    ServerInfo,
+    SparseTargets,
+)
+from lossd_client.aio import AsyncClient
+from lossd_client.client import Client
+
+__all__ = [
+    "Array",
+    "AsyncClient",
+    "CenternessLoss",
+    "Client",
+    "CustomLoss",
+    "DeadlineError",
+    "DenseLevel",
+    "DenseTargets",
+    "FCOSAssigner",
+    "FCOSLoss",
+    "FocalLoss",
+    "GIoULoss",
+    "InvalidInputError",
+    "LossResult",
+    "LossdError",
+    "NonFinite",
+    "NotFoundError",
+    "ServerError",
+    "ServerInfo",
+    "SparseTargets",
+    "TooLargeError",
+    "UnavailableError",
+]

@@ -1,0 +1,35 @@
+"""Whatever a caller holds, as a numpy array: torch tensors too, without importing torch."""
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def as_array(value: Any) -> Array:
+    """Returns a value as numpy, without a copy where its memory allows.
+
+    Takes numpy arrays, numbers and nested lists, anything with `__array__` or `__dlpack__`, and torch
+    tensors of every dtype, on any device, with or without a gradient.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    torch = sys.modules.get("torch")  # a caller who has a tensor has imported torch
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _from_torch(value, torch)
+    if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def _from_torch(tensor: Any, torch: Any) -> Array:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
+        bits: Array = tensor.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: Array = tensor.numpy()
+    return array

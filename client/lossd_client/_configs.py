@@ -1,0 +1,304 @@
+"""The losses and the assigner as a caller configures them; the names are the specification's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lossd.tensors import TensorError, pack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2
+from lossd_client._arrays import as_array
+from lossd_client._errors import refused_here
+
+
+class LossConfig:
+    """A loss that the server can evaluate.
+
+    Attributes:
+        kind: Its name in the contract's `oneof`.
+        inputs: Names of its arguments, in order.
+        differentiable: Those that gradients can be asked for.
+    """
+
+    kind: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]]
+    differentiable: ClassVar[tuple[str, ...]]
+
+    def message(self) -> Any:
+        """Returns the configuration as the contract's message."""
+        raise NotImplementedError
+
+    def item(self, arguments: Sequence[Any]) -> pb.LossItem:
+        """Returns the item that holds the arguments of one evaluation.
+
+        Raises:
+            TypeError: There are too few or too many.
+            InvalidInputError: An argument is no tensor of the contract.
+        """
+        if len(arguments) > len(self.inputs):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.inputs)}: got {len(arguments)}")
+        item = pb.LossItem()
+        inputs = getattr(item, self.kind)
+        inputs.SetInParent()
+        for name, value in zip(self.inputs, arguments, strict=False):
+            if value is not None:
+                getattr(inputs, name).CopyFrom(packed(name, value))
+        return item
+
+
+@dataclass(frozen=True, slots=True)
+class FocalLoss(LossConfig):
+    """Sigmoid focal loss; called with `inputs`, `targets`.
+
+    Attributes:
+        alpha: Weight of a row's own class, at most 1; None weighs all classes alike.
+        gamma: Focusing parameter, at least 0.
+        reduction: `mean`, `sum` or `none`.
+    """
+
+    kind = "focal"
+    inputs = ("inputs", "targets")
+    differentiable = ("inputs",)
+
+    alpha: float | None = 0.25
+    gamma: float = 2.0
+    reduction: str = "mean"
+
+    def message(self) -> losses_pb2.FocalLoss:
+        """Returns the configuration as the contract's message."""
+        alpha = -1.0 if self.alpha is None else self.alpha
+        return losses_pb2.FocalLoss(alpha=alpha, gamma=self.gamma, reduction=_reduction(self.reduction))
+
+
+@dataclass(frozen=True, slots=True)
+class GIoULoss(LossConfig):
+    """Generalized IoU loss; called with `pred_boxes`, `target_boxes` and optionally `weights`.
+
+    Attributes:
+        reduction: `mean`, `sum` or `none`.
+        eps: Floor of the union's and the enclosing box's area, square pixels.
+    """
+
+    kind = "giou"
+    inputs = ("pred_boxes", "target_boxes", "weights")
+    differentiable = ("pred_boxes",)
+
+    reduction: str = "mean"
+    eps: float = 1e-7
+
+    def message(self) -> losses_pb2.GIoULoss:
+        """Returns the configuration as the contract's message."""
+        return losses_pb2.GIoULoss(reduction=_reduction(self.reduction), eps=self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class CenternessLoss(LossConfig):
+    """Cross-entropy on centerness; called with `pred`, `target` and optionally `weights`.
+
+    Attributes:
+        reduction: `mean`, `sum` or `none`.
+    """
+
+    kind = "centerness"
+    inputs = ("pred", "target", "weights")
+    differentiable = ("pred",)
+
+    reduction: str = "mean"
+
+    def message(self) -> losses_pb2.CenternessLoss:
+        """Returns the configuration as the contract's message."""
+        return losses_pb2.CenternessLoss(reduction=_reduction(self.reduction))
+
+
+@dataclass(frozen=True, slots=True)
+class FCOSAssigner:
+    """How ground truth becomes FCOS targets.
+
+    Attributes:
+        strides: Pixels between neighbouring locations, one a level.
+        regress_ranges: `(min, max)` of the farthest side, pixels, one a level; None means the ranges
+            of the five default strides.
+        preset: Whose rules to follow: `autotimm`.
+        box_format: `xyxy`, `xywh` or `cxcywh`.
+    """
+
+    strides: Sequence[int] = (8, 16, 32, 64, 128)
+    regress_ranges: Sequence[tuple[float, float]] | None = None
+    preset: str = "autotimm"
+    box_format: str = "xyxy"
+
+    def message(self) -> losses_pb2.FCOSAssigner:
+        """Returns the configuration as the contract's message."""
+        return losses_pb2.FCOSAssigner(
+            preset=_enum(losses_pb2.AssignerPreset, "ASSIGNER_PRESET_", "preset", self.preset),
+            strides=self.strides,
+            regress_ranges=[
+                losses_pb2.RegressRange(min=low, max=high) for low, high in self.regress_ranges or ()
+            ],
+            box_format=_enum(losses_pb2.BoxFormat, "BOX_FORMAT_", "box_format", self.box_format),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FCOSLoss(LossConfig):
+    """The combined loss of an FCOS head.
+
+    Called with `cls_preds`, `reg_preds`, `centerness_preds`, one array a level each, and then either
+    `cls_targets`, `reg_targets`, `centerness_targets` likewise, or the ground truth: for each image
+    a mapping with `boxes` `[N, 4]` and `labels` `[N]`, optionally `iscrowd` `[N]`.
+
+    Attributes:
+        num_classes: Number of classes, the channels of `cls_preds`.
+        focal_alpha: Alpha of the focal loss; None weighs all classes alike.
+        focal_gamma: Gamma of the focal loss.
+        cls_weight: Weight of the classification component.
+        reg_weight: Weight of the regression component.
+        centerness_weight: Weight of the centerness component.
+        strides: Strides of the assigner, for ground truth.
+        regress_ranges: Ranges of the assigner; None means those of the default strides.
+        preset: `autotimm` or `documented`; None lets the kind of targets choose.
+        box_format: Layout of the ground truth's boxes: `xyxy`, `xywh` or `cxcywh`.
+        cls_loss_weight: The documented name of `cls_weight`.
+        reg_loss_weight: The documented name of `reg_weight`.
+        centerness_loss_weight: The documented name of `centerness_weight`.
+    """
+
+    kind = "fcos"
+    inputs = (
+        "cls_preds",
+        "reg_preds",
+        "centerness_preds",
+        "cls_targets",
+        "reg_targets",
+        "centerness_targets",
+    )
+    differentiable = inputs[:3]
+
+    num_classes: int
+    focal_alpha: float | None = 0.25
+    focal_gamma: float = 2.0
+    cls_weight: float | None = None
+    reg_weight: float | None = None
+    centerness_weight: float | None = None
+    strides: Sequence[int] = (8, 16, 32, 64, 128)
+    regress_ranges: Sequence[tuple[float, float]] | None = None
+    preset: str | None = None
+    box_format: str = "xyxy"
+    cls_loss_weight: float | None = None
+    reg_loss_weight: float | None = None
+    centerness_loss_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a weight under both of its names with `TypeError`."""
+        for name in ("cls", "reg", "centerness"):
+            if None not in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_loss_weight")):
+                raise TypeError(f"{name}_weight and {name}_loss_weight are one: give one")
+
+    def message(self) -> losses_pb2.FCOSLoss:
+        """Returns the configuration as the contract's message."""
+        assigner = FCOSAssigner(
+            strides=self.strides, regress_ranges=self.regress_ranges, box_format=self.box_format
+        )
+        return losses_pb2.FCOSLoss(
+            num_classes=self.num_classes,
+            focal_alpha=-1.0 if self.focal_alpha is None else self.focal_alpha,
+            focal_gamma=self.focal_gamma,
+            cls_weight=_given(self.cls_weight, self.cls_loss_weight),
+            reg_weight=_given(self.reg_weight, self.reg_loss_weight),
+            centerness_weight=_given(self.centerness_weight, self.centerness_loss_weight),
+            preset=_enum(losses_pb2.LossPreset, "LOSS_PRESET_", "preset", self.preset or "unspecified"),
+            assigner=assigner.message(),
+        )
+
+    def item(self, arguments: Sequence[Any]) -> pb.LossItem:
+        """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
+        if len(arguments) not in {4, 6}:
+            raise TypeError(
+                "FCOSLoss takes cls_preds, reg_preds, centerness_preds and then three lists of targets "
+                f"or the ground truth: got {len(arguments)} arguments"
+            )
+        item = pb.LossItem(fcos=losses_pb2.FCOSInputs())
+        lists = arguments if len(arguments) == 6 else arguments[:3]
+        for name, levels in zip(self.inputs, lists, strict=False):
+            getattr(item.fcos, name).extend(packed(f"{name}[{i}]", level) for i, level in enumerate(levels))
+        if len(arguments) == 4:
+            item.fcos.ground_truth.extend(packed_ground_truth(arguments[3]))
+        return item
+
+
+@dataclass(frozen=True, slots=True)
+class CustomLoss(LossConfig):
+    """A module that the operator loaded; called with one mapping of its inputs by name.
+
+    Attributes:
+        name: The name it was loaded under.
+    """
+
+    kind = "custom"
+    inputs = ("tensors",)
+    differentiable = ()
+
+    name: str
+
+    def message(self) -> losses_pb2.CustomLoss:
+        """Returns the configuration as the contract's message."""
+        return losses_pb2.CustomLoss(name=self.name)
+
+    def item(self, arguments: Sequence[Any]) -> pb.LossItem:
+        """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
+        (tensors,) = arguments
+        item = pb.LossItem(custom=losses_pb2.CustomInputs())
+        for name, value in tensors.items():
+            item.custom.tensors[name].CopyFrom(packed(f"tensors[{name}]", value))
+        return item
+
+
+def packed(field: str, value: Any) -> Any:
+    """Returns a value as a `Tensor`; raises `InvalidInputError` that names the field."""
+    try:
+        return pack(as_array(value))
+    except TensorError as error:
+        reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
+        raise refused_here(reason, str(error), field=field, **error.values) from error
+
+
+def packed_ground_truth(images: Sequence[Mapping[str, Any]]) -> list[losses_pb2.GroundTruth]:
+    """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
+    return [_packed_objects(f"ground_truth[{index}]", image) for index, image in enumerate(images)]
+
+
+def _packed_objects(field: str, image: Mapping[str, Any]) -> losses_pb2.GroundTruth:
+    objects = losses_pb2.GroundTruth()
+    known = objects.DESCRIPTOR.fields_by_name
+    for key in image:
+        if key not in known:
+            reason = pb.ERROR_REASON_UNEXPECTED_FIELD
+            raise refused_here(reason, f"is unknown, want {', '.join(known)}", field=f"{field}.{key}")
+    for key in ("boxes", "labels"):
+        if key not in image:
+            raise refused_here(pb.ERROR_REASON_MISSING_FIELD, "is not set", field=f"{field}.{key}")
+    for key, value in image.items():
+        if value is not None:
+            array = as_array(value)
+            # An empty list has no type of its own; numpy makes it float64.
+            if not array.size and key == "labels":
+                array = array.astype("int64")
+            getattr(objects, key).CopyFrom(packed(f"{field}.{key}", array))
+    return objects
+
+
+def _given(weight: float | None, documented: float | None) -> float | None:
+    return documented if weight is None else weight
+
+
+def _reduction(name: str) -> Any:
+    return _enum(losses_pb2.Reduction, "REDUCTION_", "reduction", name)
+
+
+def _enum(wire: Any, prefix: str, field: str, name: str) -> Any:
+    """Returns the contract's number for a name; raises `InvalidInputError` when there is none."""
+    if (key := f"{prefix}{name.upper()}") not in wire.keys():  # noqa: SIM118  # no mapping, but it has keys()
+        names = [k.removeprefix(prefix).lower() for k in wire.keys()[1:]]
+        reason = pb.ERROR_REASON_INVALID_OPTION
+        raise refused_here(reason, f"is {name!r}, want one of {', '.join(names)}", field=field, value=name)
+    return wire.Value(key)

@@ -1,0 +1,139 @@
+"""What a call can fail with.
+
+LossdError
+├── InvalidInputError     INVALID_ARGUMENT: the request breaks a rule; also a ValueError
+├── NotFoundError         NOT_FOUND: no such custom loss; also a LookupError
+├── TooLargeError         RESOURCE_EXHAUSTED: more than the server reads, or its device holds
+├── UnavailableError      UNAVAILABLE: no server there, or it is stopping; also a ConnectionError
+├── DeadlineError         DEADLINE_EXCEEDED: the timeout passed; also a TimeoutError
+└── ServerError           anything else: a fault of the server or of a custom loss
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from lossd.v1 import loss_service_pb2 as pb
+
+
+class LossdError(Exception):
+    """A call that failed.
+
+    Attributes:
+        code: The gRPC status code.
+        reason: Which rule was broken, a value of the contract's `ErrorReason` without its prefix,
+            e.g. `LABEL_OUT_OF_RANGE`; empty when the answer did not come from lossd.
+        message: What is wrong, for people.
+        field: Path of the offending field, e.g. `items[3].focal.targets`; empty when there is none.
+        metadata: Every value that the message mentions, by name.
+        retry_after: Seconds after which the server would like to be asked again, or None.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        reason: str = "",
+        field: str = "",
+        metadata: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.field = field
+        self.metadata = dict(metadata or {})
+        self.retry_after = retry_after
+
+    @property
+    def value(self) -> str | None:
+        """The offending value as text, where the error is about one value."""
+        return self.metadata.get("value")
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.reason or self.code.name}]"
+
+
+class InvalidInputError(LossdError, ValueError):
+    """The request breaks a rule."""
+
+
+class NotFoundError(LossdError, LookupError):
+    """The server has no custom loss of that name."""
+
+
+class TooLargeError(LossdError):
+    """The request is larger than the server reads, or than its device holds."""
+
+
+class UnavailableError(LossdError, ConnectionError):
+    """There is no server at the target, or it is stopping."""
+
+
+class DeadlineError(LossdError, TimeoutError):
+    """The timeout passed."""
+
+
+class ServerError(LossdError):
+    """A fault of the server, or of a custom loss."""
+
+
+_BY_CODE: dict[grpc.StatusCode, type[LossdError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TooLargeError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+}
+
+
+def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
+    """Returns our error for a failed gRPC call, sync or async.
+
+    Args:
+        error: The `grpc.RpcError`.
+        first_item: Place of the request's first item in the caller's batch, when that was split.
+    """
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    status = rpc_status.from_call(error)
+    for detail in status.details if status else ():
+        detail.Unpack(info)
+        detail.Unpack(retry)
+    metadata = dict(info.metadata)
+    field = _shifted(metadata.pop("field", ""), first_item)
+    make = _BY_CODE.get(error.code(), ServerError)
+    return make(
+        error.code(),
+        _shifted(error.details() or "", first_item),
+        reason=info.reason,
+        field=field,
+        metadata=metadata,
+        retry_after=retry.retry_delay.ToTimedelta().total_seconds() or None,
+    )
+
+
+def refused_here(
+    reason: "pb.ErrorReason.ValueType", message: str, *, field: str, **values: object
+) -> LossdError:
+    """Returns the error of a request that is refused before it is sent."""
+    name = pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+    too_large = reason == pb.ERROR_REASON_MESSAGE_TOO_LARGE
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INVALID_ARGUMENT
+    return _BY_CODE[code](
+        code,
+        f"{field}: {message}",
+        reason=name,
+        field=field,
+        metadata={key: str(value) for key, value in values.items()},
+    )
+
+
+def _shifted(text: str, first_item: int) -> str:
+    """Returns a path, or a message that begins with one, with its item counted in the whole batch."""
+    return re.sub(r"^items\[(\d+)\]", lambda match: f"items[{int(match[1]) + first_item}]", text)

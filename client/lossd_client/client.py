@@ -1,0 +1,223 @@
+"""The client for ordinary code."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1.loss_service_pb2_grpc import LossServiceStub
+from lossd_client._channel import OPTIONS
+from lossd_client._configs import FCOSAssigner, LossConfig
+from lossd_client._errors import error_of_call
+from lossd_client._requests import SMALL_BYTES, Gradients, assign_request, loss_request, split
+from lossd_client._results import (
+    DenseTargets,
+    LossResult,
+    ServerInfo,
+    SparseTargets,
+    read_loss_results,
+    read_server_info,
+    read_targets,
+)
+
+T = TypeVar("T")
+
+
+class Client:
+    """Calls a lossd server.
+
+    Connects when first used, and anew in every process: an instance made before a fork, or pickled,
+    works in the child. Threads may share one. Use it as a context manager, or call `close`.
+
+    Args:
+        target: Where the server listens: `host:port`, `unix:///path`, or any gRPC target.
+        timeout: Seconds that a call may take unless it says otherwise; None for no end.
+        channel: A channel of the caller's to use instead; never closed here, and not taken to
+            another process.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        timeout: float | None = 60.0,
+        channel: grpc.Channel | None = None,
+    ) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._given_channel = channel
+        self._own_channel: grpc.Channel | None = None
+        self._process: int | None = None
+        self._max_message_bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self._target, self._timeout)
+
+    def compute_loss(
+        self,
+        loss: LossConfig,
+        *arguments: Any,
+        gradients: Gradients = False,
+        gradient_dtype: Any = None,
+        component_gradients: bool = False,
+        normalizer: float | None = None,
+        strict: bool = False,
+        timeout: float | None = None,
+    ) -> LossResult:
+        """Evaluates a loss.
+
+        Args:
+            loss: Which loss, with its settings.
+            *arguments: What its `forward` takes, in that order: numpy arrays, torch tensors, or
+                anything that numpy reads.
+            gradients: True for the gradients of all differentiable inputs, or the names of some.
+            gradient_dtype: A numpy float dtype for the gradients; None means each input's own.
+            component_gradients: Gradients of the component that an input feeds, before that
+                component's weight, instead of gradients of the loss.
+            normalizer: What a mean is divided by in place of this item's own count.
+            strict: Whether NaN and infinity in the inputs are refused, not just reported.
+            timeout: Seconds; None means the client's.
+
+        Raises:
+            InvalidInputError: The server refuses the input; the error names field and value.
+            NotFoundError: There is no such custom loss.
+            TooLargeError: The input is larger than the server reads.
+            UnavailableError: No server answers, after a few tries.
+            DeadlineError: The timeout passed.
+            ServerError: A fault of the server, or of a custom loss.
+        """
+        (result,) = self.compute_losses(
+            loss,
+            [arguments],
+            gradients=gradients,
+            gradient_dtype=gradient_dtype,
+            component_gradients=component_gradients,
+            normalizers=[normalizer],
+            strict=strict,
+            timeout=timeout,
+        )
+        return result
+
+    def compute_losses(
+        self,
+        loss: LossConfig,
+        items: Iterable[Sequence[Any]],
+        *,
+        gradients: Gradients = False,
+        gradient_dtype: Any = None,
+        component_gradients: bool = False,
+        normalizers: Sequence[float | None] | None = None,
+        strict: bool = False,
+        timeout: float | None = None,
+    ) -> list[LossResult]:
+        """Evaluates a loss on many inputs, each with shapes of its own, in one call.
+
+        A batch is all or nothing, unless it is too large for one message: then it goes in several,
+        one after the other, and an error in a later one comes after the earlier were evaluated.
+
+        Args:
+            loss: Which loss, with its settings.
+            items: The arguments of each evaluation; see `compute_loss`.
+            gradients: See `compute_loss`.
+            gradient_dtype: See `compute_loss`.
+            component_gradients: See `compute_loss`.
+            normalizers: A normalizer, or None, for each item.
+            strict: See `compute_loss`.
+            timeout: Seconds for each message; None means the client's.
+
+        Raises:
+            LossdError: As for `compute_loss`; the field names the item.
+        """
+        request = loss_request(
+            loss,
+            items,
+            gradients=gradients,
+            gradient_dtype=gradient_dtype,
+            component_gradients=component_gradients,
+            normalizers=normalizers,
+            strict=strict,
+        )
+        if request.ByteSize() <= SMALL_BYTES:
+            parts = [(0, request)]
+        else:
+            parts = list(split(request, self._message_limit()))
+        call = self._stub().ComputeLoss
+        responses = [self._call(call, part, timeout, first_item=first) for first, part in parts]
+        return read_loss_results(loss.kind, responses)
+
+    def assign_targets(
+        self,
+        assigner: FCOSAssigner,
+        ground_truth: Sequence[Mapping[str, Any]],
+        *,
+        image_size: tuple[int, int] | None = None,
+        feature_sizes: Sequence[tuple[int, int]] | None = None,
+        sparse: bool = False,
+        timeout: float | None = None,
+    ) -> DenseTargets | SparseTargets:
+        """Assigns the locations of a feature pyramid to the objects of a batch of images.
+
+        Args:
+            assigner: The rules.
+            ground_truth: For each image a mapping with `boxes` `[N, 4]` and `labels` `[N]`, and
+                optionally `iscrowd` `[N]`.
+            image_size: Height and width of the images, pixels; or give `feature_sizes`.
+            feature_sizes: Height and width of each level, locations.
+            sparse: Whether to return the positive locations alone.
+            timeout: Seconds; None means the client's.
+
+        Raises:
+            LossdError: As for `compute_loss`.
+        """
+        request = assign_request(
+            assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
+        )
+        return read_targets(self._call(self._stub().AssignTargets, request, timeout))
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Returns what the server says of itself.
+
+        Raises:
+            UnavailableError: No server answers.
+            DeadlineError: The timeout passed.
+        """
+        request = pb.GetServerInfoRequest()
+        return read_server_info(self._call(self._stub().GetServerInfo, request, timeout))
+
+    def close(self) -> None:
+        """Closes the connection, if this client made one in this process; a later call makes another."""
+        if self._own_channel is not None and self._process == os.getpid():
+            self._own_channel.close()
+        self._own_channel = None
+
+    def _stub(self) -> LossServiceStub:
+        if self._given_channel is not None:
+            return LossServiceStub(self._given_channel)
+        if self._own_channel is None or self._process != os.getpid():
+            # A parent's channel is dropped without a close: its threads are not here to answer.
+            self._own_channel = grpc.insecure_channel(self._target, options=OPTIONS)
+            self._process = os.getpid()
+        return LossServiceStub(self._own_channel)
+
+    def _message_limit(self) -> int:
+        if self._max_message_bytes is None:
+            self._max_message_bytes = self.server_info().max_message_bytes
+        return self._max_message_bytes
+
+    def _call(self, call: Callable[..., T], request: Any, timeout: float | None, *, first_item: int = 0) -> T:
+        try:
+            return call(request, timeout=self._timeout if timeout is None else timeout)
+        except grpc.RpcError as error:
+            raise error_of_call(error, first_item=first_item) from None
+
+
+def _restore(kind: type[Client], target: str, timeout: float | None) -> Client:
+    return kind(target, timeout=timeout)
