@@ -4,6 +4,7 @@ Every check takes numpy arrays and torch tensors alike. Shapes and types are rea
 values are only read where a check is about values, on the host.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from lossd_server.errors import InvalidInputError, Reason
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
+_LARGEST_LABEL = 2**63 - 1
+"""Labels are computed with, and handed out, as int64."""
+
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
@@ -116,13 +120,11 @@ def require_labels(field: str, labels: Any, *, num_classes: int | None, lowest: 
         lowest: Smallest label allowed: -1 where that means "no object".
     """
     values = host_array(labels)
-    outside = values < lowest
-    if num_classes is not None:
-        outside |= values >= num_classes
+    highest = _LARGEST_LABEL if num_classes is None else num_classes - 1
+    outside = (values < lowest) | (values > highest)
     if outside.any():
         position = first_position(outside)
         value = int(values[tuple(position)])
-        highest = "" if num_classes is None else str(num_classes - 1)
         raise InvalidInputError(
             Reason.LABEL_OUT_OF_RANGE,
             f"label at {position} is {value}, want {lowest}..{highest}",
@@ -188,8 +190,15 @@ def require_number(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    whole: bool = False,
 ) -> None:
-    """Raises `INVALID_OPTION` unless a setting is finite and within its bounds."""
+    """Raises `INVALID_OPTION` unless a setting is a finite number within its bounds."""
+    wanted = numbers.Integral if whole else numbers.Real
+    if not isinstance(value, wanted):
+        kind = "a whole number" if whole else "a number"
+        raise InvalidInputError(
+            Reason.INVALID_OPTION, f"is {value!r}, want {kind}", field=field, value=repr(value)
+        )
     bounds = [
         (f"at least {at_least}", at_least is None or value >= at_least),
         (f"above {above}", above is None or value > above),

@@ -255,12 +255,14 @@ class FCOSLoss(_message.Message):
     centerness_weight: _builtins.float
     """Weight of the centerness component, finite, at least 0. Default 1."""
     preset: Global___LossPreset.ValueType
-    """Whose numbers to reproduce. Default: AUTOTIMM for dense targets, DOCUMENTED
-    for ground truth. A preset that does not fit the targets is refused.
+    """Whose numbers to reproduce, with either kind of targets. Default: AUTOTIMM
+    for dense targets, DOCUMENTED for ground truth.
     """
     @_builtins.property
     def assigner(self) -> Global___FCOSAssigner:
-        """How ground truth becomes targets. Not used with dense targets."""
+        """How ground truth becomes targets. Not used with dense targets. A head with
+        fewer levels than the default strides takes the first of them.
+        """
 
     def __init__(
         self,

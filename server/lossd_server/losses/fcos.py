@@ -21,7 +21,7 @@ from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_kernel import FocalConstants
 from lossd_server.losses.formulas import entropy
 from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
-from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar
+from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, FCOSAssigner, GroundTruth
 
@@ -44,7 +44,8 @@ class FCOSLoss(LossModule):
         cls_weight: Weight of the classification component; also `cls_loss_weight`.
         reg_weight: Weight of the regression component; also `reg_loss_weight`.
         centerness_weight: Weight of the centerness component; also `centerness_loss_weight`.
-        strides: Strides of the assigner, for ground truth.
+        strides: Strides of the assigner, for ground truth; a head with fewer levels takes the first of
+            the default ones.
         regress_ranges: Ranges of the assigner; None means the default ones of five strides.
         preset: `autotimm` or `documented`; None chooses by the kind of targets.
         assigner: The whole assigner, in place of `strides` and `regress_ranges`.
@@ -94,7 +95,7 @@ class FCOSLoss(LossModule):
             strides=tuple(strides),
             regress_ranges=None if regress_ranges is None else tuple(regress_ranges),
         )
-        checks.require_number("num_classes", num_classes, at_least=1)
+        checks.require_number("num_classes", num_classes, at_least=1, whole=True)
         check_focal_constants(self.focal, alpha_field="focal_alpha", gamma_field="focal_gamma")
 
     def forward(
@@ -163,7 +164,8 @@ class FCOSLoss(LossModule):
                 raise InvalidInputError(Reason.UNEXPECTED_FIELD, "is set beside ground_truth", field=name)
         batch = sizes[0][0]
         checks.require_count("ground_truth", len(arguments["ground_truth"]), "images", batch)
-        checks.require_count("cls_preds", len(sizes), "strides of the assigner", len(self.assigner.strides))
+        strides = self.assigner.for_levels(len(sizes)).strides
+        checks.require_count("cls_preds", len(sizes), "strides of the assigner", len(strides))
 
     def prepare(self, arguments: Arguments) -> Arguments:
         """Checks arguments, numpy or torch, and returns them with the ground truth read."""
@@ -248,9 +250,10 @@ class FCOSLoss(LossModule):
         components = self._components(
             [term.sums for term in terms], targets.sum_by_level(floor), divisors, rules
         )
-        dtype = torch.promote_types(arguments["cls_preds"][0].dtype, torch.float32)
+        weighted = [c.value * c.weight for c in components if c.name in COMPONENTS]
+        dtype = widest_dtype(pred for name in PREDICTIONS for pred in arguments[name])
         return Evaluation(
-            loss=torch.stack([c.value * c.weight for c in components if c.weight]).sum().to(dtype),
+            loss=torch.stack(weighted).sum().to(dtype),
             components=components,
             gradients={
                 name: term.gradients
@@ -280,7 +283,7 @@ class FCOSLoss(LossModule):
         if ground_truth is None:
             return from_dense(*(arguments[name] for name in DENSE_TARGETS))
         sizes = [(pred.shape[2], pred.shape[3]) for pred in cls_preds]
-        assignment = self.assigner.assign_objects(ground_truth, sizes)
+        assignment = self.assigner.for_levels(len(sizes)).assign_objects(ground_truth, sizes)
         return from_assignment(assignment, cls_preds[0].device)
 
     def _components(

@@ -57,6 +57,8 @@ def focal_rows(
         dtype=torch.promote_types(logits.dtype, torch.float32),
         device=logits.device,
     )
+    if not logits.shape[1]:
+        return rows
     for images, cells in _portions(*logits.shape):
         at = images, slice(None), cells
         loss, slope = _portion(logits[at], labels[images, cells], constants, rows.dtype)

@@ -1,7 +1,7 @@
 """What all loss modules share: checks first, then value and gradient together."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -69,7 +69,7 @@ class LossModule(nn.Module):
         """
         arguments = self.prepare(arguments)
         wanted = self._inputs_that_require_gradient(arguments)
-        wide = reduce(torch.promote_types, (t.dtype for t in wanted.values()), torch.float32)
+        wide = widest_dtype(tensor for tensors in wanted.values() for tensor in tensors)
         options = EvaluationOptions(
             gradients=tuple(name for name in self.differentiable if name in wanted),
             gradient_dtype=wide,
@@ -78,13 +78,17 @@ class LossModule(nn.Module):
         with torch.no_grad():
             return self.evaluate(arguments, options)
 
-    def _inputs_that_require_gradient(self, arguments: Arguments) -> dict[str, Tensor]:
-        """Returns one tensor of each argument that requires a gradient, by name."""
-        wanted: dict[str, Tensor] = {}
-        for name, value in arguments.items():
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-                    wanted[name] = tensor
+    def _inputs_that_require_gradient(self, arguments: Arguments) -> dict[str, list[Tensor]]:
+        """Returns the tensors of each argument of which one requires a gradient, by name."""
+        if not torch.is_grad_enabled():
+            return {}
+        tensors = {
+            name: [
+                t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)
+            ]
+            for name, value in arguments.items()
+        }
+        wanted = {name: found for name, found in tensors.items() if any(t.requires_grad for t in found)}
         for name in wanted:
             if name not in self.differentiable:
                 raise InvalidInputError(
@@ -136,6 +140,11 @@ def attach_gradients(
     inputs, gradients = zip(*pairs, strict=True)
     attached: Tensor = _Attached.apply(value, spread, gradients, *inputs)  # type: ignore[no-untyped-call]
     return attached
+
+
+def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Returns float64 if any tensor is of it, otherwise float32: the type that losses are given in."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def scalar(upstream: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ class GroundTruth:
         for key in objects:
             if key not in cls.__slots__:
                 raise InvalidInputError(Reason.UNEXPECTED_FIELD, "is unknown", field=f"{field}.{key}")
-        return cls(**objects)
+        # Lists have neither type nor shape of their own; numpy gives them both.
+        arrays = {key: np.asarray(v) if isinstance(v, list) else v for key, v in objects.items()}
+        return cls(**arrays)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +92,8 @@ def read_objects(
             not finite.
     """
     boxes = _read_boxes(ground_truth.boxes, box_format, f"{field}.boxes")
-    checks.require_dtype(f"{field}.labels", ground_truth.labels, checks.INTEGERS)
+    if len(boxes):  # no labels at all are often an empty list, which has the wrong type
+        checks.require_dtype(f"{field}.labels", ground_truth.labels, checks.INTEGERS)
     checks.require_shape(f"{field}.labels", ground_truth.labels, [len(boxes)])
     checks.require_labels(f"{field}.labels", ground_truth.labels, num_classes=num_classes, lowest=0)
     iscrowd = np.zeros(len(boxes), np.bool_)
@@ -108,8 +111,11 @@ def _read_boxes(given: Any, box_format: BoxFormat, field: str) -> NDArray[Any]:
         return np.zeros((0, 4), np.float32)
     checks.require_shape(field, given, ["N", 4])
     wide = checks.dtype_name(given) in _WIDE
-    boxes = _to_xyxy(checks.host_array(given).astype(np.float64 if wide else np.float32), box_format)
-    checks.require_finite(field, boxes)
+    given_boxes = checks.host_array(given).astype(np.float64 if wide else np.float32)
+    checks.require_finite(field, given_boxes)
+    with np.errstate(over="ignore"):  # what overflows is refused just below
+        boxes = _to_xyxy(given_boxes, box_format)
+        checks.require_finite(field, boxes.astype(np.float32))
     checks.require_upright_boxes(field, boxes)
     return boxes
 
