@@ -180,7 +180,7 @@ def test_fcos_loss_refuses(case):
 def test_fcos_loss_needs_as_many_levels_as_the_assigner_has_strides():
     with pytest.raises(InvalidInputError, match="cls_preds: has 2 entries, want 3"):
         FCOSLoss(2, strides=(8, 16, 32), regress_ranges=((0, 8), (8, 16), (16, 32)))(**truth())
-    six = {name: value * 3 for name, value in truth().items() if name != "ground_truth"}
+    six = {name: value * 3 for name, value in truth().items() if value and name != "ground_truth"}
     with pytest.raises(InvalidInputError, match="cls_preds: has 6 entries, want 5"):
         FCOSLoss(2)(**six, ground_truth=truth()["ground_truth"])
 

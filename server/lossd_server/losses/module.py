@@ -82,12 +82,8 @@ class LossModule(nn.Module):
         """Returns the tensors of each argument of which one requires a gradient, by name."""
         if not torch.is_grad_enabled():
             return {}
-        tensors = {
-            name: [
-                t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)
-            ]
-            for name, value in arguments.items()
-        }
+        lists = {name: v if isinstance(v, list | tuple) else [v] for name, v in arguments.items()}
+        tensors = {name: [v for v in values if isinstance(v, Tensor)] for name, values in lists.items()}
         wanted = {name: found for name, found in tensors.items() if any(t.requires_grad for t in found)}
         for name in wanted:
             if name not in self.differentiable:

@@ -83,11 +83,8 @@ class FCOSAssigner:
 
     def for_levels(self, count: int) -> "FCOSAssigner":
         """Returns the assigner of the first levels, where strides and ranges are the default ones."""
-        if (
-            self.regress_ranges is not None
-            or self.strides != DEFAULT_STRIDES
-            or not 0 < count < len(self.strides)
-        ):
+        own_pyramid = self.regress_ranges is not None or self.strides != DEFAULT_STRIDES
+        if own_pyramid or not 0 < count < len(self.strides):
             return self
         return replace(self, strides=self.strides[:count], regress_ranges=DEFAULT_RANGES[:count])
 
