@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lossd_server.errors import InvalidInputError, Reason
@@ -39,16 +38,6 @@ def host_array(array: Any) -> NDArray[Any]:
         return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
     tensor = array.detach().cpu()
     return host_array((tensor.float() if dtype_name(tensor) == "bfloat16" else tensor).numpy())
-
-
-def host_arrays(arrays: Sequence[Any]) -> list[NDArray[Any]]:
-    """Returns the values of each as numpy, from a device in one copy and so with one wait."""
-    if not all(isinstance(array, torch.Tensor) and array.is_cuda for array in arrays):
-        return [host_array(array) for array in arrays]
-    flat = host_array(torch.cat([array.flatten() for array in arrays]))
-    ends = np.cumsum([array.numel() for array in arrays])[:-1]
-    parts = zip(np.split(flat, ends), arrays, strict=True)
-    return [part.reshape(tuple(array.shape)) for part, array in parts]
 
 
 def dtype_name(array: ArrayLike) -> str:

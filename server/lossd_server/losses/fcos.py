@@ -20,7 +20,7 @@ from lossd_server.losses.fcos_terms import (
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_kernel import FocalConstants
 from lossd_server.losses.formulas import entropy
-from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
+from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense, host_levels
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, FCOSAssigner, GroundTruth
@@ -210,8 +210,8 @@ class FCOSLoss(LossModule):
                 field, target = f"{name}[{level}]", arguments[name][level]
                 checks.require_dtype(field, target, allowed)
                 checks.require_shape(field, target, shape)
-        labels = checks.host_arrays(arguments["cls_targets"])
-        centerness = checks.host_arrays(arguments["centerness_targets"])
+        labels = host_levels(arguments["cls_targets"])
+        centerness = host_levels(arguments["centerness_targets"])
         for level, (classes, values) in enumerate(zip(labels, centerness, strict=True)):
             checks.require_labels(f"cls_targets[{level}]", classes, num_classes=self.num_classes)
             checks.require_unit_interval(f"centerness_targets[{level}]", values, where=classes >= 0)

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd_server.checks import host_array
 from lossd_server.targets import Assignment
 
 
@@ -85,6 +88,16 @@ def from_assignment(assignment: Assignment, device: torch.device) -> LocationTar
 def flat_levels(levels: Sequence[Tensor]) -> Tensor:
     """Returns maps `[B, K, H, W]`, one a level, as one `[B, K, T]`."""
     return torch.cat([level.flatten(2) for level in levels], dim=2)
+
+
+def host_levels(levels: Sequence[Any]) -> list[NDArray[Any]]:
+    """Returns the values of maps, one a level, as numpy; from a GPU in one copy, and so with one wait."""
+    if not all(isinstance(level, Tensor) and level.is_cuda for level in levels):
+        return [host_array(level) for level in levels]
+    flat = host_array(torch.cat([level.flatten() for level in levels]))
+    ends = np.cumsum([level.numel() for level in levels])[:-1]
+    parts = zip(np.split(flat, ends), levels, strict=True)
+    return [part.reshape(tuple(level.shape)) for part, level in parts]
 
 
 def _starts(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class Server:
             self.addresses = [self._listen(address) for address in self._config.listen]
             self._serve_metrics()
         except ConfigurationError:
-            self.stop(grace=0)
+            self._shut_down(grace=0)
             raise
         self._grpc.start()
         self._engine.warm_up()
@@ -93,6 +93,11 @@ class Server:
         grace = self._config.drain_seconds if grace is None else grace
         self._set_health(_NOT_SERVING)
         self._engine.drain()
+        drained = self._shut_down(grace)
+        _log.info("stopped", drained=drained)
+
+    def _shut_down(self, grace: float) -> bool:
+        """Stops everything that was started; returns whether running calls came to their end."""
         finished = self._grpc.stop(grace).wait(grace + 5)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._health_pool.shutdown(wait=False, cancel_futures=True)
@@ -102,7 +107,7 @@ class Server:
             server.server_close()
             thread.join()
             self._metrics_server = None
-        _log.info("stopped", drained=finished)
+        return finished
 
     def _assemble(self) -> grpc.Server:
         config = self._config
@@ -128,7 +133,10 @@ class Server:
             port = 0
         if not port:
             raise ConfigurationError(
-                Reason.INVALID_OPTION, f"cannot listen on {address}", field="listen", address=address
+                Reason.INVALID_OPTION,
+                f"cannot listen on {address}: taken, or no address of this machine",
+                field="listen",
+                address=address,
             )
         if address.startswith("unix:"):
             return address

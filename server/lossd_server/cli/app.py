@@ -1,0 +1,127 @@
+"""The commands; what each needs is imported when it runs, so that `lossd info` needs no torch."""
+
+import os
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from lossd import __version__
+from lossd_server.cli.settings import read_settings, server_option
+
+_OPTIONAL = {"torch", "prometheus_client", "structlog", "grpc_health", "grpc_reflection"}
+
+
+class _Command(click.Command):
+    """A command that says what to install instead of failing on an import."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _OPTIONAL:
+                raise
+            raise click.ClickException(
+                f"'lossd {ctx.info_name}' needs the server: pip install 'lossd[server]'"
+            ) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lossd")
+def app() -> None:
+    """Object-detection losses, their gradients and FCOS targets, over gRPC."""
+
+
+@app.command(cls=_Command)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="LOSSD_CONFIG",
+    is_eager=True,
+    expose_value=False,
+    callback=read_settings,
+    help="A TOML file of these settings. Options and the environment go first.",
+)
+@server_option(
+    "--listen", multiple=True, help="host:port or unix:/path; repeatable. Port 0 takes a free one."
+)
+@server_option("--metrics-port", type=int, help="Port of the Prometheus endpoint; -1 serves none.")
+@server_option("--metrics-host", help="Address of the Prometheus endpoint.")
+@server_option("--device", help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N.")
+@server_option("--max-message-bytes", type=int, help="Largest request that is read.")
+@server_option("--worker-threads", type=int, help="Calls handled at a time; an open stream takes one.")
+@server_option("--max-streams", type=int, help="Streams open at a time; fewer than the worker threads.")
+@server_option("--drain-seconds", type=float, help="How long a stopping server waits for what runs.")
+@server_option("--load", multiple=True, help="[name=]package.module:Class of a custom loss; repeatable.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    envvar="LOSSD_LOG_FORMAT",
+    show_default=True,
+    show_envvar=True,
+    help="How log lines are written.",
+)
+def serve(log_format: str, **settings: object) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    # gRPC's core writes lines of its own about what `lossd serve` says in one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from lossd_server.cli.serve import run  # noqa: PLC0415
+
+    run(settings, log_format)
+
+
+@app.command(cls=_Command)
+@click.option(
+    "--coco",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A COCO annotation file to take the scenes from.",
+)
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), default=20, show_default=True, help="Steps of descent."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+def demo(coco: Path | None, steps: int, device: str) -> None:
+    """Start a server, assign targets, and fit a detector head through it."""
+    from lossd_server.cli.demo import run  # noqa: PLC0415
+
+    run(coco=coco, steps=steps, device=device, console=Console(highlight=False))
+
+
+@app.command(cls=_Command)
+@click.argument("target", default="127.0.0.1:50051")
+def info(target: str) -> None:
+    """Say what the server at TARGET is and offers."""
+    from lossd_server.cli.info import run  # noqa: PLC0415
+
+    run(target, Console(highlight=False))
+
+
+@app.command(cls=_Command)
+@click.argument("names", nargs=-1)
+@click.option("--quick", is_flag=True, help="Fewer rounds, and no large inputs.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
+)
+@click.option(
+    "--compare",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Figures of an earlier run to set beside these.",
+)
+def bench(
+    names: tuple[str, ...], *, quick: bool, device: str, json_path: Path | None, compare: Path | None
+) -> None:
+    """Measure losses, targets and transport side by side; NAMES pick some cases by how they begin."""
+    from lossd_server import bench as benchmark  # noqa: PLC0415
+    from lossd_server.engine import resolve_device  # noqa: PLC0415
+
+    benchmark.run(
+        names=names,
+        quick=quick,
+        device=str(resolve_device(device)),
+        console=Console(highlight=False),
+        json_path=json_path,
+        compare=compare,
+    )

@@ -1,0 +1,33 @@
+"""`lossd info`: what a server is and offers."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from lossd_client import Client, LossdError
+
+
+def run(target: str, console: Console) -> None:
+    """Prints what the server at a target says of itself; exits with 1 when none answers."""
+    try:
+        with Client(target, timeout=10.0) as client:
+            info = client.server_info()
+    except LossdError as error:
+        sys.exit(f"lossd: {target}: {error}")
+    custom = [f"{name}({', '.join(inputs)})" for name, inputs in info.custom_losses.items()]
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "version": info.version,
+        "devices": ", ".join(info.devices),
+        "losses": ", ".join(info.losses),
+        "custom losses": ", ".join(custom) or "none loaded",
+        "loss presets": ", ".join(info.loss_presets),
+        "assigner presets": ", ".join(info.assigner_presets),
+        "largest message": f"{info.max_message_bytes:,} bytes",
+        "streams at a time": str(info.max_stream_count),
+        "up for": f"{info.uptime_seconds:,.0f} s",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

@@ -1,0 +1,67 @@
+"""`lossd serve`: a server in the foreground, from its settings to its last call."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from lossd_server.config import ServerConfig
+from lossd_server.errors import LossdError
+from lossd_server.rpc import Server
+
+
+def run(settings: Mapping[str, Any], log_format: str) -> None:
+    """Serves until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Exits with 1, and one line that says why, where the settings cannot be served.
+    """
+    configure_logging(log_format)
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    try:
+        server = Server(_config(settings))
+        server.start()
+    except LossdError as error:
+        sys.exit(f"lossd: {error}")
+    stop.wait()
+    server.stop()
+
+
+def configure_logging(log_format: str) -> None:
+    """Writes one line an event to standard error, for people or as JSON."""
+    json = log_format == "json"
+    for_people = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            *([structlog.processors.format_exc_info] if json else []),
+            structlog.processors.JSONRenderer() if json else for_people,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _config(settings: Mapping[str, Any]) -> ServerConfig:
+    port = settings["metrics_port"]
+    return ServerConfig(
+        **{
+            **settings,
+            "listen": tuple(settings["listen"]),
+            "load": tuple(settings["load"]),
+            "metrics_port": None if port < 0 else port,
+        }
+    )
