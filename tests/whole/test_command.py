@@ -1,0 +1,102 @@
+"""The command as an operator uses it, the wrong turns included."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.whole.conftest import LOSSD, serving
+
+BAD_STARTS = {
+    "device that is not here": (["--device", "tpu"], "device: is 'tpu'"),
+    "module that does not import": (["--load", "no_such_module:Loss"], "cannot load no_such_module:Loss"),
+    "module that is no loss": (["--load", "json:JSONDecoder"], "is no torch.nn.Module"),
+    "spec without a class": (["--load", "json"], "want package.module:Class"),
+    "streams that leave no thread": (["--max-streams", "64"], "max_streams: is 64, want at most 63"),
+    "message limit of nothing": (["--max-message-bytes", "10"], "max_message_bytes: is 10"),
+    "address of another machine": (["--listen", "192.0.2.1:0"], "cannot listen on 192.0.2.1:0"),
+}
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [*LOSSD, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_a_start_that_fails_says_why_in_one_line(case):
+    options, message = BAD_STARTS[case]
+    done = run("serve", "--metrics-port", "-1", *options)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_taken_port_is_a_failed_start(address):
+    done = run("serve", "--metrics-port", "-1", "--listen", address)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"cannot listen on {address}" in done.stderr
+
+
+def test_sigterm_ends_the_server_with_0():
+    with serving() as (process, _, _):
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "stopped" in log
+
+
+def test_settings_come_from_option_then_environment_then_file(tmp_path):
+    settings = tmp_path / "lossd.toml"
+    settings.write_text('max_streams = 3\nworker_threads = 20\ndrain_seconds = 1.5\nlog_format = "json"\n')
+    environment = {**os.environ, "LOSSD_WORKER_THREADS": "11", "LOSSD_MAX_STREAMS": "5"}
+    with serving("--config", str(settings), "--max-streams", "7", **environment) as (_, address, line):
+        assert json.loads(line)["event"] == "serving"
+        assert re.search(r"streams at a time +7", run("info", address).stdout)
+
+
+@pytest.mark.parametrize("text", ["unknown_setting = 1", "not toml"])
+def test_a_bad_settings_file_is_refused(tmp_path, text):
+    settings = tmp_path / "lossd.toml"
+    settings.write_text(text)
+    done = run("serve", "--config", str(settings))
+    assert done.returncode == 2
+    assert str(settings) in done.stderr
+
+
+def test_info_says_what_the_server_offers(address):
+    text = run("info", address).stdout
+    for name in ("focal", "giou", "centerness", "fcos", "autotimm", "documented"):
+        assert name in text
+
+
+def test_info_without_a_server_says_so():
+    done = run("info", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "UNAVAILABLE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_demo_of_a_file_that_is_no_coco_says_so():
+    done = run("demo", "--coco", __file__)
+    assert done.returncode == 1
+    assert "holds no COCO annotations" in done.stderr
+
+
+def test_without_torch_the_command_says_what_to_install():
+    program = "import sys; sys.modules['torch'] = None; sys.argv = ['lossd', 'demo']\n"
+    program += "from lossd_server.cli import main; main()"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "pip install 'lossd[server]'" in done.stderr
