@@ -1,0 +1,70 @@
+"""The cases of the assigner: every location against every box, and lossd."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossd_server.bench import inputs, reference
+from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench
+from lossd_server.targets import DEFAULT_STRIDES, FCOSAssigner, feature_sizes
+
+_IMAGE = (800, 1333)
+_SIZES = feature_sizes(_IMAGE, DEFAULT_STRIDES)
+_BATCHES = ((1, 1), (1, 20), (1, 200), (8, 20), (1, 10_000))
+"""Images, and boxes an image."""
+
+# A pair of location and box on the largest level costs about 14 float32 in the all-pairs form.
+_BYTES_PER_PAIR = 56
+
+
+def assign_cases() -> list[CaseSpec]:
+    """Returns the cases of the assigner, small ones first."""
+    return [
+        CaseSpec(
+            name=f"assign-{boxes}" if images == 1 else f"assign-{images}x{boxes}",
+            title=f"target assignment, {_IMAGE[0]}x{_IMAGE[1]}, images: {images}, boxes an image: {boxes}",
+            build=partial(_assign, images=images, boxes=boxes),
+            large=boxes > 1000,
+        )
+        for images, boxes in _BATCHES
+    ]
+
+
+def _assign(bench: Workbench, *, images: int, boxes: int) -> Case:
+    objects = [inputs.boxes_and_labels(boxes, _IMAGE, seed=20 + i) for i in range(images)]
+    on_device = [(b.to(bench.device), c.to(bench.device)) for b, c in objects]
+    assigner = FCOSAssigner()
+    ground_truth = [{"boxes": b.numpy(), "labels": c.numpy()} for b, c in objects]
+
+    def all_pairs() -> Outcome:
+        batch_boxes, batch_labels = map(list, zip(*on_device, strict=True))
+        return _flat(reference.assign_batch(batch_boxes, batch_labels, _SIZES))
+
+    def dense() -> Outcome:
+        levels = assigner.assign(ground_truth, _SIZES).dense()
+        return _flat([_as_tensors(level.cls, level.reg, level.centerness) for level in levels])
+
+    def sparse() -> None:
+        assigner.assign(ground_truth, _SIZES).sparse()
+
+    height, width = _SIZES[0]
+    return Case(
+        paths=(
+            Path(name="all-pairs", call=all_pairs, needs_bytes=height * width * boxes * _BYTES_PER_PAIR),
+            Path(name="lossd", call=dense),
+            Path(name="sparse", call=sparse),
+        ),
+        base="all-pairs",
+    )
+
+
+def _as_tensors(*arrays: np.ndarray) -> reference.DenseTargets:
+    return reference.DenseTargets(*map(torch.from_numpy, arrays))
+
+
+def _flat(levels: list[reference.DenseTargets]) -> list[Tensor]:
+    """Returns the classes of all locations, then the other targets level by level."""
+    classes = torch.cat([level.cls.flatten() for level in levels])
+    return [classes, *(part for level in levels for part in (level.reg, level.centerness))]

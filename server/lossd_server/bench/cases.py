@@ -1,0 +1,39 @@
+"""The table of cases."""
+
+from collections.abc import Sequence
+
+from lossd_server.bench.assign_cases import assign_cases
+from lossd_server.bench.case import CaseSpec
+from lossd_server.bench.loss_cases import loss_cases
+from lossd_server.bench.transport_cases import transport_cases
+from lossd_server.errors import InvalidInputError, Reason
+
+CASES: tuple[CaseSpec, ...] = (*loss_cases(), *assign_cases(), *transport_cases())
+"""Every case, in the order in which they run."""
+
+
+def select(names: Sequence[str], *, quick: bool) -> list[CaseSpec]:
+    """Returns the cases that are asked for.
+
+    Args:
+        names: Whole names, or their beginnings up to a dash: `focal` is every focal case. None at
+            all means all cases.
+        quick: Leaves out the large ones that are not named in full.
+
+    Raises:
+        InvalidInputError: A name is of no case.
+    """
+    for name in names:
+        if not any(_goes_by(spec, name) for spec in CASES):
+            raise InvalidInputError(
+                Reason.INVALID_OPTION,
+                f"is {name!r}, want one of {', '.join(spec.name for spec in CASES)}",
+                field="names",
+                value=name,
+            )
+    chosen = [spec for spec in CASES if not names or any(_goes_by(spec, name) for name in names)]
+    return [spec for spec in chosen if not (quick and spec.large) or spec.name in names]
+
+
+def _goes_by(spec: CaseSpec, name: str) -> bool:
+    return spec.name == name or spec.name.startswith(f"{name}-")

@@ -1,0 +1,96 @@
+"""A lossd server in a process of its own, beside a bare gRPC handler that computes nothing."""
+
+import json
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from lossd_server.bench.memory import raise_malloc_thresholds
+from lossd_server.config import ServerConfig
+from lossd_server.errors import LossdError, Reason
+from lossd_server.rpc import Server
+from lossd_server.rpc.options import server_options
+
+ECHO = "/lossd.bench.Bare/Echo"
+"""Answers with the bytes that it was sent."""
+SINK = "/lossd.bench.Bare/Sink"
+"""Answers with nothing."""
+
+_SCRIPT = "import sys; from lossd_server.bench.child import main; main(sys.argv[1])"
+_STOP_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Child:
+    """The child process.
+
+    Attributes:
+        process: Its handle.
+        address: Where lossd listens.
+        bare_address: Where the bare handlers listen.
+    """
+
+    process: subprocess.Popen[str]
+    address: str
+    bare_address: str
+
+    @classmethod
+    def start(cls, device: str) -> "Child":
+        """Starts the child and waits until it listens.
+
+        Raises:
+            LossdError: It ended before.
+        """
+        process = subprocess.Popen(  # noqa: S603  # this interpreter, this file
+            [sys.executable, "-c", _SCRIPT, device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        line = process.stdout.readline() if process.stdout else ""
+        if not line:
+            process.kill()
+            process.wait()
+            raise LossdError(Reason.INTERNAL, "the benchmark's server did not start")
+        address, bare_address = json.loads(line)
+        return cls(process=process, address=address, bare_address=bare_address)
+
+    def stop(self) -> None:
+        """Ends the child: by closing its input, or by force if it does not listen to that."""
+        try:
+            self.process.communicate(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+
+
+def main(device: str) -> None:
+    """Serves until standard input ends, which it also does when the parent is gone."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    raise_malloc_thresholds()
+    config = ServerConfig(listen=("127.0.0.1:0",), metrics_port=None, device=device, drain_seconds=1)
+    bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config.max_message_bytes))
+    bare.add_generic_rpc_handlers((_Bare(),))
+    port = bare.add_insecure_port("127.0.0.1:0")
+    bare.start()
+    with Server(config) as server:
+        sys.stdout.write(json.dumps([server.addresses[0], f"127.0.0.1:{port}"]) + "\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+    bare.stop(0).wait()
+
+
+class _Bare(grpc.GenericRpcHandler):
+    """Handlers without serializers: they see the very bytes, and no protobuf object is made."""
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        answers = {ECHO: lambda data, _call: data, SINK: lambda _data, _call: b""}
+        answer = answers.get(handler_call_details.method)
+        return None if answer is None else grpc.unary_unary_rpc_method_handler(answer)

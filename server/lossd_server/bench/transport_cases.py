@@ -1,0 +1,93 @@
+"""The cases of the transports: the same focal loss in this process and in another."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import grpc
+import torch
+from torch import Tensor
+
+from lossd_client import Client
+from lossd_client import FocalLoss as FocalConfig
+from lossd_client._channel import OPTIONS
+from lossd_server.bench import inputs, reference
+from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
+from lossd_server.bench.child import ECHO, SINK
+from lossd_server.bench.loss_cases import evaluate
+from lossd_server.engine import Engine, LossItem, LossJob
+from lossd_server.losses import EvaluationOptions, FocalLoss
+
+
+def transport_cases() -> list[CaseSpec]:
+    """Returns the cases of the transports, small ones first."""
+    return [
+        CaseSpec(
+            name=f"rpc{'' if gradients else '-value'}-{size}",
+            title=f"focal loss by call, {list(shape)}, {'value and gradient' if gradients else 'value only'}",
+            build=partial(_transport, shape=shape, gradients=gradients),
+            large=size == "L",
+        )
+        for gradients in (True, False)
+        for size, shape in inputs.SHAPES.items()
+    ]
+
+
+def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Case:
+    logits, labels = inputs.logits_and_labels(shape)
+    here = {"inputs": logits.to(bench.device), "targets": labels.to(bench.device)}
+    exact = eager_call(
+        lambda leaf: reference.focal_loss(leaf, here["targets"]),
+        [here["inputs"]],
+        gradients=gradients,
+        dtype=torch.float64,
+    )
+    return Case(
+        paths=(
+            Path(name="evaluate", call=partial(evaluate, FocalLoss(), here, gradients=gradients)),
+            Path(name="engine", call=_engine(bench, logits, labels, gradients=gradients)),
+            Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
+            Path(name="bare", call=_bare(bench, [logits, labels], method=ECHO if gradients else SINK)),
+            copy_path([logits]),
+        ),
+        base="bare",
+        oracle=exact,
+    )
+
+
+def _engine(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+    """Returns a call of the engine with arrays on the host, as the service makes it."""
+    engine, loss = Engine(bench.device), FocalLoss()
+    arguments = {"inputs": logits.numpy(), "targets": labels.numpy()}
+    options = EvaluationOptions(gradients=loss.differentiable if gradients else ())
+
+    def compute() -> Outcome:
+        item = LossItem(path="", arguments=loss.prepare(arguments), options=options)
+        ((outcome,), _timing) = engine.compute(LossJob(loss=loss, items=[item]))
+        return [outcome.loss, *(array for arrays in outcome.gradients.values() for array in arrays)]
+
+    return compute
+
+
+def _rpc(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+    """Returns a call of the server in the child process, the tensors inline in the message."""
+    client = bench.resources.enter_context(Client(bench.child().address))
+    config, arrays = FocalConfig(), (logits.numpy(), labels.numpy())
+
+    def compute() -> Outcome:
+        result = client.compute_loss(config, *arrays, gradients=gradients)
+        return [result.loss, *result.gradients.values()]
+
+    return compute
+
+
+def _bare(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callable[[], None]:
+    """Returns a call that sends the same bytes to a handler that makes nothing of them."""
+    channel = grpc.insecure_channel(bench.child().bare_address, options=OPTIONS)
+    bench.resources.callback(channel.close)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
+    payload = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+
+    def send() -> None:
+        call(payload)
+
+    return send
