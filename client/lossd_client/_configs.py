@@ -28,8 +28,12 @@ class LossConfig:
         """Returns the configuration as the contract's message."""
         raise NotImplementedError
 
-    def item(self, arguments: Sequence[Any]) -> pb.LossItem:
+    def item(self, arguments: Sequence[Any], path: str) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation.
+
+        Args:
+            arguments: In the order of `inputs`.
+            path: Where the arguments stand in the request, for errors: `items[3].focal`.
 
         Raises:
             TypeError: There are too few or too many.
@@ -42,7 +46,7 @@ class LossConfig:
         inputs.SetInParent()
         for name, value in zip(self.inputs, arguments, strict=False):
             if value is not None:
-                getattr(inputs, name).CopyFrom(packed(name, value))
+                getattr(inputs, name).CopyFrom(packed(f"{path}.{name}", value))
         return item
 
 
@@ -67,7 +71,9 @@ class FocalLoss(LossConfig):
     def message(self) -> losses_pb2.FocalLoss:
         """Returns the configuration as the contract's message."""
         alpha = -1.0 if self.alpha is None else self.alpha
-        return losses_pb2.FocalLoss(alpha=alpha, gamma=self.gamma, reduction=_reduction(self.reduction))
+        return losses_pb2.FocalLoss(
+            alpha=alpha, gamma=self.gamma, reduction=_reduction(self.kind, self.reduction)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,7 @@ class GIoULoss(LossConfig):
 
     def message(self) -> losses_pb2.GIoULoss:
         """Returns the configuration as the contract's message."""
-        return losses_pb2.GIoULoss(reduction=_reduction(self.reduction), eps=self.eps)
+        return losses_pb2.GIoULoss(reduction=_reduction(self.kind, self.reduction), eps=self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,7 @@ class CenternessLoss(LossConfig):
 
     def message(self) -> losses_pb2.CenternessLoss:
         """Returns the configuration as the contract's message."""
-        return losses_pb2.CenternessLoss(reduction=_reduction(self.reduction))
+        return losses_pb2.CenternessLoss(reduction=_reduction(self.kind, self.reduction))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +133,15 @@ class FCOSAssigner:
     preset: str = "autotimm"
     box_format: str = "xyxy"
 
-    def message(self) -> losses_pb2.FCOSAssigner:
-        """Returns the configuration as the contract's message."""
+    def message(self, path: str = "assigner") -> losses_pb2.FCOSAssigner:
+        """Returns the configuration as the contract's message; `path` is where it stands, for errors."""
         return losses_pb2.FCOSAssigner(
-            preset=_enum(losses_pb2.AssignerPreset, "ASSIGNER_PRESET_", "preset", self.preset),
+            preset=_enum(losses_pb2.AssignerPreset, "ASSIGNER_PRESET_", f"{path}.preset", self.preset),
             strides=self.strides,
             regress_ranges=[
                 losses_pb2.RegressRange(min=low, max=high) for low, high in self.regress_ranges or ()
             ],
-            box_format=_enum(losses_pb2.BoxFormat, "BOX_FORMAT_", "box_format", self.box_format),
+            box_format=_enum(losses_pb2.BoxFormat, "BOX_FORMAT_", f"{path}.box_format", self.box_format),
         )
 
 
@@ -206,11 +212,11 @@ class FCOSLoss(LossConfig):
             cls_weight=_given(self.cls_weight, self.cls_loss_weight),
             reg_weight=_given(self.reg_weight, self.reg_loss_weight),
             centerness_weight=_given(self.centerness_weight, self.centerness_loss_weight),
-            preset=_enum(losses_pb2.LossPreset, "LOSS_PRESET_", "preset", self.preset or "unspecified"),
-            assigner=assigner.message(),
+            preset=_enum(losses_pb2.LossPreset, "LOSS_PRESET_", "fcos.preset", self.preset or "unspecified"),
+            assigner=assigner.message("fcos.assigner"),
         )
 
-    def item(self, arguments: Sequence[Any]) -> pb.LossItem:
+    def item(self, arguments: Sequence[Any], path: str) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
         if len(arguments) not in {4, 6}:
             raise TypeError(
@@ -220,9 +226,11 @@ class FCOSLoss(LossConfig):
         item = pb.LossItem(fcos=losses_pb2.FCOSInputs())
         lists = arguments if len(arguments) == 6 else arguments[:3]
         for name, levels in zip(self.inputs, lists, strict=False):
-            getattr(item.fcos, name).extend(packed(f"{name}[{i}]", level) for i, level in enumerate(levels))
+            getattr(item.fcos, name).extend(
+                packed(f"{path}.{name}[{i}]", level) for i, level in enumerate(levels)
+            )
         if len(arguments) == 4:
-            item.fcos.ground_truth.extend(packed_ground_truth(arguments[3]))
+            item.fcos.ground_truth.extend(packed_ground_truth(arguments[3], path))
         return item
 
 
@@ -244,12 +252,14 @@ class CustomLoss(LossConfig):
         """Returns the configuration as the contract's message."""
         return losses_pb2.CustomLoss(name=self.name)
 
-    def item(self, arguments: Sequence[Any]) -> pb.LossItem:
+    def item(self, arguments: Sequence[Any], path: str) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
+        if len(arguments) != 1 or not isinstance(arguments[0], Mapping):
+            raise TypeError(f"{self.name} takes one mapping of its inputs by name")
         (tensors,) = arguments
         item = pb.LossItem(custom=losses_pb2.CustomInputs())
         for name, value in tensors.items():
-            item.custom.tensors[name].CopyFrom(packed(f"tensors[{name}]", value))
+            item.custom.tensors[name].CopyFrom(packed(f"{path}.tensors[{name}]", value))
         return item
 
 
@@ -262,9 +272,10 @@ def packed(field: str, value: Any) -> Any:
         raise refused_here(reason, str(error), field=field, **error.values) from error
 
 
-def packed_ground_truth(images: Sequence[Mapping[str, Any]]) -> list[losses_pb2.GroundTruth]:
+def packed_ground_truth(images: Sequence[Mapping[str, Any]], path: str) -> list[losses_pb2.GroundTruth]:
     """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
-    return [_packed_objects(f"ground_truth[{index}]", image) for index, image in enumerate(images)]
+    fields = (f"{path}.ground_truth[{index}]" for index in range(len(images)))
+    return list(map(_packed_objects, fields, images))
 
 
 def _packed_objects(field: str, image: Mapping[str, Any]) -> losses_pb2.GroundTruth:
@@ -291,8 +302,8 @@ def _given(weight: float | None, documented: float | None) -> float | None:
     return documented if weight is None else weight
 
 
-def _reduction(name: str) -> Any:
-    return _enum(losses_pb2.Reduction, "REDUCTION_", "reduction", name)
+def _reduction(kind: str, name: str) -> Any:
+    return _enum(losses_pb2.Reduction, "REDUCTION_", f"{kind}.reduction", name)
 
 
 def _enum(wire: Any, prefix: str, field: str, name: str) -> Any:

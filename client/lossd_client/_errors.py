@@ -51,6 +51,9 @@ class LossdError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
     @property
     def value(self) -> str | None:
         """The offending value as text, where the error is about one value."""
@@ -58,6 +61,13 @@ class LossdError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} [{self.reason or self.code.name}]"
+
+
+def _restored(kind: type[LossdError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LossdError:
+    """Returns an error as it was, on the other side of a process boundary."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InvalidInputError(LossdError, ValueError):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lossd.tensors import data_type_of
+from lossd.tensors import TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig, packed_ground_truth
 from lossd_client._errors import refused_here
@@ -16,8 +16,8 @@ SMALL_BYTES = 1 << 20
 _ENVELOPE_BYTES = 16
 """Tag and length of an item in its request, rounded up."""
 
-Gradients = bool | Sequence[str]
-"""True for all, or the names of the inputs whose gradient is wanted."""
+Gradients = bool | str | Sequence[str]
+"""True for all, or the name or names of the inputs whose gradient is wanted."""
 
 
 def loss_request(
@@ -34,13 +34,12 @@ def loss_request(
     request = pb.ComputeLossRequest(component_gradients=component_gradients, strict=strict)
     getattr(request, loss.kind).CopyFrom(loss.message())
     for index, arguments in enumerate(items):
-        item = request.items.add()
-        item.CopyFrom(loss.item(arguments))
-        if normalizers is not None and normalizers[index] is not None:
-            item.normalizer = normalizers[index] or 0.0
+        request.items.append(loss.item(arguments, f"items[{index}].{loss.kind}"))
+    if normalizers is not None:
+        _set_normalizers(request, normalizers)
     request.gradients.extend(_gradient_names(loss, request, gradients))
     if gradient_dtype is not None:
-        request.gradient_dtype = data_type_of(np.dtype(gradient_dtype))
+        request.gradient_dtype = _gradient_dtype(gradient_dtype)
     return request
 
 
@@ -53,7 +52,7 @@ def assign_request(
     sparse: bool,
 ) -> pb.AssignTargetsRequest:
     """Returns the request for the targets of a batch of images of one size."""
-    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth))
+    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]"))
     if image_size is not None:
         item.image_size.CopyFrom(_size(image_size))
     item.feature_sizes.extend(map(_size, feature_sizes or ()))
@@ -98,7 +97,25 @@ def split(request: pb.ComputeLossRequest, max_bytes: int) -> Iterator[tuple[int,
     yield first, part
 
 
+def _set_normalizers(request: pb.ComputeLossRequest, normalizers: Sequence[float | None]) -> None:
+    if len(normalizers) != len(request.items):
+        raise ValueError(f"normalizers has {len(normalizers)} entries, want {len(request.items)} as items")
+    for item, normalizer in zip(request.items, normalizers, strict=True):
+        if normalizer is not None:
+            item.normalizer = normalizer
+
+
+def _gradient_dtype(dtype: Any) -> Any:
+    try:
+        return data_type_of(np.dtype(dtype))
+    except TensorError as error:
+        reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
+        raise refused_here(reason, str(error), field="gradient_dtype", **error.values) from error
+
+
 def _gradient_names(loss: LossConfig, request: pb.ComputeLossRequest, gradients: Gradients) -> Sequence[str]:
+    if isinstance(gradients, str):
+        return [gradients]
     if not isinstance(gradients, bool):
         return list(gradients)
     if not gradients:

@@ -25,7 +25,7 @@ class NonFinite:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossResult:
-    """The outcome of one evaluation.
+    """The outcome of one evaluation. Its arrays are read-only: views of the answer as it came.
 
     Attributes:
         loss: 0-d, or `[rows]` under the reduction `none`; float64 for float64 inputs, else float32.

@@ -10,6 +10,7 @@ LossdError
 """
 
 from enum import StrEnum
+from typing import Any
 
 
 class Reason(StrEnum):
@@ -75,9 +76,19 @@ class LossdError(Exception):
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
     def prefix_field(self, prefix: str) -> None:
         """Puts the path of the enclosing message before the field, as the error travels outwards."""
         self.field = f"{prefix}.{self.field}" if self.field else prefix
+
+
+def _restored(kind: type[LossdError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LossdError:
+    """Returns an error as it was, on the other side of a process boundary."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InvalidInputError(LossdError, ValueError):

@@ -65,18 +65,18 @@ class CustomLoss:
         Raises:
             CustomLossError: The module raised, or returned what is no loss.
         """
+        # Copies: a module may write to its inputs, and these are views of the request's bytes.
         tensors = {
-            name: value.detach().requires_grad_(name in options.gradients)
+            name: value.detach().clone().requires_grad_(name in options.gradients)
             for name, value in arguments.items()
         }
         try:
             with torch.set_grad_enabled(bool(options.gradients)):
-                result = self._module(**tensors)
-                loss, components = self._read(result)
-            gradients = self._gradients(loss, tensors, options)
+                loss, components = self._read(self._module(**tensors))
+                gradients = self._gradients(loss, tensors, options)
         except CustomLossError:
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit would leave the caller without an answer
             _log.exception("custom loss failed", loss=self.name)
             raise CustomLossError(
                 Reason.CUSTOM_LOSS_FAILED,
@@ -91,7 +91,7 @@ class CustomLoss:
         named = result if isinstance(result, Mapping) else {"loss": result}
         total_name = next((name for name in ("loss", "total_loss") if name in named), None)
         loss = named.get(total_name)
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        if not isinstance(loss, Tensor) or checks.dtype_name(loss) not in checks.FLOATS:
             raise CustomLossError(
                 Reason.CUSTOM_LOSS_FAILED,
                 f"{self.name} returned {type(result).__name__}, want a float tensor, "

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -134,10 +134,12 @@ class Engine:
                 )
             with torch.no_grad():
                 evaluation = job.loss.evaluate(arguments, item.options)
-            return replace(_on_host(evaluation), non_finite=non_finite)
+            return replace(_on_host(evaluation, item.options.gradients), non_finite=non_finite)
 
 
-def _on_host(evaluation: Evaluation) -> LossOutcome:
+def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
+    """Returns the evaluation on the host, with the gradients in the order in which they were asked for."""
+    gradients = {name: evaluation.gradients[name] for name in wanted}
     names = list(evaluation.raw_sums)
     sums = [evaluation.raw_sums[name].double() for name in names]
     levels = torch.stack(sums, dim=1).tolist() if sums else []
@@ -146,7 +148,7 @@ def _on_host(evaluation: Evaluation) -> LossOutcome:
         components=[(c.name, float(c.value), c.weight) for c in evaluation.components],
         gradients={
             name: [to_host(g) for g in (gradient if isinstance(gradient, list) else [gradient])]
-            for name, gradient in evaluation.gradients.items()
+            for name, gradient in gradients.items()
         },
         raw_sums=[dict(zip(names, level, strict=True)) for level in levels],
         preset=evaluation.preset,

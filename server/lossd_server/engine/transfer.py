@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Requests are read-only views of received bytes, and nothing here writes to its inputs.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+# Requests are read-only views of received bytes, and nothing of ours writes to its inputs. Torch warns
+# of such arrays once a process: here, and unheard.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(1), np.uint8))
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -16,6 +16,7 @@ from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.fcos import DENSE_TARGETS
 from lossd_server.rpc.losses import assigner_of, loss_of
 from lossd_server.targets import FCOSAssigner, GroundTruth
+from lossd_server.targets.pyramid import MAX_LOCATIONS
 
 M = TypeVar("M", bound=Message)
 
@@ -73,7 +74,10 @@ def read_assign_job(request: pb.AssignTargetsRequest, max_answer_bytes: int) -> 
     _require_items(len(request.items))
     if request.format not in pb.TargetFormat.values():
         raise InvalidInputError(
-            Reason.INVALID_OPTION, f"is {request.format}, which is unknown", field="format"
+            Reason.INVALID_OPTION,
+            f"is {request.format}, which is unknown",
+            field="format",
+            value=request.format,
         )
     with _within("assigner"):
         assigner = assigner_of(request.assigner)
@@ -228,6 +232,7 @@ def _read_assign_item(path: str, item: pb.AssignItem, assigner: FCOSAssigner) ->
         size = item.image_size
         _require_size("image_size", size)
         sizes = assigner.feature_sizes((size.height, size.width))
+        _require_locations("image_size", sizes)
     assigner.check_sizes(sizes)
     return AssignItem(path=path, objects=assigner.read(ground_truth), sizes=sizes)
 
@@ -241,6 +246,18 @@ def _require_size(field: str, size: pb.Size) -> None:
                 field=f"{field}.{name}",
                 value=getattr(size, name),
             )
+
+
+def _require_locations(field: str, sizes: list[tuple[int, int]]) -> None:
+    locations = sum(height * width for height, width in sizes)
+    if locations > MAX_LOCATIONS:
+        raise InvalidInputError(
+            Reason.MESSAGE_TOO_LARGE,
+            f"comes to {locations} locations, at most {MAX_LOCATIONS} are served",
+            field=field,
+            locations=locations,
+            limit=MAX_LOCATIONS,
+        )
 
 
 def _require_items(count: int) -> None:

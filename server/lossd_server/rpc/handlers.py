@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.decode import parse
+from lossd_server.rpc.in_flight import InFlight
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
@@ -48,9 +49,14 @@ class _StreamMethod:
 
 
 class Handlers:
-    """The gRPC handlers of a service."""
+    """The gRPC handlers of a service.
+
+    Attributes:
+        in_flight: The requests that are not answered yet.
+    """
 
     def __init__(self, service: LossService, metrics: Metrics, *, max_streams: int) -> None:
+        self.in_flight = InFlight()
         self._metrics = metrics
         self._max_streams = max_streams
         self._stream_places = threading.BoundedSemaphore(max_streams)
@@ -78,6 +84,9 @@ class Handlers:
 
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
         def handle(data: bytes, call: grpc.ServicerContext) -> bytes:
+            self.in_flight.begin()
+            if not call.add_callback(self.in_flight.end):  # the caller is gone already
+                self.in_flight.end()
             try:
                 return self._answer(method, data, call)
             except Exception as error:  # noqa: BLE001  # every exception gets its status here
@@ -91,7 +100,8 @@ class Handlers:
                 self._abort(stream.method, self._too_many_streams(), call)
             try:
                 for data in messages:
-                    yield self._answer_on_stream(stream, data, call)
+                    with self.in_flight:
+                        yield self._answer_on_stream(stream, data, call)
             except LossdError as error:
                 self._abort(stream.method, error, call)
             finally:

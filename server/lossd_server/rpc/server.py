@@ -25,6 +25,9 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _HEALTH_NAMES = ("", SERVICE_NAME)
 
+_CLOSE_SECONDS = 5
+"""How long gRPC may take to close connections that carry nothing any more."""
+
 
 class Server:
     """A lossd server in this process.
@@ -50,6 +53,8 @@ class Server:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=self._health_pool
         )
+        service = LossService(self._engine, self._metrics, self._config)
+        self._handlers = Handlers(service, self._metrics, max_streams=self._config.max_streams)
         self._grpc = self._assemble()
         self._metrics_server: Any = None
 
@@ -97,8 +102,12 @@ class Server:
         _log.info("stopped", drained=drained)
 
     def _shut_down(self, grace: float) -> bool:
-        """Stops everything that was started; returns whether running calls came to their end."""
-        finished = self._grpc.stop(grace).wait(grace + 5)
+        """Stops everything that was started; returns whether every request was answered."""
+        stopped = self._grpc.stop(grace)  # refuses new calls at once
+        answered = self._handlers.in_flight.wait_until_none(grace)
+        # What is left open has nothing to say: idle streams, and watchers of health.
+        self._grpc.stop(None)
+        stopped.wait(_CLOSE_SECONDS)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._health_pool.shutdown(wait=False, cancel_futures=True)
         if self._metrics_server is not None:
@@ -107,7 +116,7 @@ class Server:
             server.server_close()
             thread.join()
             self._metrics_server = None
-        return finished
+        return answered
 
     def _assemble(self) -> grpc.Server:
         config = self._config
@@ -116,9 +125,7 @@ class Server:
             interceptors=[MetricsInterceptor(self._metrics)],
             options=server_options(config.max_message_bytes),
         )
-        service = LossService(self._engine, self._metrics, config)
-        handlers = Handlers(service, self._metrics, max_streams=config.max_streams)
-        server.add_generic_rpc_handlers((handlers.generic_handler(),))
+        server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

@@ -1,0 +1,43 @@
+"""Which requests have not been answered yet: what a stopping server waits for."""
+
+import threading
+from types import TracebackType
+
+
+class InFlight:
+    """Counts requests from their arrival until their answers are sent.
+
+    Open streams without a request, and watchers of health, do not count: they would hold up a stop
+    for no one's sake.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Counts a request."""
+        with self._changed:
+            self._count += 1
+
+    def end(self) -> None:
+        """Counts its answer."""
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait_until_none(self, timeout: float) -> bool:
+        """Waits until every request is answered; returns whether that came within the time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._count == 0, timeout)

@@ -1,0 +1,49 @@
+"""A live server for the service tests, spoken to by the raw generated stub."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from lossd.v1 import losses_pb2
+from lossd.v1.loss_service_pb2_grpc import LossServiceStub
+from lossd_server.rpc import Server
+from tests.service import custom_modules
+from tests.service.support import connect, loss_request, make_server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with make_server(load=custom_modules.ALL) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stub(server: Server) -> Iterator[LossServiceStub]:
+    with connect(server) as made:
+        yield made
+
+
+@pytest.fixture
+def fresh() -> Iterator[Server]:
+    """A server that nobody else talks to."""
+    with make_server(load=("tests.service.custom_modules:Held",)) as running:
+        yield running
+
+
+@pytest.fixture
+def held() -> Iterator[Callable[[LossServiceStub], Future]]:
+    """Makes a call that holds the device until `custom_modules.release` is set."""
+    custom_modules.entered.clear()
+    custom_modules.release.clear()
+    with ThreadPoolExecutor(1) as pool:
+
+        def hold(stub):
+            request = loss_request(losses_pb2.CustomLoss(name="Held"), [{"pred": np.ones(2, np.float32)}])
+            call = pool.submit(stub.ComputeLoss, request)
+            assert custom_modules.entered.wait(30)
+            return call
+
+        yield hold
+        custom_modules.release.set()

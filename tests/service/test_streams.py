@@ -1,0 +1,198 @@
+"""The bidirectional streams: answers by id, refusals that end nothing, and a bounded number."""
+
+import queue
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2
+from tests.service.support import (
+    CASES,
+    connect,
+    focal_arrays,
+    good_assign_request,
+    good_loss_request,
+    loss_request,
+    make_server,
+    refusal_of,
+)
+
+
+def loss_envelope(mark, request):
+    return pb.ComputeLossStreamRequest(id=mark, request=request)
+
+
+class OpenStream:
+    """A stream that the test feeds one request at a time, and keeps open."""
+
+    def __init__(self, method):
+        self._requests = queue.SimpleQueue()
+        self.answers = method(iter(self._requests.get, None), timeout=60)
+
+    def ask(self, request):
+        self._requests.put(request)
+        return next(self.answers)
+
+    def half_close(self):
+        self._requests.put(None)
+        return list(self.answers)
+
+
+@pytest.fixture
+def small_server():
+    with make_server(max_streams=2, worker_threads=4) as running:
+        yield running
+
+
+@pytest.fixture
+def small_stub(small_server):
+    with connect(small_server) as made:
+        yield made
+
+
+def test_losses_are_answered_by_id(stub):
+    rng = np.random.default_rng(5)
+    requests = {
+        mark: loss_request(case.config, [case.arrays(rng, 3)], gradients=case.module.differentiable)
+        for mark, case in zip((9, -4, 2**63 - 1, 0, 7, 6, 5, 4, 3), CASES.values(), strict=True)
+    }
+    answers = list(stub.ComputeLossStream(iter(map(loss_envelope, requests, requests.values()))))
+    assert sorted(answer.id for answer in answers) == sorted(requests)
+    for answer in answers:
+        unary = stub.ComputeLoss(requests[answer.id])
+        assert list(answer.response.results) == list(unary.results)
+        assert answer.response.timings.compute_us > 0
+
+
+def test_targets_are_answered_by_id(stub):
+    good = good_assign_request()
+    sparse = pb.AssignTargetsRequest(items=good.items, format=pb.TARGET_FORMAT_SPARSE)
+    requests = {1: good, 2: sparse, 3: good}
+    envelopes = [pb.AssignTargetsStreamRequest(id=mark, request=r) for mark, r in requests.items()]
+    answers = list(stub.AssignTargetsStream(iter(envelopes)))
+    assert sorted(answer.id for answer in answers) == [1, 2, 3]
+    for answer in answers:
+        unary = stub.AssignTargets(requests[answer.id])
+        assert list(answer.response.results) == list(unary.results)
+
+
+def test_a_stream_without_requests_ends(stub):
+    assert list(stub.ComputeLossStream(iter([]))) == []
+    assert list(stub.AssignTargetsStream(iter([]))) == []
+
+
+def test_an_answer_comes_before_the_next_request(stub):
+    stream = OpenStream(stub.ComputeLossStream)
+    assert [stream.ask(loss_envelope(mark, good_loss_request())).id for mark in (1, 2, 3)] == [1, 2, 3]
+    assert stream.half_close() == []
+
+
+def test_a_refused_request_does_not_end_its_stream(stub):
+    bad = good_loss_request()
+    bad.items[0].focal.inputs.shape[:] = [9, 9]
+    unknown = loss_request(losses_pb2.CustomLoss(name="Nowhere"), [])
+    unknown.items.add()
+    requests = [good_loss_request(), bad, unknown, good_loss_request()]
+    answers = {
+        a.id: a for a in stub.ComputeLossStream(iter([loss_envelope(i, r) for i, r in enumerate(requests)]))
+    }
+    assert [answers[i].WhichOneof("outcome") for i in range(4)] == ["response", "error", "error", "response"]
+    assert answers[1].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert answers[1].error.reason == pb.ERROR_REASON_INVALID_TENSOR
+    assert answers[1].error.field == "items[0].focal.inputs"
+    assert "items[0].focal.inputs" in answers[1].error.message
+    assert answers[1].error.metadata["shape"] == "[9, 9]"
+    assert answers[2].error.code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+def test_an_envelope_without_request_is_refused_and_the_stream_goes_on(stub):
+    envelopes = [pb.AssignTargetsStreamRequest(id=1), pb.AssignTargetsStreamRequest(id=2)]
+    envelopes[1].request.CopyFrom(good_assign_request())
+    refused, answered = stub.AssignTargetsStream(iter(envelopes))
+    assert (refused.id, refused.error.reason, refused.error.field) == (
+        1,
+        pb.ERROR_REASON_MISSING_FIELD,
+        "request",
+    )
+    assert (answered.id, answered.WhichOneof("outcome")) == (2, "response")
+
+
+@pytest.mark.parametrize("method", ["ComputeLossStream", "AssignTargetsStream"])
+def test_a_malformed_envelope_ends_the_stream_with_its_reason(server, stub, method):
+    with grpc.insecure_channel(server.addresses[0]) as channel:
+        answers = channel.stream_stream(f"/lossd.v1.LossService/{method}")(iter([b"\xff\xff junk"]))
+        with pytest.raises(grpc.RpcError) as caught:
+            list(answers)
+    found = refusal_of(caught.value)
+    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert found.metadata["type"] == f"lossd.v1.{method}Request"
+    assert len(stub.ComputeLoss(good_loss_request()).results) == 1
+
+
+def test_streams_beyond_the_limit_are_turned_away_and_calls_are_not(small_stub):
+    first = OpenStream(small_stub.ComputeLossStream)
+    second = OpenStream(small_stub.ComputeLossStream)
+    envelope = loss_envelope(1, good_loss_request())
+    first.ask(envelope)
+    second.ask(envelope)
+    with pytest.raises(grpc.RpcError) as caught:
+        OpenStream(small_stub.AssignTargetsStream).half_close()
+    found = refusal_of(caught.value)
+    assert (found.code, found.reason, found.domain) == (
+        grpc.StatusCode.UNAVAILABLE,
+        "TOO_MANY_STREAMS",
+        "lossd",
+    )
+    assert found.retry_seconds > 0
+    assert found.metadata["limit"] == "2"
+    for _ in range(8):
+        assert small_stub.ComputeLoss(good_loss_request(), timeout=30).results
+        assert small_stub.AssignTargets(good_assign_request(), timeout=30).results
+    assert second.ask(envelope).id == 1
+    first.half_close()
+    third = OpenStream(small_stub.ComputeLossStream)
+    assert third.ask(envelope).WhichOneof("outcome") == "response"
+    second.half_close()
+    third.half_close()
+
+
+def wait_for_a_place(stub):
+    """Opens a stream as soon as there is room; fails when there is none within seconds."""
+    ends = time.monotonic() + 20
+    while True:
+        stream = OpenStream(stub.ComputeLossStream)
+        try:
+            return stream.ask(loss_envelope(1, good_loss_request())), stream.half_close()
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > ends:
+                raise
+            time.sleep(0.02)
+
+
+def test_cancelled_streams_free_their_places(small_stub):
+    for _ in range(4):
+        streams = [OpenStream(small_stub.ComputeLossStream) for _ in range(2)]
+        for stream in streams:
+            stream.ask(loss_envelope(1, good_loss_request()))
+        for stream in streams:
+            stream.answers.cancel()
+        wait_for_a_place(small_stub)
+
+
+def test_a_caller_that_never_reads_frees_its_place_when_it_goes(small_stub):
+    request = loss_request(
+        losses_pb2.FocalLoss(), [focal_arrays(np.random.default_rng(0), 50_000)], gradients=["inputs"]
+    )
+    for _ in range(3):
+        streams = [
+            small_stub.ComputeLossStream(iter([loss_envelope(i, request) for i in range(20)]))
+            for _ in range(2)
+        ]
+        for answers in streams:
+            next(answers)
+        for answers in streams:
+            answers.cancel()
+        wait_for_a_place(small_stub)
