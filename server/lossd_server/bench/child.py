@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import grpc
 import structlog
 
-from lossd_server.bench.memory import raise_malloc_thresholds
 from lossd_server.config import ServerConfig
+from lossd_server.engine import keep_freed_memory
 from lossd_server.errors import LossdError, Reason
 from lossd_server.rpc import Server
 from lossd_server.rpc.options import server_options
@@ -72,7 +72,7 @@ class Child:
 def main(device: str) -> None:
     """Serves until standard input ends, which it also does when the parent is gone."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    raise_malloc_thresholds()
+    keep_freed_memory()
     config = ServerConfig(listen=("127.0.0.1:0",), metrics_port=None, device=device, drain_seconds=1)
     bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config.max_message_bytes))
     bare.add_generic_rpc_handlers((_Bare(),))

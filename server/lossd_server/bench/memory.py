@@ -1,4 +1,4 @@
-"""Memory: glibc's thresholds, and how much more a call takes at its peak."""
+"""How much more memory a call takes at its peak."""
 
 import ctypes
 import gc
@@ -8,21 +8,10 @@ from pathlib import Path
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_RAISED = 1 << 30
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 _SAMPLE_SECONDS = 0.0005
-
-
-def raise_malloc_thresholds() -> bool:
-    """Makes glibc keep freed memory, so that no path is charged with page faults; true if it does."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return all(mallopt(option, _RAISED) for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from lossd_client import Client, FCOSAssigner, FCOSLoss, LossResult
 from lossd_server.cli.scenes import NUM_CLASSES, Scene, make_scenes, read_scenes
 from lossd_server.config import ServerConfig
+from lossd_server.engine import keep_freed_memory
 from lossd_server.errors import LossdError
 from lossd_server.rpc import Server
 
@@ -43,6 +44,7 @@ class _Step:
 def run(*, coco: Path | None, steps: int, device: str, console: Console) -> None:
     """Runs the demo; exits with 1 and one line where it cannot."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    keep_freed_memory()
     try:
         scenes = read_scenes(coco, BATCH_SIZE, IMAGE_SIZE) if coco else make_scenes(BATCH_SIZE, IMAGE_SIZE)
         config = ServerConfig(listen=("127.0.0.1:0",), metrics_port=None, device=device)

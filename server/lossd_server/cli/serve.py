@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 
 from lossd_server.config import ServerConfig
+from lossd_server.engine import keep_freed_memory, use_granted_cores
 from lossd_server.errors import LossdError
 from lossd_server.rpc import Server
 
@@ -21,6 +22,8 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
     Exits with 1, and one line that says why, where the settings cannot be served.
     """
     configure_logging(log_format)
+    keep_freed_memory()
+    use_granted_cores()
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: object) -> None:

@@ -3,6 +3,7 @@
 from lossd_server.engine.custom import CustomLoss, load_custom_losses
 from lossd_server.engine.devices import describe_device, resolve_device
 from lossd_server.engine.engine import Engine
+from lossd_server.engine.resources import granted_cores, keep_freed_memory, use_granted_cores
 from lossd_server.engine.work import (
     AssignItem,
     AssignJob,
@@ -22,6 +23,9 @@ __all__ = [
     "LossOutcome",
     "Timing",
     "describe_device",
+    "granted_cores",
+    "keep_freed_memory",
     "load_custom_losses",
     "resolve_device",
+    "use_granted_cores",
 ]

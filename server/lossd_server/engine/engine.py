@@ -2,11 +2,13 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import structlog
 import torch
 
 from lossd_server.engine.custom import CustomLoss
@@ -38,6 +40,9 @@ from lossd_server.losses import (
     LossModule,
 )
 from lossd_server.losses.evaluation import find_non_finite
+from lossd_server.losses.native import load_library
+
+_log = structlog.get_logger()
 
 
 class Engine:
@@ -93,7 +98,12 @@ class Engine:
         return assignments, Timing(queue=0.0, compute=time.monotonic() - began)
 
     def warm_up(self) -> None:
-        """Evaluates every loss once on small inputs, so that no caller pays for first-time work."""
+        """Loads or compiles the kernels and evaluates every loss once: no caller pays for first-time work."""
+        if self.device.type == "cpu":
+            with warnings.catch_warnings(record=True) as caught:
+                load_library()
+            for warning in caught:
+                _log.warning(str(warning.message))
         for loss, arguments in _samples():
             options = EvaluationOptions(gradients=loss.differentiable)
             item = LossItem(path="warm-up", arguments=loss.prepare(arguments), options=options)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,13 @@ class Evaluation:
     preset: LossPreset | None = None
     kept_rows: Tensor | None = None
     negative_side_count: Tensor | None = None
+
+
+def fixed_order_sum(values: Tensor) -> Tensor:
+    """Returns the sum of all values, 0-d float64, with the same bits whatever the number of threads."""
+    if values.is_cuda:
+        return values.sum(dtype=torch.float64)
+    return torch.tensor(values.numpy().sum(dtype=np.float64), dtype=torch.float64)
 
 
 def find_non_finite(arguments: Mapping[str, object]) -> list[NonFinite]:

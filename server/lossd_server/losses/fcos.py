@@ -22,6 +22,7 @@ from lossd_server.losses.focal_kernel import FocalConstants
 from lossd_server.losses.formulas import entropy
 from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense, host_levels
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
+from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, FCOSAssigner, GroundTruth
 
@@ -131,6 +132,7 @@ class FCOSLoss(LossModule):
             InvalidInputError: Levels, shapes or types that do not go together, a label out of range,
                 a refused box.
         """
+        load_library()
         arguments = arguments_by_name(
             cls_preds,
             reg_preds,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lossd_server.losses.evaluation import fixed_order_sum
 from lossd_server.losses.focal_kernel import FocalConstants, empty_gradient, focal_rows, grid
 from lossd_server.losses.formulas import RowFormula, centerness_terms, rows_and_slopes
 from lossd_server.losses.locations import LocationTargets, flat_levels
@@ -56,7 +57,7 @@ def classification_term(
             gradient=None if gradient is None else grid(gradient),
             scale=None if request is None else request.scale[level],
         )
-        sums.append(rows.sum(dtype=torch.float64))
+        sums.append(fixed_order_sum(rows))
         gradients.append(gradient)
     return Term(
         sums=torch.stack(sums),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, fixed_order_sum
 from lossd_server.losses.focal_kernel import (
     FocalConstants,
     empty_gradient,
@@ -13,6 +13,7 @@ from lossd_server.losses.focal_kernel import (
     grid,
 )
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
+from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
@@ -63,6 +64,7 @@ class FocalLoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or a label out of range.
         """
+        load_library()
         arguments = {"inputs": inputs, "targets": targets}
         evaluation = self.evaluate_for_autograd(arguments)
 
@@ -110,7 +112,7 @@ class FocalLoss(LossModule):
             gradient=None if gradient is None else grid(gradient),
             scale=1 / divisor,
         )
-        total = rows.sum(dtype=torch.float64)
+        total = fixed_order_sum(rows)
         keep = self.reduction is Reduction.NONE
         return Evaluation(
             loss=_kept(rows, valid) if keep else (total / divisor).to(rows.dtype),

@@ -1,15 +1,22 @@
-"""Focal loss and its gradient over a grid of logits, in one go and in cache-sized portions."""
+"""Focal loss and its gradient over a grid of logits, in one go.
 
-from collections.abc import Iterator
+By the compiled kernel where there is one for the case, otherwise by torch in cache-sized portions.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lossd_server.losses.formulas import focal_terms
+from lossd_server.losses.native import focal_rows_natively
 
 _PORTION = 1 << 17
-"""Logits looked at together: the half-dozen temporaries of a portion stay in the cache."""
+"""Logits that torch looks at together on a CPU: the half-dozen temporaries stay in the cache."""
+
+_PORTION_OF_GPU = 1 << 24
+"""The same on a GPU, where a launch costs more than memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +54,22 @@ def focal_rows(
         valid: `[B, S]` bool: the locations that take part; the others get exact zeros.
         constants: Alpha and gamma.
         gradient: `[B, C, S]`, written with `scale · ∂loss/∂logit`; None if not wanted.
-        scale: 0-d; required with `gradient`.
+        scale: 0-d float64; required with `gradient`.
 
     Returns:
         `[B, S]`, float64 for float64 logits, otherwise float32.
     """
+    compiled = focal_rows_natively(
+        logits,
+        labels,
+        valid,
+        gamma=constants.gamma,
+        weights=(constants.negative_weight, constants.positive_weight),
+        gradient=gradient,
+        scale=scale,
+    )
+    if compiled is not None:
+        return compiled
     rows = torch.zeros(
         labels.shape,
         dtype=torch.promote_types(logits.dtype, torch.float32),
@@ -59,7 +77,8 @@ def focal_rows(
     )
     if not logits.shape[1]:
         return rows
-    for images, cells in _portions(*logits.shape):
+    portion = _PORTION_OF_GPU if logits.is_cuda else _PORTION
+    for images, cells in _portions(logits.shape, portion):
         at = images, slice(None), cells
         loss, slope = _portion(logits[at], labels[images, cells], constants, rows.dtype)
         taking_part = valid[images, cells]
@@ -77,6 +96,8 @@ def grid(tensor: Tensor) -> Tensor:
 
 def empty_gradient(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Returns an uninitialised tensor in the shape of `tensor`, of which `grid` is a view."""
+    if tensor.dim() == 2 and tensor.stride(0) == 1 != tensor.stride(1):  # laid out class by class
+        return torch.empty(tensor.shape[::-1], dtype=dtype or tensor.dtype, device=tensor.device).t()
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         tensor.shape,
@@ -108,9 +129,10 @@ def _portion(
     return loss.sum(dim=1), slope
 
 
-def _portions(images: int, classes: int, cells: int) -> Iterator[tuple[slice, slice]]:
-    """Yields ranges of images and cells that cover the grid: whole images where they are small."""
-    cells_at_once = max(_PORTION // max(classes, 1), 1)
+def _portions(shape: Sequence[int], portion: int) -> Iterator[tuple[slice, slice]]:
+    """Yields ranges of images and cells that cover a grid: whole images where they are small."""
+    images, classes, cells = shape
+    cells_at_once = max(portion // max(classes, 1), 1)
     images_at_once = max(cells_at_once // max(cells, 1), 1)
     for image in range(0, images, images_at_once):
         for cell in range(0, cells, cells_at_once):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
@@ -103,16 +103,24 @@ class _Attached(torch.autograd.Function):
         ctx: Any, value: Tensor, spread: Spread, gradients: Sequence[Tensor], *inputs: Tensor
     ) -> Tensor:
         ctx.spread = spread
-        ctx.gradients = gradients
+        ctx.save_for_backward(*gradients)  # let go after backward, so that `.grad` may take them over
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        factor = ctx.spread(upstream)  # type: ignore[attr-defined]
-        pairs = zip(ctx.gradients, ctx.dtypes, strict=True)  # type: ignore[attr-defined]
-        return None, None, None, *((gradient * factor).to(dtype) for gradient, dtype in pairs)
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor, ...] = ctx.saved_tensors
+        if not _is_one(upstream):
+            factor = ctx.spread(upstream)
+            gradients = tuple(gradient * factor for gradient in gradients)
+        typed = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, None, None, *typed
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether there is nothing to multiply by; on a GPU nobody waits to find out."""
+    return not upstream.is_cuda and upstream.dim() == 0 and upstream.item() == 1
 
 
 def attach_gradients(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.losses.evaluation import fixed_order_sum
 
 
 class Reduction(StrEnum):
@@ -68,9 +69,10 @@ def reduce_rows(
         least_weight: Floor of `Σ w`.
         normalizer: Divisor in place of `Σ w`; only for `mean`.
     """
-    weighted = rows if weights is None else rows * weights.double()
-    total = weighted.sum()
-    weight = rows.new_tensor(len(rows)) if weights is None else weights.sum(dtype=torch.float64)
+    wide = None if weights is None else weights.double()
+    weighted = rows if wide is None else rows * wide
+    total = fixed_order_sum(weighted)
+    weight = rows.new_tensor(len(rows)) if wide is None else fixed_order_sum(wide)
     divisor = torch.ones_like(weight)
     if reduction is Reduction.MEAN:
         divisor = weight.clamp(min=least_weight)
@@ -82,5 +84,5 @@ def reduce_rows(
         loss=total / divisor if scalar else weighted,
         total=total,
         weight=weight,
-        row_factors=1 / divisor if weights is None else weights.double() / divisor,
+        row_factors=1 / divisor if wide is None else wide / divisor,
     )
