@@ -1,9 +1,11 @@
 """A thin client of lossd: numpy in, numpy out, and no torch unless `lossd_client.torch` is imported.
 
+```python
 from lossd_client import Client, FocalLoss
 
 with Client("localhost:50051") as client:
-result = client.compute_loss(FocalLoss(), logits, targets, gradients=True)
+    result = client.compute_loss(FocalLoss(), logits, targets, gradients=True)
+```
 """
 
 from lossd_client._arrays import Array

@@ -150,8 +150,9 @@ class FCOSLoss(LossConfig):
     """The combined loss of an FCOS head.
 
     Called with `cls_preds`, `reg_preds`, `centerness_preds`, one array a level each, and then either
-    `cls_targets`, `reg_targets`, `centerness_targets` likewise, or the ground truth: for each image
-    a mapping with `boxes` `[N, 4]` and `labels` `[N]`, optionally `iscrowd` `[N]`.
+    `cls_targets`, `reg_targets`, `centerness_targets` likewise, optionally followed by
+    `ignored_targets`, or the ground truth: for each image a mapping with `boxes` `[N, 4]` and `labels`
+    `[N]`, optionally `iscrowd` `[N]`.
 
     Attributes:
         num_classes: Number of classes, the channels of `cls_preds`.
@@ -177,6 +178,7 @@ class FCOSLoss(LossConfig):
         "cls_targets",
         "reg_targets",
         "centerness_targets",
+        "ignored_targets",
     )
     differentiable = inputs[:3]
 
@@ -218,13 +220,13 @@ class FCOSLoss(LossConfig):
 
     def item(self, arguments: Sequence[Any], path: str) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
-        if len(arguments) not in {4, 6}:
+        if len(arguments) not in {4, 6, 7}:
             raise TypeError(
                 "FCOSLoss takes cls_preds, reg_preds, centerness_preds and then three lists of targets "
                 f"or the ground truth: got {len(arguments)} arguments"
             )
         item = pb.LossItem(fcos=losses_pb2.FCOSInputs())
-        lists = arguments if len(arguments) == 6 else arguments[:3]
+        lists = arguments[:3] if len(arguments) == 4 else arguments
         for name, levels in zip(self.inputs, lists, strict=False):
             getattr(item.fcos, name).extend(
                 packed(f"{path}.{name}[{i}]", level) for i, level in enumerate(levels)
@@ -308,7 +310,7 @@ def _reduction(kind: str, name: str) -> Any:
 
 def _enum(wire: Any, prefix: str, field: str, name: str) -> Any:
     """Returns the contract's number for a name; raises `InvalidInputError` when there is none."""
-    if (key := f"{prefix}{name.upper()}") not in wire.keys():  # noqa: SIM118  # no mapping, but it has keys()
+    if (key := f"{prefix}{str(name).upper()}") not in wire.keys():  # noqa: SIM118  # no mapping, but it has keys()
         names = [k.removeprefix(prefix).lower() for k in wire.keys()[1:]]
         reason = pb.ERROR_REASON_INVALID_OPTION
         raise refused_here(reason, f"is {name!r}, want one of {', '.join(names)}", field=field, value=name)

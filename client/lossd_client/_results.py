@@ -89,6 +89,26 @@ class DenseTargets:
     preset: str
     timings: Mapping[str, float]
 
+    @property
+    def cls(self) -> tuple[Array, ...]:
+        """Classes, one array a level: the `cls_targets` of an FCOS loss."""
+        return tuple(level.cls for level in self.levels)
+
+    @property
+    def reg(self) -> tuple[Array, ...]:
+        """Distances, one array a level: the `reg_targets` of an FCOS loss."""
+        return tuple(level.reg for level in self.levels)
+
+    @property
+    def centerness(self) -> tuple[Array, ...]:
+        """Centerness, one array a level: the `centerness_targets` of an FCOS loss."""
+        return tuple(level.centerness for level in self.levels)
+
+    @property
+    def ignored(self) -> tuple[Array, ...]:
+        """What lies in crowd regions, one array a level: the `ignored_targets`; empty without any."""
+        return tuple(level.ignored for level in self.levels if level.ignored is not None)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseTargets:

@@ -53,7 +53,8 @@ def require_dtype(field: str, array: ArrayLike, allowed: Sequence[str]) -> None:
             Reason.INVALID_DTYPE,
             f"dtype is {name}, want one of {', '.join(allowed)}",
             field=field,
-            dtype=name,
+            value=name,
+            allowed=", ".join(allowed),
         )
 
 
@@ -69,7 +70,7 @@ def require_shape(field: str, array: ArrayLike, expected: Sequence[int | str]) -
             Reason.INVALID_SHAPE,
             f"shape is {shape}, want {wanted}",
             field=field,
-            shape=shape,
+            value=shape,
             expected=wanted,
         )
 
@@ -82,7 +83,7 @@ def require_same_rows(field: str, array: ArrayLike, other_field: str, other: Arr
             Reason.INVALID_SHAPE,
             f"shape is {shape}, want that of {other_field}, {expected}",
             field=field,
-            shape=shape,
+            value=shape,
             expected=expected,
         )
 
@@ -94,7 +95,7 @@ def require_count(field: str, count: int, other_field: str, expected: int) -> No
             Reason.INVALID_SHAPE,
             f"has {count} entries, want {expected} as {other_field}",
             field=field,
-            count=count,
+            value=count,
             expected=expected,
         )
 
@@ -152,8 +153,31 @@ def require_upright_boxes(field: str, boxes: NDArray[Any]) -> None:
             Reason.INVERTED_BOX,
             f"box {index} is {box} (x1, y1, x2, y2), want x1 <= x2 and y1 <= y2",
             field=field,
+            value=box,
             index=index,
-            box=box,
+        )
+
+
+def require_upright_distances(field: str, ltrb: NDArray[Any], where: NDArray[np.bool_]) -> None:
+    """Raises `INVERTED_BOX` at the first location, among those `where`, with l + r or t + b below 0.
+
+    Args:
+        field: Name of the field.
+        ltrb: Distances `[B, 4, H, W]`; NaN is refused too.
+        where: `[B, H, W]`.
+    """
+    extents = np.add(ltrb[:, :2], ltrb[:, 2:], dtype=np.float64)
+    inverted = ~(extents >= 0).all(axis=1) & where
+    if inverted.any():
+        position = first_position(inverted)
+        image, row, column = position
+        value = ltrb[image, :, row, column].tolist()
+        raise InvalidInputError(
+            Reason.INVERTED_BOX,
+            f"distances at {position} are {value} (l, t, r, b), want l + r and t + b at least 0",
+            field=field,
+            value=value,
+            position=position,
         )
 
 
@@ -197,7 +221,7 @@ def require_number(
     for want, holds in bounds:
         if not holds:
             raise InvalidInputError(
-                Reason.INVALID_OPTION, f"is {value}, want {want}", field=field, value=value
+                Reason.INVALID_OPTION, f"is {value}, want {want}", field=field, value=value, wanted=want
             )
 
 

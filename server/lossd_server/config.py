@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 from lossd_server import checks
+from lossd_server.errors import InvalidInputError, Reason
 
 MEBIBYTE = 1 << 20
+
+_LARGEST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +19,7 @@ class ServerConfig:
         metrics_port: Port of the Prometheus endpoint; 0 takes a free one, None serves none.
         metrics_host: Address of the Prometheus endpoint.
         device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
-        max_message_bytes: Largest request that is read and largest answer of assigned targets.
+        max_message_bytes: Largest request that is read, and largest answer of assigned targets.
         worker_threads: Calls handled at a time; a stream takes one as long as it is open.
         max_streams: Streams open at a time; below `worker_threads`, so that calls always get through.
         drain_seconds: How long a stopping server waits for what runs.
@@ -42,6 +45,24 @@ class ServerConfig:
         checks.require_number(
             "max_message_bytes", self.max_message_bytes, at_least=MEBIBYTE, at_most=2**31 - 1
         )
+        for address in self.listen:
+            _check_address(address)
+        if self.metrics_port is not None:
+            checks.require_number("metrics_port", self.metrics_port, at_least=0, at_most=_LARGEST_PORT)
         checks.require_number("worker_threads", self.worker_threads, at_least=2)
         checks.require_number("max_streams", self.max_streams, at_least=1, at_most=self.worker_threads - 1)
         checks.require_number("drain_seconds", self.drain_seconds, at_least=0)
+
+
+def _check_address(address: str) -> None:
+    """Raises `InvalidInputError` unless it is `unix:` and a path, or a host and a port."""
+    if address.startswith("unix:"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > _LARGEST_PORT:
+        raise InvalidInputError(
+            Reason.INVALID_OPTION,
+            f"is {address!r}, want host:port with a port in 0..{_LARGEST_PORT}, or unix:/path",
+            field="listen",
+            value=address,
+        )

@@ -1,14 +1,18 @@
 """What can go wrong, by reason. Knows nothing of transports: `rpc` maps a reason to a status.
 
+```
 LossdError
 ├── InvalidInputError     the caller's data or settings; also a ValueError
 ├── CustomLossError       the operator's module failed
 ├── UnavailableError      not now: another replica, or later
 ├── DeadlineError         too late to begin
-└── OutOfMemoryError      too large for the device
-    └── ConfigurationError    the operator's settings; the server does not start
+├── OutOfMemoryError      too large for the device
+└── ConfigurationError    the operator's settings; the server does not start
+```
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
@@ -82,6 +86,16 @@ class LossdError(Exception):
     def prefix_field(self, prefix: str) -> None:
         """Puts the path of the enclosing message before the field, as the error travels outwards."""
         self.field = f"{prefix}.{self.field}" if self.field else prefix
+
+
+@contextmanager
+def errors_within(path: str) -> Iterator[None]:
+    """Puts a path before the field of whatever is refused inside."""
+    try:
+        yield
+    except LossdError as error:
+        error.prefix_field(path)
+        raise
 
 
 def _restored(kind: type[LossdError], args: tuple[Any, ...], attributes: dict[str, Any]) -> LossdError:

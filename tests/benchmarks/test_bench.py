@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lossd_server.bench import inputs, memory, reference, run
+from lossd_server.bench import inputs, memory, reference, run, runner
 from lossd_server.bench.cases import CASES, select
 from lossd_server.bench.child import Child
 from lossd_server.bench.loss_cases import evaluate
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64]
 @pytest.fixture(autouse=True)
 def malloc_left_alone(monkeypatch):
     """The thresholds would stay raised for every later test of this process."""
-    monkeypatch.setattr(memory, "raise_malloc_thresholds", lambda: False)
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: False)
 
 
 def quick_run(names, **options):

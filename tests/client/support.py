@@ -15,7 +15,7 @@ from tests.service import support
 
 REDUCTIONS = ("mean", "sum", "none")
 WEIGHTS = {"cls_weight": 2.0, "reg_weight": 3.0, "centerness_weight": 0.3}
-FCOS_ARGUMENTS = lossd_client.FCOSLoss.inputs
+FCOS_ARGUMENTS = lossd_client.FCOSLoss.inputs[:6]
 TRUTH_ARGUMENTS = (*FCOS_ARGUMENTS[:3], "ground_truth")
 
 

@@ -236,3 +236,16 @@ def test_a_normalizer_goes_with_a_mean_only(make, reduction):
 def test_a_normalizer_is_a_number_above_zero(module, normalizer):
     with pytest.raises(InvalidInputError, match="normalizer"):
         module.check_normalizer(normalizer)
+
+
+@pytest.mark.parametrize("side", [-3.0, math.nan])
+def test_target_distances_that_span_no_box_are_refused(side):
+    targets = {
+        "cls_targets": [torch.tensor([[[0, -1]]])],
+        "reg_targets": [torch.tensor([[[[1.0, 1]], [[side, 1]], [[1, -9]], [[1, -9]]]])],
+        "centerness_targets": [torch.ones(1, 1, 2)],
+    }
+    preds = [[torch.zeros(1, channels, 1, 2)] for channels in (2, 4, 1)]
+    with pytest.raises(InvalidInputError, match=r"reg_targets\[0\]: distances at \[0, 0, 0\]") as caught:
+        FCOSLoss(2)(*preds, **targets)
+    assert caught.value.reason is Reason.INVERTED_BOX

@@ -59,7 +59,7 @@ ASSIGN = [
     Bad("unknown-box-format", assignment, merge(assigner=losses_pb2.FCOSAssigner(box_format=5)),
         INVALID, "INVALID_OPTION", "assigner.box_format"),
     Bad("ranges-count", assignment, merge(assigner=ranges((-1, 64), (64, 128))),
-        INVALID, "INVALID_OPTION", "assigner.regress_ranges", {"count": "2", "expected": "5"}),
+        INVALID, "INVALID_OPTION", "assigner.regress_ranges", {"value": "2", "expected": "5"}),
     Bad("strides-without-ranges", assignment, merge(assigner=losses_pb2.FCOSAssigner(strides=[8, 16])),
         INVALID, "INVALID_OPTION", "assigner.regress_ranges"),
     Bad("empty-range", assignment, merge(assigner=ranges(*[(8, 8)] * 5)),

@@ -164,7 +164,13 @@ def test_custom_loss_that_returns_nan_is_answered_with_nan(stub, gradients):
     for gradient in result.gradients:
         assert np.isnan(np.frombuffer(gradient.tensors[0].inline, np.float32)).all()
     assert len(result.gradients) == len(gradients)
-    assert not result.non_finite
+    assert [found.input for found in result.non_finite] == ["loss"]
+
+
+def test_custom_loss_that_returns_nan_is_refused_under_strictness(stub):
+    found = refusal(stub.ComputeLoss, custom("NotANumber", strict=True))
+    assert (found.code, found.reason) == (grpc.StatusCode.INTERNAL, "CUSTOM_LOSS_FAILED")
+    assert stub.ComputeLoss(good_loss_request()).results
 
 
 def custom(name: str, **settings) -> pb.ComputeLossRequest:
@@ -175,13 +181,13 @@ def custom(name: str, **settings) -> pb.ComputeLossRequest:
 def test_long_values_are_shortened(stub):
     found = refusal(stub.ComputeLoss, custom("x" * 100_000))
     assert found.reason == "UNKNOWN_CUSTOM_LOSS"
-    assert len(found.metadata["name"]) <= 256
+    assert len(found.metadata["value"]) <= 256
     assert len(found.message) < 1024
 
 
 def test_text_of_the_caller_survives_in_the_answer(stub):
     found = refusal(stub.ComputeLoss, custom("naïve\n\x00 名前"))
-    assert found.metadata["name"] == "naïve\n\x00 名前"
+    assert found.metadata["value"] == "naïve\n\x00 名前"
 
 
 def test_nothing_is_leaked(stub):

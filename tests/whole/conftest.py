@@ -13,10 +13,12 @@ LOSSD = [sys.executable, "-m", "lossd_server"]
 
 
 @contextmanager
-def serving(*options, **environment):
+def serving(*options, directory=None, **environment):
     """Yields the process and the address of a server on a free port, and ends it with SIGTERM."""
     command = [*LOSSD, "serve", "--listen", "127.0.0.1:0", "--metrics-port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment or None)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment or None, cwd=directory
+    )
     try:
         line = next((line for line in process.stderr if "serving" in line), "")
         yield process, re.search(r"127\.0\.0\.1:\d+", line)[0], line

@@ -6,9 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lossd_client import Client, CustomLoss, LossdError
 from tests.whole.conftest import LOSSD, serving
 
 BAD_STARTS = {
@@ -18,6 +23,9 @@ BAD_STARTS = {
     "spec without a class": (["--load", "json"], "want package.module:Class"),
     "streams that leave no thread": (["--max-streams", "64"], "max_streams: is 64, want at most 63"),
     "message limit of nothing": (["--max-message-bytes", "10"], "max_message_bytes: is 10"),
+    "port that is none": (["--listen", "127.0.0.1:999999"], "listen: is '127.0.0.1:999999'"),
+    "address without a port": (["--listen", "localhost"], "listen: is 'localhost'"),
+    "metrics port that is none": (["--metrics-port", "70000"], "metrics_port: is 70000, want at most 65535"),
     "address of another machine": (["--listen", "192.0.2.1:0"], "cannot listen on 192.0.2.1:0"),
 }
 
@@ -54,6 +62,32 @@ def test_sigterm_ends_the_server_with_0():
         _, log = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "stopped" in log
+
+
+def test_work_that_outlasts_the_drain_does_not_hold_up_the_end(tmp_path):
+    (tmp_path / "sleepy.py").write_text((Path(__file__).parent / "sleepy.py").read_text())
+    options = ("--load", "sleepy:Sleepy", "--drain-seconds", "0.5")
+    with (
+        serving(*options, directory=tmp_path) as (process, address, _),
+        Client(address) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        call = pool.submit(client.compute_loss, CustomLoss("Sleepy"), {"pred": np.ones(3)})
+        while client.server_info().uptime_seconds < 1:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=15)
+        assert isinstance(call.exception(timeout=30), LossdError)
+    assert process.returncode == 0
+
+
+def test_a_unix_socket_in_use_is_a_failed_start(tmp_path):
+    target = f"unix:{tmp_path / 'lossd.sock'}"
+    with serving("--listen", target):
+        done = run("serve", "--metrics-port", "-1", "--listen", target)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert "a server does" in done.stderr
+        assert run("info", target).returncode == 0
 
 
 def test_settings_come_from_option_then_environment_then_file(tmp_path):

@@ -371,7 +371,9 @@ class LossResult(_message.Message):
 
     @_builtins.property
     def non_finite(self) -> _containers.RepeatedCompositeFieldContainer[Global___NonFinite]:
-        """Inputs that hold NaN or infinity. Empty when all are finite."""
+        """Inputs that hold NaN or infinity, and `loss` where a custom loss made some.
+        Empty when all are finite.
+        """
 
     def __init__(
         self,

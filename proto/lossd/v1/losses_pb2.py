@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lossd.v1 import tensor_pb2 as lossd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lossd/v1/losses.proto\x12\x08lossd.v1\x1a\x15lossd/v1/tensor.proto\"o\n\tFocalLoss\x12\x12\n\x05\x61lpha\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05gamma\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12&\n\treduction\x18\x03 \x01(\x0e\x32\x13.lossd.v1.ReductionB\x08\n\x06_alphaB\x08\n\x06_gamma\"L\n\x08GIoULoss\x12&\n\treduction\x18\x01 \x01(\x0e\x32\x13.lossd.v1.Reduction\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_eps\"8\n\x0e\x43\x65nternessLoss\x12&\n\treduction\x18\x01 \x01(\x0e\x32\x13.lossd.v1.Reduction\"\xc9\x02\n\x08\x46\x43OSLoss\x12\x13\n\x0bnum_classes\x18\x01 \x01(\x03\x12\x18\n\x0b\x66ocal_alpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x66ocal_gamma\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\ncls_weight\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nreg_weight\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11\x63\x65nterness_weight\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12$\n\x06preset\x18\x07 \x01(\x0e\x32\x14.lossd.v1.LossPreset\x12(\n\x08\x61ssigner\x18\x08 \x01(\x0b\x32\x16.lossd.v1.FCOSAssignerB\x0e\n\x0c_focal_alphaB\x0e\n\x0c_focal_gammaB\r\n\x0b_cls_weightB\r\n\x0b_reg_weightB\x14\n\x12_centerness_weight\"\x1a\n\nCustomLoss\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xa2\x01\n\x0c\x46\x43OSAssigner\x12(\n\x06preset\x18\x01 \x01(\x0e\x32\x18.lossd.v1.AssignerPreset\x12\x0f\n\x07strides\x18\x02 \x03(\x03\x12.\n\x0eregress_ranges\x18\x03 \x03(\x0b\x32\x16.lossd.v1.RegressRange\x12\'\n\nbox_format\x18\x04 \x01(\x0e\x32\x13.lossd.v1.BoxFormat\"(\n\x0cRegressRange\x12\x0b\n\x03min\x18\x01 \x01(\x01\x12\x0b\n\x03max\x18\x02 \x01(\x01\"R\n\x0b\x46ocalInputs\x12 \n\x06inputs\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07targets\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\"}\n\nGIoUInputs\x12$\n\npred_boxes\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12&\n\x0ctarget_boxes\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07weights\x18\x03 \x01(\x0b\x32\x10.lossd.v1.Tensor\"w\n\x10\x43\x65nternessInputs\x12\x1e\n\x04pred\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12 \n\x06target\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07weights\x18\x03 \x01(\x0b\x32\x10.lossd.v1.Tensor\"\xab\x02\n\nFCOSInputs\x12#\n\tcls_preds\x18\x01 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12#\n\treg_preds\x18\x02 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12*\n\x10\x63\x65nterness_preds\x18\x03 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12%\n\x0b\x63ls_targets\x18\x04 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12%\n\x0breg_targets\x18\x05 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12,\n\x12\x63\x65nterness_targets\x18\x06 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12+\n\x0cground_truth\x18\x07 \x03(\x0b\x32\x15.lossd.v1.GroundTruth\"\x86\x01\n\x0c\x43ustomInputs\x12\x34\n\x07tensors\x18\x01 \x03(\x0b\x32#.lossd.v1.CustomInputs.TensorsEntry\x1a@\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor:\x02\x38\x01\"s\n\x0bGroundTruth\x12\x1f\n\x05\x62oxes\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12 \n\x06labels\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07iscrowd\x18\x03 \x01(\x0b\x32\x10.lossd.v1.Tensor*a\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_NONE\x10\x01\x12\x12\n\x0eREDUCTION_MEAN\x10\x02\x12\x11\n\rREDUCTION_SUM\x10\x03*_\n\nLossPreset\x12\x1b\n\x17LOSS_PRESET_UNSPECIFIED\x10\x00\x12\x18\n\x14LOSS_PRESET_AUTOTIMM\x10\x01\x12\x1a\n\x16LOSS_PRESET_DOCUMENTED\x10\x02*O\n\x0e\x41ssignerPreset\x12\x1f\n\x1b\x41SSIGNER_PRESET_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41SSIGNER_PRESET_AUTOTIMM\x10\x01*h\n\tBoxFormat\x12\x1a\n\x16\x42OX_FORMAT_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42OX_FORMAT_XYXY\x10\x01\x12\x13\n\x0f\x42OX_FORMAT_XYWH\x10\x02\x12\x15\n\x11\x42OX_FORMAT_CXCYWH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lossd/v1/losses.proto\x12\x08lossd.v1\x1a\x15lossd/v1/tensor.proto\"o\n\tFocalLoss\x12\x12\n\x05\x61lpha\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05gamma\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12&\n\treduction\x18\x03 \x01(\x0e\x32\x13.lossd.v1.ReductionB\x08\n\x06_alphaB\x08\n\x06_gamma\"L\n\x08GIoULoss\x12&\n\treduction\x18\x01 \x01(\x0e\x32\x13.lossd.v1.Reduction\x12\x10\n\x03\x65ps\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_eps\"8\n\x0e\x43\x65nternessLoss\x12&\n\treduction\x18\x01 \x01(\x0e\x32\x13.lossd.v1.Reduction\"\xc9\x02\n\x08\x46\x43OSLoss\x12\x13\n\x0bnum_classes\x18\x01 \x01(\x03\x12\x18\n\x0b\x66ocal_alpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x66ocal_gamma\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\ncls_weight\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nreg_weight\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1e\n\x11\x63\x65nterness_weight\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12$\n\x06preset\x18\x07 \x01(\x0e\x32\x14.lossd.v1.LossPreset\x12(\n\x08\x61ssigner\x18\x08 \x01(\x0b\x32\x16.lossd.v1.FCOSAssignerB\x0e\n\x0c_focal_alphaB\x0e\n\x0c_focal_gammaB\r\n\x0b_cls_weightB\r\n\x0b_reg_weightB\x14\n\x12_centerness_weight\"\x1a\n\nCustomLoss\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xa2\x01\n\x0c\x46\x43OSAssigner\x12(\n\x06preset\x18\x01 \x01(\x0e\x32\x18.lossd.v1.AssignerPreset\x12\x0f\n\x07strides\x18\x02 \x03(\x03\x12.\n\x0eregress_ranges\x18\x03 \x03(\x0b\x32\x16.lossd.v1.RegressRange\x12\'\n\nbox_format\x18\x04 \x01(\x0e\x32\x13.lossd.v1.BoxFormat\"(\n\x0cRegressRange\x12\x0b\n\x03min\x18\x01 \x01(\x01\x12\x0b\n\x03max\x18\x02 \x01(\x01\"R\n\x0b\x46ocalInputs\x12 \n\x06inputs\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07targets\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\"}\n\nGIoUInputs\x12$\n\npred_boxes\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12&\n\x0ctarget_boxes\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07weights\x18\x03 \x01(\x0b\x32\x10.lossd.v1.Tensor\"w\n\x10\x43\x65nternessInputs\x12\x1e\n\x04pred\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12 \n\x06target\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07weights\x18\x03 \x01(\x0b\x32\x10.lossd.v1.Tensor\"\xd6\x02\n\nFCOSInputs\x12#\n\tcls_preds\x18\x01 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12#\n\treg_preds\x18\x02 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12*\n\x10\x63\x65nterness_preds\x18\x03 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12%\n\x0b\x63ls_targets\x18\x04 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12%\n\x0breg_targets\x18\x05 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12,\n\x12\x63\x65nterness_targets\x18\x06 \x03(\x0b\x32\x10.lossd.v1.Tensor\x12+\n\x0cground_truth\x18\x07 \x03(\x0b\x32\x15.lossd.v1.GroundTruth\x12)\n\x0fignored_targets\x18\x08 \x03(\x0b\x32\x10.lossd.v1.Tensor\"\x86\x01\n\x0c\x43ustomInputs\x12\x34\n\x07tensors\x18\x01 \x03(\x0b\x32#.lossd.v1.CustomInputs.TensorsEntry\x1a@\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor:\x02\x38\x01\"s\n\x0bGroundTruth\x12\x1f\n\x05\x62oxes\x18\x01 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12 \n\x06labels\x18\x02 \x01(\x0b\x32\x10.lossd.v1.Tensor\x12!\n\x07iscrowd\x18\x03 \x01(\x0b\x32\x10.lossd.v1.Tensor*a\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_NONE\x10\x01\x12\x12\n\x0eREDUCTION_MEAN\x10\x02\x12\x11\n\rREDUCTION_SUM\x10\x03*_\n\nLossPreset\x12\x1b\n\x17LOSS_PRESET_UNSPECIFIED\x10\x00\x12\x18\n\x14LOSS_PRESET_AUTOTIMM\x10\x01\x12\x1a\n\x16LOSS_PRESET_DOCUMENTED\x10\x02*O\n\x0e\x41ssignerPreset\x12\x1f\n\x1b\x41SSIGNER_PRESET_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41SSIGNER_PRESET_AUTOTIMM\x10\x01*h\n\tBoxFormat\x12\x1a\n\x16\x42OX_FORMAT_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42OX_FORMAT_XYXY\x10\x01\x12\x13\n\x0f\x42OX_FORMAT_XYWH\x10\x02\x12\x15\n\x11\x42OX_FORMAT_CXCYWH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +34,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CUSTOMINPUTS_TENSORSENTRY']._loaded_options = None
   _globals['_CUSTOMINPUTS_TENSORSENTRY']._serialized_options = b'8\001'
-  _globals['_REDUCTION']._serialized_start=1762
-  _globals['_REDUCTION']._serialized_end=1859
-  _globals['_LOSSPRESET']._serialized_start=1861
-  _globals['_LOSSPRESET']._serialized_end=1956
-  _globals['_ASSIGNERPRESET']._serialized_start=1958
-  _globals['_ASSIGNERPRESET']._serialized_end=2037
-  _globals['_BOXFORMAT']._serialized_start=2039
-  _globals['_BOXFORMAT']._serialized_end=2143
+  _globals['_REDUCTION']._serialized_start=1805
+  _globals['_REDUCTION']._serialized_end=1902
+  _globals['_LOSSPRESET']._serialized_start=1904
+  _globals['_LOSSPRESET']._serialized_end=1999
+  _globals['_ASSIGNERPRESET']._serialized_start=2001
+  _globals['_ASSIGNERPRESET']._serialized_end=2080
+  _globals['_BOXFORMAT']._serialized_start=2082
+  _globals['_BOXFORMAT']._serialized_end=2186
   _globals['_FOCALLOSS']._serialized_start=58
   _globals['_FOCALLOSS']._serialized_end=169
   _globals['_GIOULOSS']._serialized_start=171
@@ -63,11 +63,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CENTERNESSINPUTS']._serialized_start=1085
   _globals['_CENTERNESSINPUTS']._serialized_end=1204
   _globals['_FCOSINPUTS']._serialized_start=1207
-  _globals['_FCOSINPUTS']._serialized_end=1506
-  _globals['_CUSTOMINPUTS']._serialized_start=1509
-  _globals['_CUSTOMINPUTS']._serialized_end=1643
-  _globals['_CUSTOMINPUTS_TENSORSENTRY']._serialized_start=1579
-  _globals['_CUSTOMINPUTS_TENSORSENTRY']._serialized_end=1643
-  _globals['_GROUNDTRUTH']._serialized_start=1645
-  _globals['_GROUNDTRUTH']._serialized_end=1760
+  _globals['_FCOSINPUTS']._serialized_end=1549
+  _globals['_CUSTOMINPUTS']._serialized_start=1552
+  _globals['_CUSTOMINPUTS']._serialized_end=1686
+  _globals['_CUSTOMINPUTS_TENSORSENTRY']._serialized_start=1622
+  _globals['_CUSTOMINPUTS_TENSORSENTRY']._serialized_end=1686
+  _globals['_GROUNDTRUTH']._serialized_start=1688
+  _globals['_GROUNDTRUTH']._serialized_end=1803
 # @@protoc_insertion_point(module_scope)

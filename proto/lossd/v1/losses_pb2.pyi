@@ -521,6 +521,7 @@ class FCOSInputs(_message.Message):
     REG_TARGETS_FIELD_NUMBER: _builtins.int
     CENTERNESS_TARGETS_FIELD_NUMBER: _builtins.int
     GROUND_TRUTH_FIELD_NUMBER: _builtins.int
+    IGNORED_TARGETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cls_preds(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """Classification logits, one a level, `[B, C, H, W]`, any float type."""
@@ -542,7 +543,7 @@ class FCOSInputs(_message.Message):
     @_builtins.property
     def reg_targets(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """Target distances, one a level, `[B, 4, H, W]`, any float type. Read at
-        locations of class 0 and above.
+        locations of class 0 and above, where l + r or t + b below 0 is refused.
         """
 
     @_builtins.property
@@ -555,6 +556,12 @@ class FCOSInputs(_message.Message):
     def ground_truth(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroundTruth]:
         """The objects of each image, B of them."""
 
+    @_builtins.property
+    def ignored_targets(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """Optional beside dense targets, one a level, `[B, H, W]` bool: locations
+        without an object that are no background either, as `DenseLevel.ignored`.
+        """
+
     def __init__(
         self,
         *,
@@ -565,10 +572,11 @@ class FCOSInputs(_message.Message):
         reg_targets: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         centerness_targets: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         ground_truth: _abc.Iterable[Global___GroundTruth] | None = ...,
+        ignored_targets: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centerness_preds", b"centerness_preds", "centerness_targets", b"centerness_targets", "cls_preds", b"cls_preds", "cls_targets", b"cls_targets", "ground_truth", b"ground_truth", "reg_preds", b"reg_preds", "reg_targets", b"reg_targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centerness_preds", b"centerness_preds", "centerness_targets", b"centerness_targets", "cls_preds", b"cls_preds", "cls_targets", b"cls_targets", "ground_truth", b"ground_truth", "ignored_targets", b"ignored_targets", "reg_preds", b"reg_preds", "reg_targets", b"reg_targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

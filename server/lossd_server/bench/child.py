@@ -74,7 +74,7 @@ def main(device: str) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     keep_freed_memory()
     config = ServerConfig(listen=("127.0.0.1:0",), metrics_port=None, device=device, drain_seconds=1)
-    bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config.max_message_bytes))
+    bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config))
     bare.add_generic_rpc_handlers((_Bare(),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()

@@ -15,6 +15,9 @@ from lossd_server.engine import keep_freed_memory, use_granted_cores
 from lossd_server.errors import LossdError
 from lossd_server.rpc import Server
 
+NO_METRICS = -1
+"""The metrics port that means none."""
+
 
 def run(settings: Mapping[str, Any], log_format: str) -> None:
     """Serves until SIGTERM or SIGINT; a second signal ends the process at once.
@@ -24,6 +27,7 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
     configure_logging(log_format)
     keep_freed_memory()
     use_granted_cores()
+    sys.path.insert(0, "")  # `--load` finds modules in the working directory, as `python -m` does
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: object) -> None:
@@ -40,6 +44,9 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
         sys.exit(f"lossd: {error}")
     stop.wait()
     server.stop()
+    # Work that outlasted the drain runs in threads that the interpreter would wait for.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def configure_logging(log_format: str) -> None:
@@ -65,6 +72,6 @@ def _config(settings: Mapping[str, Any]) -> ServerConfig:
             **settings,
             "listen": tuple(settings["listen"]),
             "load": tuple(settings["load"]),
-            "metrics_port": None if port < 0 else port,
+            "metrics_port": None if port == NO_METRICS else port,
         }
     )

@@ -45,6 +45,8 @@ class CustomLoss:
                 raise InvalidInputError(
                     Reason.UNEXPECTED_FIELD,
                     f"is no input of {self.name}, which takes {', '.join(self.inputs)}",
+                    value=name,
+                    inputs=", ".join(self.inputs),
                     field=f"tensors[{name}]",
                 )
         for name in (*self.required, *gradients):
@@ -74,7 +76,7 @@ class CustomLoss:
             with torch.set_grad_enabled(bool(options.gradients)):
                 loss, components = self._read(self._module(**tensors))
                 gradients = self._gradients(loss, tensors, options)
-        except CustomLossError:
+        except (CustomLossError, torch.OutOfMemoryError, MemoryError):
             raise
         except BaseException as error:  # SystemExit would leave the caller without an answer
             _log.exception("custom loss failed", loss=self.name)

@@ -1,9 +1,11 @@
 """The engine: one evaluation at a time on the device, none once it drains."""
 
+import math
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,12 +25,13 @@ from lossd_server.engine.work import (
     Timing,
 )
 from lossd_server.errors import (
+    CustomLossError,
     DeadlineError,
     InvalidInputError,
-    LossdError,
     OutOfMemoryError,
     Reason,
     UnavailableError,
+    errors_within,
 )
 from lossd_server.losses import (
     CenternessLoss,
@@ -56,7 +59,8 @@ class Engine:
     def __init__(self, device: torch.device, custom_losses: Mapping[str, CustomLoss] | None = None) -> None:
         self.device = device
         self.custom_losses = dict(custom_losses or {})
-        self._turn = threading.Lock()
+        # One thread evaluates: torch keeps a team of helpers for every thread that ever called it.
+        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
             loss.to(device)
@@ -75,12 +79,15 @@ class Engine:
             CustomLossError: The operator's module failed.
             OutOfMemoryError: The device has not the memory.
         """
-        waited = time.monotonic()
-        with self._device(deadline):
-            began = time.monotonic()
-            outcomes = [self._evaluate(job, item) for item in job.items]
-            timing = Timing(queue=began - waited, compute=time.monotonic() - began)
-        return outcomes, timing
+        self._refuse_when_draining()
+        running = self._device_thread.submit(self._run, job, time.monotonic())
+        remaining = math.inf if deadline is None else max(deadline - time.monotonic(), 0)
+        try:
+            return running.result(min(remaining, threading.TIMEOUT_MAX))
+        except TimeoutError:
+            if running.cancel():
+                raise DeadlineError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the queue") from None
+            return running.result()
 
     def assign(self, job: AssignJob) -> AssignResults:
         """Assigns targets; on the host and without waiting for the device.
@@ -93,7 +100,7 @@ class Engine:
         began = time.monotonic()
         assignments = []
         for item in job.items:
-            with _errors_at(item.path):
+            with errors_within(item.path):
                 assignments.append(job.assigner.assign_objects(item.objects, item.sizes))
         return assignments, Timing(queue=0.0, compute=time.monotonic() - began)
 
@@ -113,24 +120,23 @@ class Engine:
         """Refuses work from now on; what runs goes on to its end."""
         self._draining.set()
 
-    @contextmanager
-    def _device(self, deadline: float | None) -> Iterator[None]:
-        """Holds the device, in the order of arrival as far as the lock keeps it."""
-        self._refuse_when_draining()
-        remaining = -1 if deadline is None else max(deadline - time.monotonic(), 0)
-        if not self._turn.acquire(timeout=min(remaining, threading.TIMEOUT_MAX)):
-            raise DeadlineError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the queue")
-        try:
-            yield
-        finally:
-            self._turn.release()
+    def close(self) -> None:
+        """Drains, and lets the device's thread go when it is done."""
+        self.drain()
+        self._device_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, job: LossJob, arrived: float) -> LossResults:
+        """Evaluates a job on the device's thread."""
+        began = time.monotonic()
+        outcomes = [self._evaluate(job, item) for item in job.items]
+        return outcomes, Timing(queue=began - arrived, compute=time.monotonic() - began)
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():
             raise UnavailableError(Reason.DRAINING, "the server is stopping")
 
     def _evaluate(self, job: LossJob, item: LossItem) -> LossOutcome:
-        with _errors_at(item.path), _memory_errors():
+        with errors_within(item.path), _memory_errors():
             arguments = {name: to_device(value, self.device) for name, value in item.arguments.items()}
             non_finite = find_non_finite(arguments)
             if job.strict and non_finite:
@@ -139,11 +145,18 @@ class Engine:
                     Reason.NOT_FINITE,
                     f"{first.count} values are NaN or infinite, the first at {list(first.first_index)}",
                     field=first.input,
+                    value="nan or inf",
                     count=first.count,
                     position=list(first.first_index),
                 )
             with torch.no_grad():
                 evaluation = job.loss.evaluate(arguments, item.options)
+            if evaluation.preset is None:  # a custom loss may make NaN of finite inputs
+                non_finite += find_non_finite({"loss": evaluation.loss})
+                if job.strict and non_finite:
+                    raise CustomLossError(
+                        Reason.CUSTOM_LOSS_FAILED, "the loss is NaN or infinite", value="nan or inf"
+                    )
             return replace(_on_host(evaluation, item.options.gradients), non_finite=non_finite)
 
 
@@ -165,15 +178,6 @@ def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
         kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
         negative_side_count=int(evaluation.negative_side_count or 0),
     )
-
-
-@contextmanager
-def _errors_at(path: str) -> Iterator[None]:
-    try:
-        yield
-    except LossdError as error:
-        error.prefix_field(path)
-        raise
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What evaluating a loss gives: the value, its gradients, and the sums it came from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,8 +90,19 @@ def find_non_finite(arguments: Mapping[str, object]) -> list[NonFinite]:
         (name if index is None else f"{name}[{index}]", tensor)
         for name, value in arguments.items()
         for index, tensor in _tensors_in(value)
+        if tensor.is_floating_point() and tensor.numel()
     ]
-    return [found for name, tensor in named if (found := _non_finite(name, tensor)) is not None]
+    if not named:
+        return []
+    # NaN and infinity survive a sum, so one pass without a mask clears the ordinary case, and one wait
+    # all tensors. Numbers whose sum is beyond float32 look the same, and are cleared by a second look.
+    sums = torch.stack([tensor.sum(dtype=_sum_dtype(tensor)).double() for _, tensor in named])
+    suspects = [pair for pair, total in zip(named, sums.tolist(), strict=True) if not math.isfinite(total)]
+    return [found for name, tensor in suspects if (found := _non_finite(name, tensor)) is not None]
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _tensors_in(value: object) -> Sequence[tuple[int | None, Tensor]]:
@@ -102,12 +114,6 @@ def _tensors_in(value: object) -> Sequence[tuple[int | None, Tensor]]:
 
 
 def _non_finite(name: str, tensor: Tensor) -> NonFinite | None:
-    if not tensor.is_floating_point() or not tensor.numel():
-        return None
-    # NaN and infinity survive a sum, so one pass without a mask clears the ordinary case. Numbers
-    # above the range of float32 in sum look the same, and are cleared by the second look.
-    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-        return None
     stray = ~torch.isfinite(tensor)
     count = int(stray.sum())
     if not count:

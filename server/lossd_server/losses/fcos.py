@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from lossd_server.losses.locations import LocationTargets, from_assignment, from
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
 from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
-from lossd_server.targets import DEFAULT_STRIDES, FCOSAssigner, GroundTruth
+from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
+
+E = TypeVar("E", bound=StrEnum)
 
 PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
 DENSE_TARGETS = ("cls_targets", "reg_targets", "centerness_targets")
@@ -49,7 +52,8 @@ class FCOSLoss(LossModule):
             the default ones.
         regress_ranges: Ranges of the assigner; None means the default ones of five strides.
         preset: `autotimm` or `documented`; None chooses by the kind of targets.
-        assigner: The whole assigner, in place of `strides` and `regress_ranges`.
+        box_format: Layout of the ground truth's boxes: `xyxy`, `xywh` or `cxcywh`.
+        assigner: The whole assigner, in place of `strides`, `regress_ranges` and `box_format`.
         cls_loss_weight: The documented name of `cls_weight`.
         reg_loss_weight: The documented name of `reg_weight`.
         centerness_loss_weight: The documented name of `centerness_weight`.
@@ -73,6 +77,7 @@ class FCOSLoss(LossModule):
         strides: Sequence[int] = DEFAULT_STRIDES,
         regress_ranges: Sequence[tuple[float, float]] | None = None,
         preset: str | None = None,
+        box_format: str = "xyxy",
         assigner: FCOSAssigner | None = None,
         cls_loss_weight: float | None = None,
         reg_loss_weight: float | None = None,
@@ -91,10 +96,11 @@ class FCOSLoss(LossModule):
                 centerness_loss_weight,
             ),
         )
-        self.preset = None if preset is None else _preset(preset)
+        self.preset = None if preset is None else _named(LossPreset, preset, "preset")
         self.assigner = assigner or FCOSAssigner(
             strides=tuple(strides),
             regress_ranges=None if regress_ranges is None else tuple(regress_ranges),
+            box_format=_named(BoxFormat, box_format, "box_format"),
         )
         checks.require_number("num_classes", num_classes, at_least=1, whole=True)
         check_focal_constants(self.focal, alpha_field="focal_alpha", gamma_field="focal_gamma")
@@ -107,6 +113,7 @@ class FCOSLoss(LossModule):
         cls_targets: Sequence[Tensor] | Sequence[Mapping[str, Any]] | None = None,
         reg_targets: Sequence[Tensor] | None = None,
         centerness_targets: Sequence[Tensor] | None = None,
+        ignored_targets: Sequence[Tensor] | None = None,
         *,
         ground_truth: Sequence[GroundTruth | Mapping[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
@@ -121,6 +128,8 @@ class FCOSLoss(LossModule):
                 and `labels` `[N]`.
             reg_targets: Target distances, one a level, `[B, 4, H, W]`.
             centerness_targets: Target centerness in 0..1, one a level, `[B, H, W]`.
+            ignored_targets: Optional, one a level, `[B, H, W]` bool: locations without an object that
+                are no background either, such as those in crowd regions.
             ground_truth: The ground truth, by name.
 
         Returns:
@@ -140,6 +149,7 @@ class FCOSLoss(LossModule):
             cls_targets,
             reg_targets,
             centerness_targets,
+            ignored_targets,
             ground_truth=ground_truth,
         )
         evaluation = self.evaluate_for_autograd(arguments)
@@ -161,7 +171,7 @@ class FCOSLoss(LossModule):
         if arguments.get("ground_truth") is None:
             self._check_dense_targets(arguments, sizes)
             return
-        for name in DENSE_TARGETS:
+        for name in (*DENSE_TARGETS, "ignored_targets"):
             if arguments.get(name):
                 raise InvalidInputError(Reason.UNEXPECTED_FIELD, "is set beside ground_truth", field=name)
         batch = sizes[0][0]
@@ -212,11 +222,13 @@ class FCOSLoss(LossModule):
                 field, target = f"{name}[{level}]", arguments[name][level]
                 checks.require_dtype(field, target, allowed)
                 checks.require_shape(field, target, shape)
-        labels = host_levels(arguments["cls_targets"])
-        centerness = host_levels(arguments["centerness_targets"])
-        for level, (classes, values) in enumerate(zip(labels, centerness, strict=True)):
+        levels = zip(*(host_levels(arguments[name]) for name in DENSE_TARGETS), strict=True)
+        for level, (classes, ltrb, centerness) in enumerate(levels):
             checks.require_labels(f"cls_targets[{level}]", classes, num_classes=self.num_classes)
-            checks.require_unit_interval(f"centerness_targets[{level}]", values, where=classes >= 0)
+            checks.require_upright_distances(f"reg_targets[{level}]", ltrb, classes >= 0)
+            checks.require_unit_interval(f"centerness_targets[{level}]", centerness, classes >= 0)
+        if arguments.get("ignored_targets"):
+            _check_ignored(arguments["ignored_targets"], sizes)
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared predictions; see `LossModule.evaluate`."""
@@ -283,7 +295,8 @@ class FCOSLoss(LossModule):
         ground_truth = arguments.get("ground_truth")
         cls_preds = arguments["cls_preds"]
         if ground_truth is None:
-            return from_dense(*(arguments[name] for name in DENSE_TARGETS))
+            cls_targets, reg_targets, centerness_targets = (arguments[name] for name in DENSE_TARGETS)
+            return from_dense(cls_targets, reg_targets, centerness_targets, arguments.get("ignored_targets"))
         sizes = [(pred.shape[2], pred.shape[3]) for pred in cls_preds]
         assignment = self.assigner.for_levels(len(sizes)).assign_objects(ground_truth, sizes)
         return from_assignment(assignment, cls_preds[0].device)
@@ -309,6 +322,8 @@ def arguments_by_name(
     cls_targets: Sequence[Any] | None,
     reg_targets: Sequence[Tensor] | None,
     centerness_targets: Sequence[Tensor] | None,
+    ignored_targets: Sequence[Tensor] | None,
+    *,
     ground_truth: Sequence[Any] | None,
 ) -> Arguments:
     """Returns the arguments of `FCOSLoss.forward` by name, ground truth told from dense targets."""
@@ -321,8 +336,16 @@ def arguments_by_name(
         "cls_targets": cls_targets,
         "reg_targets": reg_targets,
         "centerness_targets": centerness_targets,
+        "ignored_targets": ignored_targets,
         "ground_truth": ground_truth,
     }
+
+
+def _check_ignored(ignored: Sequence[Any], sizes: Sequence[tuple[int, int, int]]) -> None:
+    checks.require_count("ignored_targets", len(ignored), "cls_preds", len(sizes))
+    for level, (target, size) in enumerate(zip(ignored, sizes, strict=True)):
+        checks.require_dtype(f"ignored_targets[{level}]", target, ("bool",))
+        checks.require_shape(f"ignored_targets[{level}]", target, size)
 
 
 def _taking_part(targets: LocationTargets, *, background: bool) -> Tensor:
@@ -345,13 +368,15 @@ def _weight(name: str, value: float | None, alias: str, alias_value: float | Non
     return weight
 
 
-def _preset(name: str) -> LossPreset:
+def _named(kind: type[E], name: str, field: str) -> E:
+    """Returns the member of that name; raises `InvalidInputError` when there is none."""
     try:
-        return LossPreset(name)
+        return kind(name)
     except ValueError:
         raise InvalidInputError(
             Reason.INVALID_OPTION,
-            f"is {name!r}, want one of {', '.join(LossPreset)}",
-            field="preset",
+            f"is {name!r}, want one of {', '.join(kind)}",
+            field=field,
             value=name,
+            allowed=", ".join(kind),
         ) from None

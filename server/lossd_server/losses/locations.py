@@ -54,20 +54,20 @@ def from_dense(
     cls_targets: Sequence[Tensor],
     reg_targets: Sequence[Tensor],
     centerness_targets: Sequence[Tensor],
+    ignored_targets: Sequence[Tensor] | None,
 ) -> LocationTargets:
-    """Returns the targets that dense maps hold: `[B, H, W]`, `[B, 4, H, W]` and `[B, H, W]` a level."""
-    labels = torch.cat([level.flatten(1).to(torch.int64) for level in cls_targets], dim=1)
+    """Returns the targets that dense maps hold, `[B, H, W]` a level, distances `[B, 4, H, W]`."""
+    labels = _flat([level.to(torch.int64) for level in cls_targets])
     image, location = torch.nonzero(labels >= 0, as_tuple=True)
     ltrb = flat_levels(reg_targets)[image, :, location]
-    centerness = torch.cat([level.flatten(1) for level in centerness_targets], dim=1)
     return LocationTargets(
         labels=labels,
-        ignored=None,
+        ignored=_flat(ignored_targets) & (labels < 0) if ignored_targets else None,
         starts=_starts([level[0].numel() if len(level) else 0 for level in cls_targets]),
         image=image,
         location=location,
         ltrb=ltrb,
-        centerness=centerness[image, location],
+        centerness=_flat(centerness_targets)[image, location],
     )
 
 
@@ -83,6 +83,11 @@ def from_assignment(assignment: Assignment, device: torch.device) -> LocationTar
         ltrb=torch.from_numpy(assignment.ltrb).to(device),
         centerness=torch.from_numpy(assignment.centerness).to(device),
     )
+
+
+def _flat(levels: Sequence[Tensor]) -> Tensor:
+    """Returns maps `[B, H, W]`, one a level, as one `[B, T]`."""
+    return torch.cat([level.flatten(1) for level in levels], dim=1)
 
 
 def flat_levels(levels: Sequence[Tensor]) -> Tensor:

@@ -32,6 +32,7 @@ class Reduction(StrEnum):
                 f"is {value!r}, want one of {names}",
                 field="reduction",
                 value=value,
+                allowed=names,
             ) from None
 
 

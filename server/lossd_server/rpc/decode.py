@@ -1,7 +1,7 @@
 """From messages to work: unpacks, checks everything, and names the field of whatever is wrong."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +11,11 @@ from lossd.tensors import TensorError, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_server.engine import AssignItem, AssignJob, CustomLoss, LossItem, LossJob
-from lossd_server.errors import InvalidInputError, LossdError, Reason
+from lossd_server.errors import InvalidInputError, Reason, errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.fcos import DENSE_TARGETS
 from lossd_server.rpc.losses import assigner_of, loss_of
 from lossd_server.targets import FCOSAssigner, GroundTruth
-from lossd_server.targets.pyramid import MAX_LOCATIONS
 
 M = TypeVar("M", bound=Message)
 
@@ -79,11 +78,11 @@ def read_assign_job(request: pb.AssignTargetsRequest, max_answer_bytes: int) -> 
             field="format",
             value=request.format,
         )
-    with _within("assigner"):
+    with errors_within("assigner"):
         assigner = assigner_of(request.assigner)
     items = []
     for index, item in enumerate(request.items):
-        with _within(f"items[{index}]"):
+        with errors_within(f"items[{index}]"):
             items.append(_read_assign_item(f"items[{index}]", item, assigner))
     _require_answer_size(items, request.format, max_answer_bytes)
     return AssignJob(assigner=assigner, items=items)
@@ -96,7 +95,7 @@ def _custom_loss(name: str, custom_losses: Mapping[str, CustomLoss]) -> CustomLo
             Reason.UNKNOWN_CUSTOM_LOSS,
             f"is {name!r}, loaded are: {loaded}",
             field="custom.name",
-            name=name,
+            value=name,
             loaded=loaded,
         )
     return custom_losses[name]
@@ -111,6 +110,7 @@ def _options(request: pb.ComputeLossRequest, loss: LossModule | CustomLoss) -> E
                 f"is {name!r}, want one of {', '.join(allowed)}",
                 field=f"gradients[{index}]",
                 value=name,
+                allowed=", ".join(allowed),
             )
     if request.gradient_dtype and request.gradient_dtype not in GRADIENT_DTYPES:
         raise InvalidInputError(
@@ -134,19 +134,19 @@ def _read_item(
     index: int, item: pb.LossItem, kind: str, loss: LossModule | CustomLoss, options: EvaluationOptions
 ) -> LossItem:
     path = f"items[{index}]"
-    with _within(path):
+    with errors_within(path):
         given = item.WhichOneof("inputs")
         if given != kind:
             raise InvalidInputError(
                 Reason.MISSING_FIELD if given is None else Reason.UNEXPECTED_FIELD,
                 f"inputs are {given}, but the loss is {kind}",
                 field=given or kind,
-                inputs=given,
+                value=given,
                 loss=kind,
             )
         options = _with_normalizer(options, item, loss)
     path = f"{path}.{kind}"
-    with _within(path):
+    with errors_within(path):
         inputs = getattr(item, kind)
         if isinstance(loss, CustomLoss):
             arguments = {name: _unpack(f"tensors[{name}]", inputs.tensors[name]) for name in inputs.tensors}
@@ -165,12 +165,7 @@ def _with_normalizer(
             Reason.UNEXPECTED_FIELD, "a custom loss does its own division", field="normalizer"
         )
     loss.check_normalizer(item.normalizer)
-    return EvaluationOptions(
-        gradients=options.gradients,
-        gradient_dtype=options.gradient_dtype,
-        component_gradients=options.component_gradients,
-        normalizer=item.normalizer,
-    )
+    return replace(options, normalizer=item.normalizer)
 
 
 def _read_arguments(inputs: Message, loss: LossModule) -> Mapping[str, Any]:
@@ -232,8 +227,7 @@ def _read_assign_item(path: str, item: pb.AssignItem, assigner: FCOSAssigner) ->
         size = item.image_size
         _require_size("image_size", size)
         sizes = assigner.feature_sizes((size.height, size.width))
-        _require_locations("image_size", sizes)
-    assigner.check_sizes(sizes)
+    assigner.check_sizes(sizes, field="feature_sizes" if item.feature_sizes else "image_size")
     return AssignItem(path=path, objects=assigner.read(ground_truth), sizes=sizes)
 
 
@@ -248,25 +242,14 @@ def _require_size(field: str, size: pb.Size) -> None:
             )
 
 
-def _require_locations(field: str, sizes: list[tuple[int, int]]) -> None:
-    locations = sum(height * width for height, width in sizes)
-    if locations > MAX_LOCATIONS:
-        raise InvalidInputError(
-            Reason.MESSAGE_TOO_LARGE,
-            f"comes to {locations} locations, at most {MAX_LOCATIONS} are served",
-            field=field,
-            locations=locations,
-            limit=MAX_LOCATIONS,
-        )
-
-
 def _require_items(count: int) -> None:
     if not 1 <= count <= MAX_ITEMS:
         raise InvalidInputError(
             Reason.MISSING_FIELD if count == 0 else Reason.VALUE_OUT_OF_RANGE,
             f"has {count} entries, want 1..{MAX_ITEMS}",
             field="items",
-            count=count,
+            value=count,
+            limit=MAX_ITEMS,
         )
 
 
@@ -280,15 +263,6 @@ def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes:
             Reason.MESSAGE_TOO_LARGE,
             f"come to {locations} locations, at most {max_bytes // per_location} are answered in one call",
             field="items",
-            locations=locations,
+            value=locations,
             limit=max_bytes // per_location,
         )
-
-
-@contextmanager
-def _within(path: str) -> Iterator[None]:
-    try:
-        yield
-    except LossdError as error:
-        error.prefix_field(path)
-        raise

@@ -84,11 +84,12 @@ class Handlers:
 
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
         def handle(data: bytes, call: grpc.ServicerContext) -> bytes:
-            self.in_flight.begin()
-            if not call.add_callback(self.in_flight.end):  # the caller is gone already
-                self.in_flight.end()
+            self.in_flight.begin()  # until the answer is sent,
+            if not call.add_callback(self.in_flight.end):
+                self.in_flight.end()  # or at once, where the caller is gone,
             try:
-                return self._answer(method, data, call)
+                with self.in_flight:  # and until the work is done
+                    return self._answer(method, data, call)
             except Exception as error:  # noqa: BLE001  # every exception gets its status here
                 self._abort(method, error, call)
 

@@ -1,11 +1,11 @@
-"""Which requests have not been answered yet: what a stopping server waits for."""
+"""Which requests are still being worked on or answered: what a stopping server waits for."""
 
 import threading
 from types import TracebackType
 
 
 class InFlight:
-    """Counts requests from their arrival until their answers are sent.
+    """Counts requests from their arrival until their work is done and their answers are sent.
 
     Open streams without a request, and watchers of health, do not count: they would hold up a stop
     for no one's sake.

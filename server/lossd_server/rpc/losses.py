@@ -7,7 +7,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from lossd.v1 import losses_pb2 as pb
-from lossd_server.errors import InvalidInputError, LossdError, Reason
+from lossd_server.errors import InvalidInputError, Reason, errors_within
 from lossd_server.losses import CenternessLoss, FCOSLoss, FocalLoss, GIoULoss, LossModule
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, BOX_FORMATS, LOSS_PRESETS, REDUCTIONS
 from lossd_server.targets import DEFAULT_STRIDES, AssignerPreset, BoxFormat, FCOSAssigner
@@ -21,11 +21,8 @@ def loss_of(kind: str, config: Message) -> LossModule:
     Raises:
         InvalidInputError: A setting is out of range; the field starts with `kind`.
     """
-    try:
+    with errors_within(kind):
         return _loss(kind, config.SerializeToString(deterministic=True))
-    except LossdError as error:
-        error.prefix_field(kind)
-        raise
 
 
 def assigner_of(config: pb.FCOSAssigner) -> FCOSAssigner:
@@ -68,11 +65,8 @@ def _centerness(data: bytes) -> CenternessLoss:
 
 def _fcos(data: bytes) -> FCOSLoss:
     config = pb.FCOSLoss.FromString(data)
-    try:
+    with errors_within("assigner"):
         assigner = assigner_of(config.assigner)
-    except LossdError as error:
-        error.prefix_field("assigner")
-        raise
     return FCOSLoss(
         num_classes=config.num_classes,
         focal_alpha=_optional(config, "focal_alpha", 0.25),

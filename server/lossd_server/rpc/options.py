@@ -1,15 +1,15 @@
 """The server's gRPC options, each with its reason."""
 
-from lossd_server.config import MEBIBYTE
+from lossd_server.config import MEBIBYTE, ServerConfig
 
 # Larger frames mean fewer of them: 12.6 -> 6.9 ms for a message of 6.4 MB.
 _FRAME_BYTES = 16 * MEBIBYTE - 1
 
 
-def server_options(max_message_bytes: int) -> list[tuple[str, int]]:
-    """Returns the options of a server that reads messages up to a size."""
+def server_options(config: ServerConfig) -> list[tuple[str, int]]:
+    """Returns the options of a server with these settings."""
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
         # An answer is about as large as its request; what was read is answered.
         ("grpc.max_send_message_length", -1),
         ("grpc.http2.max_frame_size", _FRAME_BYTES),

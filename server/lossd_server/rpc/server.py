@@ -1,5 +1,6 @@
 """The server: its listeners, health, reflection and metrics, from start to drain."""
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -108,6 +109,7 @@ class Server:
         # What is left open has nothing to say: idle streams, and watchers of health.
         self._grpc.stop(None)
         stopped.wait(_CLOSE_SECONDS)
+        self._engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._health_pool.shutdown(wait=False, cancel_futures=True)
         if self._metrics_server is not None:
@@ -123,7 +125,7 @@ class Server:
         server = grpc.server(
             self._pool,
             interceptors=[MetricsInterceptor(self._metrics)],
-            options=server_options(config.max_message_bytes),
+            options=server_options(config),
         )
         server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -134,6 +136,8 @@ class Server:
 
     def _listen(self, address: str) -> str:
         """Listens on an address and returns it with the port that was taken."""
+        if address.startswith("unix:"):
+            _refuse_served_socket(address)
         try:
             port = self._grpc.add_insecure_port(address)
         except RuntimeError:
@@ -169,3 +173,17 @@ class Server:
     def _set_health(self, status: int) -> None:
         for name in _HEALTH_NAMES:
             self._health.set(name, status)
+
+
+def _refuse_served_socket(address: str) -> None:
+    """Raises `ConfigurationError` where someone listens; gRPC would take the path from under them."""
+    path = address.removeprefix("unix:").removeprefix("//")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise ConfigurationError(
+        Reason.INVALID_OPTION, f"cannot listen on {address}: a server does", field="listen", address=address
+    )

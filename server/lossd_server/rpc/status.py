@@ -39,7 +39,7 @@ def status_of(error: LossdError) -> status_pb2.Status:
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))]
     if isinstance(error, InvalidInputError) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=_shorten(error.message)
+            field=_shorten(error.field), description=_shorten(error.message)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, UnavailableError):
@@ -59,7 +59,7 @@ def stream_error(error: LossdError) -> pb.Error:
         code=code_of(error).value[0],
         message=_shorten(str(error)),
         reason=number_of(REASONS, error.reason),
-        field=error.field,
+        field=_shorten(error.field),
         metadata=_metadata(error),
     )
 

@@ -50,7 +50,7 @@ class FCOSAssigner:
                 Reason.INVALID_OPTION,
                 f"has {len(self.strides)} entries, want 1..{MAX_LEVELS}",
                 field="strides",
-                count=len(self.strides),
+                value=len(self.strides),
             )
         for level, stride in enumerate(self.strides):
             checks.require_number(f"strides[{level}]", stride, at_least=1, at_most=2**20, whole=True)
@@ -59,7 +59,7 @@ class FCOSAssigner:
                 Reason.INVALID_OPTION,
                 f"has {len(self.ranges)} entries, want {len(self.strides)} as strides",
                 field="regress_ranges",
-                count=len(self.ranges),
+                value=len(self.ranges),
                 expected=len(self.strides),
             )
         for level, (lower, upper) in enumerate(self.ranges):
@@ -112,6 +112,10 @@ class FCOSAssigner:
         self, ground_truth: Sequence[GroundTruth | Mapping[str, Any]], *, num_classes: int | None = None
     ) -> list[Objects]:
         """Checks the objects of each image and returns them in the assigner's terms; see `assign`."""
+        if isinstance(ground_truth, Mapping):
+            raise InvalidInputError(
+                Reason.INVALID_SHAPE, "is one mapping, want a list with one an image", field="ground_truth"
+            )
         fields = (f"ground_truth[{index}]" for index in range(len(ground_truth)))
         return [
             read_objects(GroundTruth.of(image, field), self.box_format, field=field, num_classes=num_classes)
@@ -124,8 +128,13 @@ class FCOSAssigner:
         levels = pyramid(self.strides, tuple((int(h), int(w)) for h, w in sizes))
         return paint_targets(objects, levels, self.ranges, ASSIGNER_RULES[self.preset])
 
-    def check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Raises `InvalidInputError` unless there is a size for each stride, none of them negative."""
+    def check_sizes(self, sizes: Sequence[tuple[int, int]], *, field: str = "feature_sizes") -> None:
+        """Raises `InvalidInputError` unless there is a size for each stride, and not too large a one.
+
+        Args:
+            sizes: Height and width of each level.
+            field: What the sizes come from, for errors.
+        """
         checks.require_count("feature_sizes", len(sizes), "strides", len(self.strides))
         for level, size in enumerate(sizes):
             for axis, extent in zip(("height", "width"), size, strict=True):
@@ -133,8 +142,9 @@ class FCOSAssigner:
         total = sum(int(height) * int(width) for height, width in sizes)
         if total > MAX_LOCATIONS:
             raise InvalidInputError(
-                Reason.VALUE_OUT_OF_RANGE,
+                Reason.MESSAGE_TOO_LARGE,
                 f"come to {total} locations, at most {MAX_LOCATIONS} are served",
-                field="feature_sizes",
-                count=total,
+                field=field,
+                value=total,
+                limit=MAX_LOCATIONS,
             )

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.targets.assignment import Assignment
 from lossd_server.targets.ground_truth import Objects
 from lossd_server.targets.presets import AssignerRules
 from lossd_server.targets.pyramid import Pyramid
+
+MAX_PAIRS = 2**28
+"""Most pairs of box and location that one assignment looks at: some ten seconds of work."""
 
 _PAIRS_AT_ONCE = 1 << 19
 """Pairs of box and cell looked at together: about 30 MB of temporaries."""
@@ -194,6 +198,14 @@ def _pairs(column: Ints, row: Ints, columns: Ints, rows: Ints) -> Iterator[tuple
     windows = np.flatnonzero(cells)
     ends = np.cumsum(cells[windows])
     total = int(ends[-1]) if len(ends) else 0
+    if total > MAX_PAIRS:
+        raise InvalidInputError(
+            Reason.MESSAGE_TOO_LARGE,
+            f"boxes can reach {total} locations, at most {MAX_PAIRS} pairs are looked at",
+            field="ground_truth",
+            value=total,
+            limit=MAX_PAIRS,
+        )
     for begin in range(0, total, _PAIRS_AT_ONCE):
         end = min(begin + _PAIRS_AT_ONCE, total)
         first, last = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, end - 1, "right") + 1
