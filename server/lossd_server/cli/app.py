@@ -27,6 +27,11 @@ class _Command(click.Command):
             ) from error
 
 
+# Idle helpers of torch sleep instead of spinning: beside one busy core, spinning ones made calls up to
+# twenty times slower. Read once, when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lossd")
 def app() -> None:

@@ -242,23 +242,13 @@ class FCOSLoss(LossModule):
         if options.normalizer is not None:
             normalizer = torch.full_like(normalizer, options.normalizer)
         divisors = rules.divisors(valid_counts, counts, normalizer)
-        # A component's gradient leaves the weight out where the component itself does.
-        bare = options.component_gradients and not rules.weighted_components
-        requests = {
-            name: GradientRequest(
-                scale=(1.0 if bare else weight) / divisor.expand_as(counts),
-                dtype=options.gradient_dtype,
-            )
-            for name, weight, divisor in zip(PREDICTIONS, self.weights, divisors, strict=True)
-            if name in options.gradients
-        }
-        ltrb = at_positives(arguments["reg_preds"], targets)
+        requests = self._gradient_requests(options, rules, divisors, counts)
+        cls_preds, reg_preds, centerness_preds = (arguments[name] for name in PREDICTIONS)
+        ltrb = at_positives(reg_preds, targets)
         terms = (
-            classification_term(
-                arguments["cls_preds"], targets, valid, self.focal, requests.get("cls_preds")
-            ),
-            regression_term(ltrb, arguments["reg_preds"], targets, rules.box_rows, requests.get("reg_preds")),
-            centerness_term(arguments["centerness_preds"], targets, requests.get("centerness_preds")),
+            classification_term(cls_preds, targets, valid, self.focal, requests.get("cls_preds")),
+            regression_term(ltrb, reg_preds, targets, rules.box_terms, requests.get("reg_preds")),
+            centerness_term(centerness_preds, targets, requests.get("centerness_preds")),
         )
         floor = entropy(targets.centerness.double())
         components = self._components(
@@ -300,6 +290,20 @@ class FCOSLoss(LossModule):
         sizes = [(pred.shape[2], pred.shape[3]) for pred in cls_preds]
         assignment = self.assigner.for_levels(len(sizes)).assign_objects(ground_truth, sizes)
         return from_assignment(assignment, cls_preds[0].device)
+
+    def _gradient_requests(
+        self, options: EvaluationOptions, rules: LossRules, divisors: Divisors, counts: Tensor
+    ) -> dict[str, GradientRequest]:
+        """Returns how the gradient of each wanted input is scaled, level by level."""
+        # A component's gradient leaves the weight out where the component itself does.
+        bare = options.component_gradients and not rules.weighted_components
+        return {
+            name: GradientRequest(
+                scale=(1.0 if bare else weight) / divisor.expand_as(counts), dtype=options.gradient_dtype
+            )
+            for name, weight, divisor in zip(PREDICTIONS, self.weights, divisors, strict=True)
+            if name in options.gradients
+        }
 
     def _components(
         self, sums: Sequence[Tensor], floor_sums: Tensor, divisors: Divisors, rules: LossRules

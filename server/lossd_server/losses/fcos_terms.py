@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossd_server.losses.evaluation import fixed_order_sum
 from lossd_server.losses.focal_kernel import FocalConstants, empty_gradient, focal_rows, grid
-from lossd_server.losses.formulas import RowFormula, centerness_terms, rows_and_slopes
+from lossd_server.losses.formulas import RowFormula, centerness_terms
 from lossd_server.losses.locations import LocationTargets, flat_levels
 
 
@@ -73,7 +73,7 @@ def regression_term(
     request: GradientRequest | None,
 ) -> Term:
     """Box loss over the positives, whose predicted distances are `ltrb` `[P, 4]`."""
-    rows, slopes = rows_and_slopes(formula, ltrb, targets.ltrb)
+    rows, slopes = formula(ltrb.double(), targets.ltrb.double())
     return _term_of_positives(rows, slopes, preds, targets, request)
 
 

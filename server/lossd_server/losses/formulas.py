@@ -9,11 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RowFormula = Callable[[Tensor, Tensor], Tensor]
-"""Loss of each row from a prediction and a target, `[N, …]` each."""
+Terms = tuple[Tensor, Tensor]
+"""The loss of each row, and its derivative by that row of the prediction."""
+
+RowFormula = Callable[[Tensor, Tensor], Terms]
+"""Terms from a prediction and a target, `[N, 4]` float64 each."""
 
 
-def focal_terms(z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def focal_terms(z: Tensor, gamma: float) -> Terms:
     """Returns `f(z) = σ(z)^γ · softplus(z)` and its derivative, elementwise.
 
     The focal loss of a negative with logit x is `(1 - α) f(x)`, that of a positive `α f(-x)` (Lin
@@ -32,53 +35,81 @@ def focal_terms(z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     return modulator.mul_(softplus), slope
 
 
-def giou(pred: Tensor, target: Tensor, eps: float) -> Tensor:
-    """Returns the generalized IoU of matching xyxy boxes `[N, 4]` (Rezatofighi et al., 2019, alg. 1).
+def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Terms:
+    """Returns `1 - GIoU` of matching xyxy boxes `[N, 4]` (Rezatofighi et al., 2019, alg. 1).
 
-    Union and enclosing area are floored at `eps`. In -1..1 for upright boxes.
+    Union and enclosing area are floored at `eps`. In 0..2 for upright boxes.
     """
-    top_left = torch.max(pred[:, :2], target[:, :2])
-    bottom_right = torch.min(pred[:, 2:], target[:, 2:])
-    intersection = _area((bottom_right - top_left).clamp(min=0))
-    union = _area(pred[:, 2:] - pred[:, :2]) + _area(target[:, 2:] - target[:, :2]) - intersection
-    hull_top_left = torch.min(pred[:, :2], target[:, :2])
-    hull_bottom_right = torch.max(pred[:, 2:], target[:, 2:])
-    hull = _area(hull_bottom_right - hull_top_left)
-    iou = intersection / union.clamp(min=eps)
-    return iou - (hull - union) / hull.clamp(min=eps)
+    low, high = _halves(pred)
+    target_low, target_high = _halves(target)
+    extent, overlap = high - low, torch.min(high, target_high) - torch.max(low, target_low)
+    inside = overlap.clamp(min=0)
+    hull_extent = torch.max(high, target_high) - torch.min(low, target_low)
+    intersection, hull = _area(inside), _area(hull_extent)
+    union = _area(extent) + _area(target_high - target_low) - intersection
+    floored_union, floored_hull = union.clamp(min=eps), hull.clamp(min=eps)
+    iou, wasted = intersection / floored_union, (hull - union) / floored_hull
+    by_area = iou / floored_union * (union >= eps) - 1 / floored_hull
+    by_intersection = -1 / floored_union - by_area
+    by_hull = (1 - wasted * (hull >= eps)) / floored_hull
+    by_extent = by_area * extent.flip(0)
+    by_overlap = by_intersection * inside.flip(0) * (overlap >= 0)
+    by_hull_extent = by_hull * hull_extent.flip(0)
+    high_above, low_above = _share_above(high, target_high), _share_above(low, target_low)
+    by_high = by_extent + by_overlap * (1 - high_above) + by_hull_extent * high_above
+    by_low = -by_extent - by_overlap * low_above - by_hull_extent * (1 - low_above)
+    return 1 - iou + wasted, torch.cat([by_low, by_high]).t()
 
 
-def ltrb_to_xyxy(ltrb: Tensor) -> Tensor:
-    """Returns distances `[N, 4]` as boxes around a location at the origin."""
-    return torch.cat([-ltrb[:, :2], ltrb[:, 2:]], dim=1)
-
-
-def giou_of_ltrb(pred: Tensor, target: Tensor) -> Tensor:
+def giou_loss_of_ltrb(pred: Tensor, target: Tensor) -> Terms:
     """Returns `1 - GIoU` of boxes given as distances from one location, `[N, 4]`.
 
     A GIoU does not change when both boxes move together, so the location itself is not needed.
     """
-    return 1 - giou(ltrb_to_xyxy(pred), ltrb_to_xyxy(target), eps=1e-7)
+    signs = pred.new_tensor([-1, -1, 1, 1])
+    rows, slopes = giou_loss(pred * signs, target * signs)
+    return rows, slopes * signs
 
 
-def log_iou_of_ltrb(pred: Tensor, target: Tensor) -> Tensor:
+def log_iou_loss_of_ltrb(pred: Tensor, target: Tensor) -> Terms:
     """Returns `-log(IoU)` of distances `[N, 4]`, union and IoU floored at 1e-7.
 
     The intersection is not floored at 0: with negative sides on both axes it is a false overlap, and
     the published source returns it so (see `negative_side_count`).
     """
-    overlap = torch.min(pred, target)
-    intersection = _area(overlap[:, :2] + overlap[:, 2:])
-    union = _area(pred[:, :2] + pred[:, 2:]) + _area(target[:, :2] + target[:, 2:]) - intersection
-    return -torch.log((intersection / union.clamp(min=1e-7)).clamp(min=1e-7))
+    low, high = _halves(pred)
+    target_low, target_high = _halves(target)
+    extent, overlap = low + high, torch.min(low, target_low) + torch.min(high, target_high)
+    intersection = _area(overlap)
+    union = _area(extent) + _area(target_low + target_high) - intersection
+    floored_union = union.clamp(min=1e-7)
+    iou = intersection / floored_union
+    by_iou = torch.where(iou >= 1e-7, -1 / iou, 0)
+    union_share = iou / floored_union * (union >= 1e-7)
+    by_extent = -by_iou * union_share * extent.flip(0)
+    by_overlap = by_iou * (1 / floored_union + union_share) * overlap.flip(0)
+    by_low = by_extent + by_overlap * (1 - _share_above(low, target_low))
+    by_high = by_extent + by_overlap * (1 - _share_above(high, target_high))
+    return -torch.log(iou.clamp(min=1e-7)), torch.cat([by_low, by_high]).t()
+
+
+def _halves(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the first two and the last two numbers of `[N, 4]`, `[2, N]` each."""
+    columns = boxes.t().contiguous()
+    return columns[:2], columns[2:]
 
 
 def _area(extents: Tensor) -> Tensor:
-    """Returns width times height, signs and all, of `[N, 2]`."""
-    return extents[:, 0] * extents[:, 1]
+    """Returns width times height, signs and all, of `[2, N]`."""
+    return extents[0] * extents[1]
 
 
-def centerness_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _share_above(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a's share in the derivative of `max(a, b)`: 1 above, 0 below, and half where they are equal."""
+    return (torch.sign(a - b) + 1) / 2
+
+
+def centerness_terms(logits: Tensor, targets: Tensor) -> Terms:
     """Returns the binary cross-entropy of logits x with targets t in 0..1, and its derivative `σ(x) - t`.
 
     `(x > 0 ? 1 - t : -t) · x + log1p(exp(-|x|))` is a sum of two terms that are not negative: a
@@ -93,15 +124,6 @@ def centerness_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def entropy(targets: Tensor) -> Tensor:
     """Returns `-t log t - (1 - t) log(1 - t)`: the cross-entropy of a perfect prediction."""
-    of_one, of_zero = torch.xlogy(targets, targets), torch.special.xlog1py(1 - targets, -targets)
-    entropies: Tensor = -(of_one + of_zero)
-    return entropies
-
-
-def rows_and_slopes(formula: RowFormula, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the loss of each row in float64, and its derivative by that row of `pred`."""
-    leaf = pred.detach().double().requires_grad_()
-    with torch.enable_grad():
-        rows = formula(leaf, target.double())
-        (slopes,) = torch.autograd.grad(rows.sum(), leaf)
-    return rows.detach(), slopes
+    least = torch.finfo(targets.dtype).tiny  # 0 · log 0 is 0 here
+    rest = 1 - targets
+    return -(targets * targets.clamp(min=least).log() + rest * rest.clamp(min=least).log())

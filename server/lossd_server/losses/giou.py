@@ -1,13 +1,11 @@
 """Generalized IoU loss for matched boxes."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
-from lossd_server.losses.formulas import giou, rows_and_slopes
+from lossd_server.losses.formulas import giou_loss
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction, reduce_rows
@@ -75,7 +73,7 @@ class GIoULoss(LossModule):
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared boxes; see `LossModule.evaluate`."""
         pred: Tensor = arguments["pred_boxes"]
-        rows, slopes = rows_and_slopes(partial(_giou_loss, eps=self.eps), pred, arguments["target_boxes"])
+        rows, slopes = giou_loss(pred.double(), arguments["target_boxes"].double(), self.eps)
         reduced = reduce_rows(
             rows,
             arguments.get("weights"),
@@ -95,7 +93,3 @@ class GIoULoss(LossModule):
             },
             preset=LossPreset.AUTOTIMM,
         )
-
-
-def _giou_loss(pred: Tensor, target: Tensor, eps: float) -> Tensor:
-    return 1 - giou(pred, target, eps)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lossd_server.losses.formulas import RowFormula, giou_of_ltrb, log_iou_of_ltrb
+from lossd_server.losses.formulas import RowFormula, giou_loss_of_ltrb, log_iou_loss_of_ltrb
 
 
 class LossPreset(StrEnum):
@@ -34,13 +34,13 @@ class LossRules:
     Attributes:
         background: Whether a location without an object counts as a negative of every class; if
             not, it takes no part.
-        box_rows: Loss of each positive from its predicted and its target distances.
+        box_terms: Loss of each positive, and its derivative, from predicted and target distances.
         divisors: From each level's valid and positive counts and from the normalizer.
         weighted_components: Whether components are reported after their weights.
     """
 
     background: bool
-    box_rows: RowFormula
+    box_terms: RowFormula
     divisors: Callable[[Tensor, Tensor, Tensor], Divisors]
     weighted_components: bool
 
@@ -61,13 +61,13 @@ def _normalizer_throughout(_valid: Tensor, _positive: Tensor, normalizer: Tensor
 LOSS_RULES = {
     LossPreset.AUTOTIMM: LossRules(
         background=False,
-        box_rows=log_iou_of_ltrb,
+        box_terms=log_iou_loss_of_ltrb,
         divisors=_level_means,
         weighted_components=True,
     ),
     LossPreset.DOCUMENTED: LossRules(
         background=True,
-        box_rows=giou_of_ltrb,
+        box_terms=giou_loss_of_ltrb,
         divisors=_normalizer_throughout,
         weighted_components=False,
     ),
