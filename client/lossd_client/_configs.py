@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lossd.tensors import TensorError, pack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
-from lossd_client._arrays import as_array
 from lossd_client._errors import refused_here
+from lossd_client._packing import packed, packed_ground_truth
 
 
 class LossConfig:
@@ -263,41 +262,6 @@ class CustomLoss(LossConfig):
         for name, value in tensors.items():
             item.custom.tensors[name].CopyFrom(packed(f"{path}.tensors[{name}]", value))
         return item
-
-
-def packed(field: str, value: Any) -> Any:
-    """Returns a value as a `Tensor`; raises `InvalidInputError` that names the field."""
-    try:
-        return pack(as_array(value))
-    except TensorError as error:
-        reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
-        raise refused_here(reason, str(error), field=field, **error.values) from error
-
-
-def packed_ground_truth(images: Sequence[Mapping[str, Any]], path: str) -> list[losses_pb2.GroundTruth]:
-    """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
-    fields = (f"{path}.ground_truth[{index}]" for index in range(len(images)))
-    return list(map(_packed_objects, fields, images))
-
-
-def _packed_objects(field: str, image: Mapping[str, Any]) -> losses_pb2.GroundTruth:
-    objects = losses_pb2.GroundTruth()
-    known = objects.DESCRIPTOR.fields_by_name
-    for key in image:
-        if key not in known:
-            reason = pb.ERROR_REASON_UNEXPECTED_FIELD
-            raise refused_here(reason, f"is unknown, want {', '.join(known)}", field=f"{field}.{key}")
-    for key in ("boxes", "labels"):
-        if key not in image:
-            raise refused_here(pb.ERROR_REASON_MISSING_FIELD, "is not set", field=f"{field}.{key}")
-    for key, value in image.items():
-        if value is not None:
-            array = as_array(value)
-            # An empty list has no type of its own; numpy makes it float64.
-            if not array.size and key == "labels":
-                array = array.astype("int64")
-            getattr(objects, key).CopyFrom(packed(f"{field}.{key}", array))
-    return objects
 
 
 def _given(weight: float | None, documented: float | None) -> float | None:

@@ -7,8 +7,9 @@ import numpy as np
 
 from lossd.tensors import TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
-from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig, packed_ground_truth
+from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig
 from lossd_client._errors import refused_here
+from lossd_client._packing import packed_ground_truth
 
 SMALL_BYTES = 1 << 20
 """Every server reads at least this: smaller requests need not ask for its limit."""

@@ -11,6 +11,13 @@ from torch import Tensor
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
+from lossd_server.losses.fcos_arguments import (
+    COMPONENTS,
+    DENSE_TARGETS,
+    PREDICTIONS,
+    check_dense_targets,
+    check_predictions,
+)
 from lossd_server.losses.fcos_terms import (
     GradientRequest,
     at_positives,
@@ -21,18 +28,13 @@ from lossd_server.losses.fcos_terms import (
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_kernel import FocalConstants
 from lossd_server.losses.formulas import entropy
-from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense, host_levels
+from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
 from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
 
 E = TypeVar("E", bound=StrEnum)
-
-PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
-DENSE_TARGETS = ("cls_targets", "reg_targets", "centerness_targets")
-COMPONENTS = ("cls_loss", "reg_loss", "centerness_loss")
-"""The component that each of `PREDICTIONS` feeds, in order."""
 
 
 class FCOSLoss(LossModule):
@@ -167,9 +169,9 @@ class FCOSLoss(LossModule):
 
         The objects of the ground truth are checked where they are read, by `prepare`.
         """
-        sizes = self._check_predictions(arguments)
+        sizes = check_predictions(arguments, self.num_classes)
         if arguments.get("ground_truth") is None:
-            self._check_dense_targets(arguments, sizes)
+            check_dense_targets(arguments, sizes, self.num_classes)
             return
         for name in (*DENSE_TARGETS, "ignored_targets"):
             if arguments.get(name):
@@ -187,48 +189,6 @@ class FCOSLoss(LossModule):
             return arguments
         objects = self.assigner.read(ground_truth, num_classes=self.num_classes)
         return {**arguments, "ground_truth": objects}
-
-    def _check_predictions(self, arguments: Arguments) -> list[tuple[int, int, int]]:
-        """Returns batch size, height and width of each level."""
-        cls_preds = arguments["cls_preds"]
-        if not len(cls_preds):
-            raise InvalidInputError(Reason.MISSING_FIELD, "has no levels", field="cls_preds")
-        for name in PREDICTIONS[1:]:
-            checks.require_count(name, len(arguments[name]), "cls_preds", len(cls_preds))
-        sizes: list[tuple[int, int, int]] = []
-        checks.require_shape("cls_preds[0]", cls_preds[0], ["B", self.num_classes, "H", "W"])
-        batch = cls_preds[0].shape[0]
-        for level, cls_pred in enumerate(cls_preds):
-            checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, self.num_classes, "H", "W"])
-            _, _, height, width = cls_pred.shape
-            sizes.append((batch, height, width))
-            for name, channels in zip(PREDICTIONS, (self.num_classes, 4, 1), strict=True):
-                field, pred = f"{name}[{level}]", arguments[name][level]
-                checks.require_dtype(field, pred, checks.FLOATS)
-                checks.require_shape(field, pred, [batch, channels, height, width])
-        return sizes
-
-    def _check_dense_targets(self, arguments: Arguments, sizes: Sequence[tuple[int, int, int]]) -> None:
-        for name in DENSE_TARGETS:
-            if arguments.get(name) is None:
-                raise InvalidInputError(
-                    Reason.MISSING_FIELD, "is not set, and neither is ground_truth", field=name
-                )
-            checks.require_count(name, len(arguments[name]), "cls_preds", len(sizes))
-        for level, (batch, height, width) in enumerate(sizes):
-            expected = ([batch, height, width], [batch, 4, height, width], [batch, height, width])
-            types = (checks.INTEGERS, checks.FLOATS, checks.FLOATS)
-            for name, shape, allowed in zip(DENSE_TARGETS, expected, types, strict=True):
-                field, target = f"{name}[{level}]", arguments[name][level]
-                checks.require_dtype(field, target, allowed)
-                checks.require_shape(field, target, shape)
-        levels = zip(*(host_levels(arguments[name]) for name in DENSE_TARGETS), strict=True)
-        for level, (classes, ltrb, centerness) in enumerate(levels):
-            checks.require_labels(f"cls_targets[{level}]", classes, num_classes=self.num_classes)
-            checks.require_upright_distances(f"reg_targets[{level}]", ltrb, classes >= 0)
-            checks.require_unit_interval(f"centerness_targets[{level}]", centerness, classes >= 0)
-        if arguments.get("ignored_targets"):
-            _check_ignored(arguments["ignored_targets"], sizes)
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared predictions; see `LossModule.evaluate`."""
@@ -343,13 +303,6 @@ def arguments_by_name(
         "ignored_targets": ignored_targets,
         "ground_truth": ground_truth,
     }
-
-
-def _check_ignored(ignored: Sequence[Any], sizes: Sequence[tuple[int, int, int]]) -> None:
-    checks.require_count("ignored_targets", len(ignored), "cls_preds", len(sizes))
-    for level, (target, size) in enumerate(zip(ignored, sizes, strict=True)):
-        checks.require_dtype(f"ignored_targets[{level}]", target, ("bool",))
-        checks.require_shape(f"ignored_targets[{level}]", target, size)
 
 
 def _taking_part(targets: LocationTargets, *, background: bool) -> Tensor:

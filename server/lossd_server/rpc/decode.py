@@ -13,7 +13,7 @@ from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_server.engine import AssignItem, AssignJob, CustomLoss, LossItem, LossJob
 from lossd_server.errors import InvalidInputError, Reason, errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
-from lossd_server.losses.fcos import DENSE_TARGETS
+from lossd_server.losses.fcos_arguments import DENSE_TARGETS
 from lossd_server.rpc.losses import assigner_of, loss_of
 from lossd_server.targets import FCOSAssigner, GroundTruth
 

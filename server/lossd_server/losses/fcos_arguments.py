@@ -1,0 +1,68 @@
+"""The arguments of an FCOS loss: their names, and what is refused about them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lossd_server import checks
+from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.losses.locations import host_levels
+from lossd_server.losses.module import Arguments
+
+PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
+DENSE_TARGETS = ("cls_targets", "reg_targets", "centerness_targets")
+COMPONENTS = ("cls_loss", "reg_loss", "centerness_loss")
+"""The component that each of `PREDICTIONS` feeds, in order."""
+
+
+def check_predictions(arguments: Arguments, num_classes: int) -> list[tuple[int, int, int]]:
+    """Returns batch size, height and width of each level; raises `InvalidInputError` for a misfit."""
+    cls_preds = arguments["cls_preds"]
+    if not len(cls_preds):
+        raise InvalidInputError(Reason.MISSING_FIELD, "has no levels", field="cls_preds")
+    for name in PREDICTIONS[1:]:
+        checks.require_count(name, len(arguments[name]), "cls_preds", len(cls_preds))
+    sizes: list[tuple[int, int, int]] = []
+    checks.require_shape("cls_preds[0]", cls_preds[0], ["B", num_classes, "H", "W"])
+    batch = cls_preds[0].shape[0]
+    for level, cls_pred in enumerate(cls_preds):
+        checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, num_classes, "H", "W"])
+        _, _, height, width = cls_pred.shape
+        sizes.append((batch, height, width))
+        for name, channels in zip(PREDICTIONS, (num_classes, 4, 1), strict=True):
+            field, pred = f"{name}[{level}]", arguments[name][level]
+            checks.require_dtype(field, pred, checks.FLOATS)
+            checks.require_shape(field, pred, [batch, channels, height, width])
+    return sizes
+
+
+def check_dense_targets(
+    arguments: Arguments, sizes: Sequence[tuple[int, int, int]], num_classes: int
+) -> None:
+    """Raises `InvalidInputError` unless dense targets fit the levels and say what can be."""
+    for name in DENSE_TARGETS:
+        if arguments.get(name) is None:
+            raise InvalidInputError(
+                Reason.MISSING_FIELD, "is not set, and neither is ground_truth", field=name
+            )
+        checks.require_count(name, len(arguments[name]), "cls_preds", len(sizes))
+    for level, (batch, height, width) in enumerate(sizes):
+        expected = ([batch, height, width], [batch, 4, height, width], [batch, height, width])
+        types = (checks.INTEGERS, checks.FLOATS, checks.FLOATS)
+        for name, shape, allowed in zip(DENSE_TARGETS, expected, types, strict=True):
+            field, target = f"{name}[{level}]", arguments[name][level]
+            checks.require_dtype(field, target, allowed)
+            checks.require_shape(field, target, shape)
+    levels = zip(*(host_levels(arguments[name]) for name in DENSE_TARGETS), strict=True)
+    for level, (classes, ltrb, centerness) in enumerate(levels):
+        checks.require_labels(f"cls_targets[{level}]", classes, num_classes=num_classes)
+        checks.require_upright_distances(f"reg_targets[{level}]", ltrb, classes >= 0)
+        checks.require_unit_interval(f"centerness_targets[{level}]", centerness, classes >= 0)
+    if arguments.get("ignored_targets"):
+        _check_ignored(arguments["ignored_targets"], sizes)
+
+
+def _check_ignored(ignored: Sequence[Any], sizes: Sequence[tuple[int, int, int]]) -> None:
+    checks.require_count("ignored_targets", len(ignored), "cls_preds", len(sizes))
+    for level, (target, size) in enumerate(zip(ignored, sizes, strict=True)):
+        checks.require_dtype(f"ignored_targets[{level}]", target, ("bool",))
+        checks.require_shape(f"ignored_targets[{level}]", target, size)
