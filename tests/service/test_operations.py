@@ -1,12 +1,14 @@
 """What an operator sees: health, reflection, metrics, listeners, and a graceful stop."""
 
 import threading
+from importlib.metadata import EntryPoint
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.errors import ConfigurationError
 from tests.service import custom_modules
 from tests.service.metrics import eventually, value
@@ -176,3 +178,11 @@ def test_a_deadline_that_passes_in_the_queue(fresh, held):
         custom_modules.release.set()
         assert call.result(30).results
         assert stub.ComputeLoss(good_loss_request(), timeout=30).results
+
+
+def test_custom_losses_are_found_by_entry_point(monkeypatch):
+    point = EntryPoint("plain_square", "tests.service.custom_modules:Squared", "lossd.losses")
+    monkeypatch.setattr("lossd_server.engine.custom.entry_points", lambda group: [point])
+    with make_server(load=("tests.service.custom_modules:Squared",)) as server, connect(server) as stub:
+        info = stub.GetServerInfo(pb.GetServerInfoRequest())
+        assert {loss.name for loss in info.custom_losses} == {"plain_square", "Squared"}
