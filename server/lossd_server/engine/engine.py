@@ -45,6 +45,8 @@ from lossd_server.losses import (
 from lossd_server.losses.evaluation import find_non_finite
 from lossd_server.losses.native import load_library
 
+_HOST = torch.device("cpu")
+
 _log = structlog.get_logger()
 
 
@@ -137,18 +139,10 @@ class Engine:
 
     def _evaluate(self, job: LossJob, item: LossItem) -> LossOutcome:
         with errors_within(item.path), _memory_errors():
+            if job.strict:
+                _refuse_non_finite(item.arguments)
             arguments = {name: to_device(value, self.device) for name, value in item.arguments.items()}
-            non_finite = find_non_finite(arguments)
-            if job.strict and non_finite:
-                first = non_finite[0]
-                raise InvalidInputError(
-                    Reason.NOT_FINITE,
-                    f"{first.count} values are NaN or infinite, the first at {list(first.first_index)}",
-                    field=first.input,
-                    value="nan or inf",
-                    count=first.count,
-                    position=list(first.first_index),
-                )
+            non_finite = [] if job.strict else find_non_finite(arguments)
             with torch.no_grad():
                 evaluation = job.loss.evaluate(arguments, item.options)
             if evaluation.preset is None:  # a custom loss may make NaN of finite inputs
@@ -158,6 +152,21 @@ class Engine:
                         Reason.CUSTOM_LOSS_FAILED, "the loss is NaN or infinite", value="nan or inf"
                     )
             return replace(_on_host(evaluation, item.options.gradients), non_finite=non_finite)
+
+
+def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
+    """Raises `InvalidInputError` for the first argument that holds NaN or infinity, read on the host."""
+    found = find_non_finite({name: to_device(value, _HOST) for name, value in arguments.items()})
+    if found:
+        first = found[0]
+        raise InvalidInputError(
+            Reason.NOT_FINITE,
+            f"{first.count} values are NaN or infinite, the first at {list(first.first_index)}",
+            field=first.input,
+            value="nan or inf",
+            count=first.count,
+            position=list(first.first_index),
+        )
 
 
 def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
