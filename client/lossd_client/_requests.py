@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lossd.tensors import TensorError, data_type_of
@@ -16,6 +17,9 @@ SMALL_BYTES = 1 << 20
 
 _ENVELOPE_BYTES = 16
 """Tag and length of an item in its request, rounded up."""
+
+_FLOAT_TYPES = {data_type_of(np.dtype(name)) for name in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
+"""The types that an input with a gradient may have."""
 
 Gradients = bool | str | Sequence[str]
 """True for all, or the name or names of the inputs whose gradient is wanted."""
@@ -85,7 +89,7 @@ def split(request: pb.ComputeLossRequest, max_bytes: int) -> Iterator[tuple[int,
                 pb.ERROR_REASON_MESSAGE_TOO_LARGE,
                 f"is {size} bytes, the server reads {max_bytes} in one message",
                 field=f"items[{index}]",
-                size=size,
+                value=size,
                 limit=max_bytes,
             )
         if part.items and used + size > room:
@@ -123,7 +127,7 @@ def _gradient_names(loss: LossConfig, request: pb.ComputeLossRequest, gradients:
         return []
     if isinstance(loss, CustomLoss):
         tensors = request.items[0].custom.tensors if request.items else {}
-        return sorted(name for name, tensor in tensors.items() if 1 <= tensor.dtype <= 4)
+        return sorted(name for name, tensor in tensors.items() if tensor.dtype in _FLOAT_TYPES)
     return loss.differentiable
 
 

@@ -1,6 +1,7 @@
 """The compiled kernel gives what torch gives, only sooner; and without it nothing is missing."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from lossd_server.losses import EvaluationOptions, FocalLoss
 from lossd_server.losses.native import library, load_library
 
-pytestmark = pytest.mark.skipif(load_library() is None, reason="no C compiler on this machine")
+COMPILERS = ("cc", "gcc", "clang")
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"none of {COMPILERS} is here")
+
+
+@pytest.fixture(autouse=True)
+def _kernel():
+    assert load_library() is not None
 
 
 @pytest.fixture
@@ -74,6 +82,22 @@ def test_half_precision_is_computed_in_float32(dtype):
     wide = evaluate(logits.to(dtype).float(), targets)
     assert torch.equal(half.loss, wide.loss)
     assert torch.equal(half.gradients["inputs"], wide.gradients["inputs"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_gradients_of_any_layout(layout, dtype):
+    logits, targets = grid()
+    half = evaluate(LAYOUTS[layout](logits), targets, dtype=dtype).gradients["inputs"]
+    wide = evaluate(LAYOUTS[layout](logits), targets).gradients["inputs"]
+    torch.testing.assert_close(half, wide.to(dtype), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_of_rows_with_gaps(dtype):
+    logits, targets = torch.randn(50, 14)[:, :7], torch.randint(-1, 7, (50,))
+    half = evaluate(logits, targets, dtype=dtype).gradients["inputs"]
+    assert torch.equal(half, evaluate(logits, targets).gradients["inputs"].to(dtype))
 
 
 @settings(deadline=None, max_examples=60)

@@ -15,6 +15,7 @@ from lossd_server.losses.fcos_arguments import (
     COMPONENTS,
     DENSE_TARGETS,
     PREDICTIONS,
+    arguments_by_name,
     check_dense_targets,
     check_predictions,
 )
@@ -195,7 +196,7 @@ class FCOSLoss(LossModule):
         targets = self._read_targets(arguments)
         preset = self.preset_for(arguments)
         rules = LOSS_RULES[preset]
-        valid = _taking_part(targets, background=rules.background)
+        valid = targets.taking_part(background=rules.background)
         valid_counts = torch.stack([valid[:, span].sum() for span in targets.spans()]).double()
         counts = targets.sum_by_level(torch.ones_like(targets.location))
         normalizer = counts.sum().clamp(min=1)
@@ -277,41 +278,6 @@ class FCOSLoss(LossModule):
         terms = map(component, COMPONENTS, sums, divisors, self.weights)
         floor = component("centerness_floor", floor_sums, divisors.centerness, self.weights[2])
         return (*terms, replace(floor, weight=0.0))
-
-
-def arguments_by_name(
-    cls_preds: Sequence[Tensor],
-    reg_preds: Sequence[Tensor],
-    centerness_preds: Sequence[Tensor],
-    cls_targets: Sequence[Any] | None,
-    reg_targets: Sequence[Tensor] | None,
-    centerness_targets: Sequence[Tensor] | None,
-    ignored_targets: Sequence[Tensor] | None,
-    *,
-    ground_truth: Sequence[Any] | None,
-) -> Arguments:
-    """Returns the arguments of `FCOSLoss.forward` by name, ground truth told from dense targets."""
-    if ground_truth is None and reg_targets is None and centerness_targets is None:
-        ground_truth, cls_targets = cls_targets, None
-    return {
-        "cls_preds": cls_preds,
-        "reg_preds": reg_preds,
-        "centerness_preds": centerness_preds,
-        "cls_targets": cls_targets,
-        "reg_targets": reg_targets,
-        "centerness_targets": centerness_targets,
-        "ignored_targets": ignored_targets,
-        "ground_truth": ground_truth,
-    }
-
-
-def _taking_part(targets: LocationTargets, *, background: bool) -> Tensor:
-    """Returns which locations the classification loss counts, `[B, T]` bool."""
-    if not background:
-        return targets.labels >= 0
-    if targets.ignored is None:
-        return torch.ones_like(targets.labels, dtype=torch.bool)
-    return ~targets.ignored
 
 
 def _weight(name: str, value: float | None, alias: str, alias_value: float | None) -> float:

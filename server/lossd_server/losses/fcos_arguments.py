@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.locations import host_levels
@@ -12,6 +14,32 @@ PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
 DENSE_TARGETS = ("cls_targets", "reg_targets", "centerness_targets")
 COMPONENTS = ("cls_loss", "reg_loss", "centerness_loss")
 """The component that each of `PREDICTIONS` feeds, in order."""
+
+
+def arguments_by_name(
+    cls_preds: Sequence[Tensor],
+    reg_preds: Sequence[Tensor],
+    centerness_preds: Sequence[Tensor],
+    cls_targets: Sequence[Any] | None,
+    reg_targets: Sequence[Tensor] | None,
+    centerness_targets: Sequence[Tensor] | None,
+    ignored_targets: Sequence[Tensor] | None,
+    *,
+    ground_truth: Sequence[Any] | None,
+) -> Arguments:
+    """Returns the arguments of `FCOSLoss.forward` by name, ground truth told from dense targets."""
+    if ground_truth is None and reg_targets is None and centerness_targets is None:
+        ground_truth, cls_targets = cls_targets, None
+    return {
+        "cls_preds": cls_preds,
+        "reg_preds": reg_preds,
+        "centerness_preds": centerness_preds,
+        "cls_targets": cls_targets,
+        "reg_targets": reg_targets,
+        "centerness_targets": centerness_targets,
+        "ignored_targets": ignored_targets,
+        "ground_truth": ground_truth,
+    }
 
 
 def check_predictions(arguments: Arguments, num_classes: int) -> list[tuple[int, int, int]]:

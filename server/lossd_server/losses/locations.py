@@ -39,6 +39,12 @@ class LocationTargets:
         """Returns where each level lies in the row."""
         return list(map(slice, self.starts[:-1], self.starts[1:]))
 
+    def taking_part(self, *, background: bool) -> Tensor:
+        """Returns which locations a classification loss counts, with or without background, `[B, T]` bool."""
+        if not background:
+            return self.labels >= 0
+        return torch.ones_like(self.labels, dtype=torch.bool) if self.ignored is None else ~self.ignored
+
     def level(self) -> Tensor:
         """Returns the level of each positive, `[P]`."""
         bounds = torch.tensor(self.starts, device=self.location.device)

@@ -66,7 +66,9 @@ def focal_rows_natively(
     for images in _portions(logits, gradient):
         wide = logits[images].float()
         given = None if gradient is None else gradient[images]
-        slopes = given if given is None or given.dtype == torch.float32 else torch.empty_like(wide)
+        slopes = given
+        if given is not None and given.dtype != torch.float32:
+            slopes = torch.empty_like(given, dtype=torch.float32)  # laid out as `_applies` saw it
         problem = _problem(wide, marked[images], rows[images], slopes, scale, weights, int(gamma))
         library.lossd_focal(ctypes.byref(problem), ctypes.c_int(_threads(wide)))
         if given is not None and slopes is not None and slopes is not given:

@@ -17,7 +17,7 @@ _SOURCE = Path(__file__).with_name("focal.c")
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
 _MACHINE_FLAGS = (
-    # gcc holds vectors to half their width unless told; this kernel is a third faster with all of it.
+    # gcc holds vectors to half their width unless told.
     ("-march=native", "-mprefer-vector-width=512"),
     ("-march=native",),
     (),
