@@ -111,8 +111,8 @@ def require_labels(field: str, labels: Any, *, num_classes: int | None, lowest: 
     """
     values = host_array(labels)
     highest = _LARGEST_LABEL if num_classes is None else num_classes - 1
-    outside = (values < lowest) | (values > highest)
-    if outside.any():
+    if values.size and (values.min() < lowest or values.max() > highest):
+        outside = (values < lowest) | (values > highest)
         position = first_position(outside)
         value = int(values[tuple(position)])
         raise InvalidInputError(

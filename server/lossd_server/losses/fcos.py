@@ -27,7 +27,7 @@ from lossd_server.losses.fcos_terms import (
     regression_term,
 )
 from lossd_server.losses.focal import check_focal_constants
-from lossd_server.losses.focal_kernel import FocalConstants
+from lossd_server.losses.focal_grid import FocalConstants
 from lossd_server.losses.formulas import entropy
 from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
@@ -196,9 +196,8 @@ class FCOSLoss(LossModule):
         targets = self._read_targets(arguments)
         preset = self.preset_for(arguments)
         rules = LOSS_RULES[preset]
-        valid = targets.taking_part(background=rules.background)
-        valid_counts = torch.stack([valid[:, span].sum() for span in targets.spans()]).double()
         counts = targets.sum_by_level(torch.ones_like(targets.location))
+        valid_counts = targets.background_counts() + counts if rules.background else counts
         normalizer = counts.sum().clamp(min=1)
         if options.normalizer is not None:
             normalizer = torch.full_like(normalizer, options.normalizer)
@@ -207,7 +206,9 @@ class FCOSLoss(LossModule):
         cls_preds, reg_preds, centerness_preds = (arguments[name] for name in PREDICTIONS)
         ltrb = at_positives(reg_preds, targets)
         terms = (
-            classification_term(cls_preds, targets, valid, self.focal, requests.get("cls_preds")),
+            classification_term(
+                cls_preds, targets, self.focal, requests.get("cls_preds"), background=rules.background
+            ),
             regression_term(ltrb, reg_preds, targets, rules.box_terms, requests.get("reg_preds")),
             centerness_term(centerness_preds, targets, requests.get("centerness_preds")),
         )

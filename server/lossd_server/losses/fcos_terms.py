@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossd_server.losses.evaluation import fixed_order_sum
-from lossd_server.losses.focal_kernel import FocalConstants, empty_gradient, focal_rows, grid
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, empty_gradient, grid
+from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.formulas import RowFormula, centerness_terms
 from lossd_server.losses.locations import LocationTargets, flat_levels
 
@@ -41,28 +41,25 @@ class GradientRequest:
 def classification_term(
     preds: Sequence[Tensor],
     targets: LocationTargets,
-    valid: Tensor,
     constants: FocalConstants,
     request: GradientRequest | None,
+    *,
+    background: bool,
 ) -> Term:
-    """Focal loss over the locations that take part, `valid` `[B, T]`."""
-    sums, gradients = [], []
-    for level, (pred, span) in enumerate(zip(preds, targets.spans(), strict=True)):
-        gradient = None if request is None else empty_gradient(pred, request.dtype)
-        rows = focal_rows(
-            grid(pred),
-            targets.labels[:, span],
-            valid[:, span],
-            constants,
-            gradient=None if gradient is None else grid(gradient),
+    """Focal loss over the locations that take part, with or without background."""
+    gradients = None if request is None else [empty_gradient(pred, request.dtype) for pred in preds]
+    grids = [
+        FocalGrid(
+            logits=grid(pred),
+            labels=targets.labels[:, span],
+            background=background,
+            ignored=None if targets.ignored is None else targets.ignored[:, span],
+            gradient=None if gradients is None else grid(gradients[level]),
             scale=None if request is None else request.scale[level],
         )
-        sums.append(fixed_order_sum(rows))
-        gradients.append(gradient)
-    return Term(
-        sums=torch.stack(sums),
-        gradients=[gradient for gradient in gradients if gradient is not None] or None,
-    )
+        for level, (pred, span) in enumerate(zip(preds, targets.spans(), strict=True))
+    ]
+    return Term(sums=focal_sums(grids, constants), gradients=gradients)
 
 
 def regression_term(

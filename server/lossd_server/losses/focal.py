@@ -5,13 +5,9 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, fixed_order_sum
-from lossd_server.losses.focal_kernel import (
-    FocalConstants,
-    empty_gradient,
-    focal_rows,
-    grid,
-)
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, empty_gradient, grid
+from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LossPreset
@@ -98,32 +94,28 @@ class FocalLoss(LossModule):
         inputs: Tensor = arguments["inputs"]
         logits = grid(inputs)
         labels = arguments["targets"].to(torch.int64).reshape(logits.shape[0], logits.shape[2])
-        valid = labels >= 0
-        count = valid.sum().double()
+        count = (labels >= 0).sum(dtype=torch.float64).reshape(1)
         divisor = self._divisor(count, options.normalizer)
-        gradient = None
+        gradient = rows = None
         if "inputs" in options.gradients:
             gradient = empty_gradient(inputs, options.gradient_dtype)
-        rows = focal_rows(
-            logits,
-            labels,
-            valid,
-            self.constants,
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        if self.reduction is Reduction.NONE:
+            rows = torch.empty(labels.shape, dtype=dtype, device=inputs.device)
+        problem = FocalGrid(
+            logits=logits,
+            labels=labels,
             gradient=None if gradient is None else grid(gradient),
-            scale=1 / divisor,
+            scale=divisor.reciprocal(),
+            rows=rows,
         )
-        total = fixed_order_sum(rows)
-        keep = self.reduction is Reduction.NONE
+        total = focal_sums([problem], self.constants)
         return Evaluation(
-            loss=_kept(rows, valid) if keep else (total / divisor).to(rows.dtype),
+            loss=(total / divisor).to(dtype).squeeze(0) if rows is None else _kept(rows, labels),
             gradients={} if gradient is None else {"inputs": gradient},
-            raw_sums={
-                "cls_loss": total[None],
-                "valid_count": count[None],
-                "positive_count": count[None],
-            },
+            raw_sums={"cls_loss": total, "valid_count": count, "positive_count": count},
             preset=LossPreset.AUTOTIMM,
-            kept_rows=valid.flatten().nonzero().flatten() if keep else None,
+            kept_rows=None if rows is None else (labels >= 0).flatten().nonzero().flatten(),
         )
 
     def _divisor(self, count: Tensor, normalizer: float | None) -> Tensor:
@@ -139,6 +131,6 @@ def check_focal_constants(constants: FocalConstants, *, alpha_field: str, gamma_
         checks.require_number(alpha_field, constants.alpha, at_most=1)
 
 
-def _kept(rows: Tensor, valid: Tensor) -> Tensor:
-    kept = rows[valid]
+def _kept(rows: Tensor, labels: Tensor) -> Tensor:
+    kept = rows[labels >= 0]
     return kept if len(kept) else rows.new_zeros(())

@@ -39,11 +39,10 @@ class LocationTargets:
         """Returns where each level lies in the row."""
         return list(map(slice, self.starts[:-1], self.starts[1:]))
 
-    def taking_part(self, *, background: bool) -> Tensor:
-        """Returns which locations a classification loss counts, with or without background, `[B, T]` bool."""
-        if not background:
-            return self.labels >= 0
-        return torch.ones_like(self.labels, dtype=torch.bool) if self.ignored is None else ~self.ignored
+    def background_counts(self) -> Tensor:
+        """Returns how many locations of each level are background, `[L]` float64."""
+        background = self.labels < 0 if self.ignored is None else (self.labels < 0) & ~self.ignored
+        return torch.stack([background[:, span].sum() for span in self.spans()]).double()
 
     def level(self) -> Tensor:
         """Returns the level of each positive, `[P]`."""

@@ -1,6 +1,6 @@
 """Compiled kernels for the CPU, and what to do without a compiler."""
 
-from lossd_server.losses.native.focal import focal_rows_natively
+from lossd_server.losses.native.focal import focal_sums_natively
 from lossd_server.losses.native.library import load_library
 
-__all__ = ["focal_rows_natively", "load_library"]
+__all__ = ["focal_sums_natively", "load_library"]

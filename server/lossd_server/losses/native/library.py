@@ -12,7 +12,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("focal.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("focal.c", "arithmetic.h"))
 
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
@@ -60,7 +60,7 @@ def _compile(compiler: str | None, path: Path) -> None:
         raise OSError("no C compiler on this machine")
     for flags in _MACHINE_FLAGS:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as draft:
-            command = [compiler, *_FLAGS, *flags, str(_SOURCE), "-o", draft.name, "-lm"]
+            command = [compiler, *_FLAGS, *flags, str(_SOURCES[0]), "-o", draft.name, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
         except subprocess.SubprocessError:
@@ -97,7 +97,7 @@ def _fingerprint(compiler: str | None) -> str:
         else ""
     )
     parts = (
-        _SOURCE.read_text(),
+        *(source.read_text() for source in _SOURCES),
         str(_FLAGS),
         str(_MACHINE_FLAGS),
         str(compiler),

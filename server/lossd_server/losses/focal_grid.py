@@ -1,0 +1,74 @@
+"""What the focal kernels work on: a grid of logits with its labels, and the constants."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FocalConstants:
+    """The constants of a focal loss; `alpha` None or negative switches the class weights off."""
+
+    alpha: float | None
+    gamma: float
+
+    @property
+    def positive_weight(self) -> float:
+        """Weight of a row's own class."""
+        return 1.0 if self.alpha is None or self.alpha < 0 else self.alpha
+
+    @property
+    def negative_weight(self) -> float:
+        """Weight of every other class."""
+        return 1.0 if self.alpha is None or self.alpha < 0 else 1 - self.alpha
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FocalGrid:
+    """Logits, what is at their locations, and where the results go.
+
+    Attributes:
+        logits: `[B, C, S]`, any float type and any strides.
+        labels: `[B, S]` int64, 0..C-1, or negative for a location without an object.
+        background: Whether a location without an object is a negative of every class; if not, it
+            takes no part.
+        ignored: `[B, S]` bool: locations without an object that take no part all the same; None for none.
+        gradient: `[B, C, S]`, written with `scale · ∂loss/∂logit`, exact zeros where a location takes
+            no part; None if not wanted.
+        scale: One float64; required with `gradient`.
+        rows: `[B, S]`, float64 for float64 logits, otherwise float32: written with the loss of each
+            location, summed over classes; None if not wanted.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    background: bool = False
+    ignored: Tensor | None = None
+    gradient: Tensor | None = None
+    scale: Tensor | None = None
+    rows: Tensor | None = None
+
+    def taking_part(self) -> Tensor:
+        """Returns which locations count, `[B, S]` bool."""
+        if not self.background:
+            return self.labels >= 0
+        return torch.ones_like(self.labels, dtype=torch.bool) if self.ignored is None else ~self.ignored
+
+
+def grid(tensor: Tensor) -> Tensor:
+    """Returns `[N, C]` as `[1, C, N]` and `[B, C, H, W]` as `[B, C, H·W]`, a view wherever strides allow."""
+    return tensor.t().unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def empty_gradient(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Returns an uninitialised tensor in the shape of `tensor`, of which `grid` is a view."""
+    if tensor.dim() == 2 and tensor.stride(0) == 1 != tensor.stride(1):  # laid out class by class
+        return torch.empty(tensor.shape[::-1], dtype=dtype or tensor.dtype, device=tensor.device).t()
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        tensor.shape,
+        dtype=dtype or tensor.dtype,
+        device=tensor.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
