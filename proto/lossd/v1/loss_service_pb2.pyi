@@ -93,6 +93,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The device has not the memory for this request."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 19
     """A fault of the server; its log has the details."""
+    ERROR_REASON_UNKNOWN_REGION: _ErrorReason.ValueType  # 20
+    """No shared-memory region of that id is open to this caller: its connection
+    ended, or the server started anew.
+    """
+    ERROR_REASON_INVALID_SLICE: _ErrorReason.ValueType  # 21
+    """A shared slice does not lie within its region, or overlaps another."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. In `google.rpc.ErrorInfo.reason` a value stands without
@@ -141,6 +147,12 @@ ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 18
 """The device has not the memory for this request."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 19
 """A fault of the server; its log has the details."""
+ERROR_REASON_UNKNOWN_REGION: ErrorReason.ValueType  # 20
+"""No shared-memory region of that id is open to this caller: its connection
+ended, or the server started anew.
+"""
+ERROR_REASON_INVALID_SLICE: ErrorReason.ValueType  # 21
+"""A shared slice does not lie within its region, or overlaps another."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -159,6 +171,7 @@ class ComputeLossRequest(_message.Message):
     GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     COMPONENT_GRADIENTS_FIELD_NUMBER: _builtins.int
     STRICT_FIELD_NUMBER: _builtins.int
+    SPARSE_GRADIENTS_FIELD_NUMBER: _builtins.int
     gradient_dtype: _tensor_pb2.DataType.ValueType
     """Type of the gradients, a float type. Default: each input's own."""
     component_gradients: _builtins.bool
@@ -170,6 +183,8 @@ class ComputeLossRequest(_message.Message):
     """If true, a NaN or infinity in an input is refused. By default it is reported
     in `LossResult.non_finite`.
     """
+    sparse_gradients: _builtins.bool
+    """If true, the caller reads `Gradient.sparse`."""
     @_builtins.property
     def focal(self) -> _losses_pb2.FocalLoss:
         """Focal loss; items carry `focal`."""
@@ -213,10 +228,11 @@ class ComputeLossRequest(_message.Message):
         gradient_dtype: _tensor_pb2.DataType.ValueType = ...,
         component_gradients: _builtins.bool = ...,
         strict: _builtins.bool = ...,
+        sparse_gradients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["centerness", b"centerness", "custom", b"custom", "fcos", b"fcos", "focal", b"focal", "giou", b"giou", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centerness", b"centerness", "component_gradients", b"component_gradients", "custom", b"custom", "fcos", b"fcos", "focal", b"focal", "giou", b"giou", "gradient_dtype", b"gradient_dtype", "gradients", b"gradients", "items", b"items", "loss", b"loss", "strict", b"strict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centerness", b"centerness", "component_gradients", b"component_gradients", "custom", b"custom", "fcos", b"fcos", "focal", b"focal", "giou", b"giou", "gradient_dtype", b"gradient_dtype", "gradients", b"gradients", "items", b"items", "loss", b"loss", "sparse_gradients", b"sparse_gradients", "strict", b"strict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_loss: _TypeAlias = _typing.Literal["focal", "giou", "centerness", "fcos", "custom"]  # noqa: Y015
     _WhichOneofArgType_loss: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
@@ -236,6 +252,7 @@ class LossItem(_message.Message):
     FCOS_FIELD_NUMBER: _builtins.int
     CUSTOM_FIELD_NUMBER: _builtins.int
     NORMALIZER_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     normalizer: _builtins.float
     """What a mean is divided by, in place of the item's own count (of valid rows,
     of weights, or of positives): finite, above 0. For workers that share a
@@ -261,6 +278,12 @@ class LossItem(_message.Message):
     def custom(self) -> _losses_pb2.CustomInputs:
         """For a custom loss."""
 
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___GradientOutput]:
+        """Where gradients are written, for a caller that shares memory; a gradient
+        without an entry here comes back inline.
+        """
+
     def __init__(
         self,
         *,
@@ -270,10 +293,11 @@ class LossItem(_message.Message):
         fcos: _losses_pb2.FCOSInputs | None = ...,
         custom: _losses_pb2.CustomInputs | None = ...,
         normalizer: _builtins.float | None = ...,
+        outputs: _abc.Iterable[Global___GradientOutput] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_normalizer", b"_normalizer", "centerness", b"centerness", "custom", b"custom", "fcos", b"fcos", "focal", b"focal", "giou", b"giou", "inputs", b"inputs", "normalizer", b"normalizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalizer", b"_normalizer", "centerness", b"centerness", "custom", b"custom", "fcos", b"fcos", "focal", b"focal", "giou", b"giou", "inputs", b"inputs", "normalizer", b"normalizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalizer", b"_normalizer", "centerness", b"centerness", "custom", b"custom", "fcos", b"fcos", "focal", b"focal", "giou", b"giou", "inputs", b"inputs", "normalizer", b"normalizer", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__normalizer: _TypeAlias = _typing.Literal["normalizer"]  # noqa: Y015
     _WhichOneofArgType__normalizer: _TypeAlias = _typing.Literal["_normalizer", b"_normalizer"]  # noqa: Y015
@@ -285,6 +309,36 @@ class LossItem(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_inputs) -> _WhichOneofReturnType_inputs | None: ...
 
 Global___LossItem: _TypeAlias = LossItem  # noqa: Y015
+
+@_typing.final
+class GradientOutput(_message.Message):
+    """Where the gradient for one named input is written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    SLICES_FIELD_NUMBER: _builtins.int
+    input: _builtins.str
+    """The input's name, one of the request's `gradients`."""
+    @_builtins.property
+    def slices(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.SharedSlice]:
+        """One slice, or one a level, each as long as the gradient's shape and type say.
+        Slices overlap neither each other nor any input of the request.
+        """
+
+    def __init__(
+        self,
+        *,
+        input: _builtins.str = ...,
+        slices: _abc.Iterable[_tensor_pb2.SharedSlice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "slices", b"slices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientOutput: _TypeAlias = GradientOutput  # noqa: Y015
 
 @_typing.final
 class ComputeLossResponse(_message.Message):
@@ -487,25 +541,73 @@ class Gradient(_message.Message):
 
     INPUT_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    SPARSE_FIELD_NUMBER: _builtins.int
     input: _builtins.str
     """The input's name, as asked."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """Its gradient, in the shape of the input: one tensor, or one a level."""
 
+    @_builtins.property
+    def sparse(self) -> _containers.RepeatedCompositeFieldContainer[Global___SparseTensor]:
+        """The same with the rows that are exactly zero left out, in place of `tensors`:
+        one entry, or one a level. Only where the request allows it and it is smaller.
+        """
+
     def __init__(
         self,
         *,
         input: _builtins.str = ...,
         tensors: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        sparse: _abc.Iterable[Global___SparseTensor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sparse", b"sparse", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Gradient: _TypeAlias = Gradient  # noqa: Y015
+
+@_typing.final
+class SparseTensor(_message.Message):
+    """A tensor `[B, K, H, W]` of which most rows, the K numbers of one place, are
+    exactly zero.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHAPE_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Extents of the whole."""
+
+    @_builtins.property
+    def places(self) -> _tensor_pb2.Tensor:
+        """Places of the rows that are given, in order, counted along `[B, H, W]`:
+        `[P]` int32, or int64 where int32 is too small.
+        """
+
+    @_builtins.property
+    def values(self) -> _tensor_pb2.Tensor:
+        """The rows, `[P, K]`; every other row is zero."""
+
+    def __init__(
+        self,
+        *,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        places: _tensor_pb2.Tensor | None = ...,
+        values: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["places", b"places", "values", b"values"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["places", b"places", "shape", b"shape", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SparseTensor: _TypeAlias = SparseTensor  # noqa: Y015
 
 @_typing.final
 class NonFinite(_message.Message):
@@ -1033,6 +1135,8 @@ class GetServerInfoResponse(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_STREAM_COUNT_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_SOCKET_FIELD_NUMBER: _builtins.int
+    MAX_SHARED_BYTES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of lossd, e.g. `0.1.0`."""
     max_message_bytes: _builtins.int
@@ -1041,6 +1145,12 @@ class GetServerInfoResponse(_message.Message):
     """Most streams that it serves at a time."""
     uptime_seconds: _builtins.float
     """Seconds since it started."""
+    shared_memory_socket: _builtins.str
+    """Path of the Unix socket that takes shared-memory regions; empty where the
+    server shares none.
+    """
+    max_shared_bytes: _builtins.int
+    """Most shared memory that one connection to that socket may pass, bytes."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Devices that evaluate, e.g. `cpu` or `cuda:0 (NVIDIA H200)`."""
@@ -1073,10 +1183,12 @@ class GetServerInfoResponse(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_stream_count: _builtins.int = ...,
         uptime_seconds: _builtins.float = ...,
+        shared_memory_socket: _builtins.str = ...,
+        max_shared_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigner_presets", b"assigner_presets", "custom_losses", b"custom_losses", "devices", b"devices", "loss_presets", b"loss_presets", "losses", b"losses", "max_message_bytes", b"max_message_bytes", "max_stream_count", b"max_stream_count", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigner_presets", b"assigner_presets", "custom_losses", b"custom_losses", "devices", b"devices", "loss_presets", b"loss_presets", "losses", b"losses", "max_message_bytes", b"max_message_bytes", "max_shared_bytes", b"max_shared_bytes", "max_stream_count", b"max_stream_count", "shared_memory_socket", b"shared_memory_socket", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,10 +12,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -100,6 +100,7 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     dtype: Global___DataType.ValueType
     """Type of every element. Required; UNSPECIFIED is refused."""
     inline: _builtins.bytes
@@ -111,19 +112,56 @@ class Tensor(_message.Message):
         that does not fit the storage.
         """
 
+    @_builtins.property
+    def shared(self) -> Global___SharedSlice:
+        """A slice of memory that both sides have mapped, for callers on the server's
+        own host.
+        """
+
     def __init__(
         self,
         *,
         dtype: Global___DataType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         inline: _builtins.bytes = ...,
+        shared: Global___SharedSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["inline", b"inline", "storage", b"storage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["inline", b"inline", "shared", b"shared", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "inline", b"inline", "shape", b"shape", "storage", b"storage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "inline", b"inline", "shape", b"shape", "shared", b"shared", "storage", b"storage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_storage: _TypeAlias = _typing.Literal["inline"]  # noqa: Y015
+    _WhichOneofReturnType_storage: _TypeAlias = _typing.Literal["inline", "shared"]  # noqa: Y015
     _WhichOneofArgType_storage: _TypeAlias = _typing.Literal["storage", b"storage"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_storage) -> _WhichOneofReturnType_storage | None: ...
 
 Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
+
+@_typing.final
+class SharedSlice(_message.Message):
+    """A slice of a shared-memory region, as long as the shape and type of its tensor
+    say.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    region_id: _builtins.bytes
+    """The region's id: 16 bytes that the server gave out when the region was passed
+    to it, worth nothing once that connection has ended.
+    """
+    offset: _builtins.int
+    """Where the slice begins in the region, bytes: a multiple of 64, at least 0."""
+    def __init__(
+        self,
+        *,
+        region_id: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "region_id", b"region_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SharedSlice: _TypeAlias = SharedSlice  # noqa: Y015
