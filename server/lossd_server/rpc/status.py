@@ -19,6 +19,7 @@ MAX_VALUE_LENGTH = 256
 CODES: dict[Reason, grpc.StatusCode] = {
     **dict.fromkeys(Reason, grpc.StatusCode.INVALID_ARGUMENT),
     Reason.UNKNOWN_CUSTOM_LOSS: grpc.StatusCode.NOT_FOUND,
+    Reason.UNKNOWN_REGION: grpc.StatusCode.NOT_FOUND,
     Reason.CUSTOM_LOSS_FAILED: grpc.StatusCode.INTERNAL,
     Reason.MESSAGE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.OUT_OF_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -1,0 +1,208 @@
+"""The regions of one client, cut into arrays and used again."""
+
+import math
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lossd.shared_memory import ALIGNMENT
+from lossd_client._arrays import Array
+from lossd_client._shared_memory.connection import Connection, NotTakenError
+from lossd_client._shared_memory.region import Region
+
+REGION_BYTES = 64 << 20
+"""Regions are multiples of this, where the server's limit allows: pages that nobody touches cost nothing."""
+
+_pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """An array in a region, as the server knows it."""
+
+    array: Array
+    region_id: bytes
+    offset: int
+
+
+class Pool:
+    """Memory shared with one server. Threads may share it; another process may not.
+
+    What a region once held stays mapped, in both processes, until the pool is closed or the server's
+    limit is reached: fresh pages cost more than a copy.
+
+    Args:
+        path: The socket that takes regions.
+        max_bytes: Most bytes that the server takes from one connection.
+
+    Attributes:
+        generation: How often the server was connected to.
+    """
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._regions: list[Region] = []
+        self._connection: Connection | None = None
+        self.generation = 0
+        # Arrays die in any thread and in the middle of any line: what happens there takes no lock.
+        self._dead: deque[tuple[Region, int]] = deque()
+        self._lock = threading.Lock()
+        _pools.add(self)
+
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array | None:
+        """Returns an array of whatever the memory holds, or None where the server takes no more."""
+        length = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            self._bury()
+            found = self._cut(length)
+            if found is None:
+                return None
+            region, offset = found
+            array = region.array(offset, shape, dtype)
+            weakref.finalize(array, self._dead.append, found).atexit = False
+            return array
+
+    def find(self, array: Array) -> Slice | None:
+        """Returns where an array lies, or None where it does not lie, as a slice can, in a region."""
+        address, length = array.__array_interface__["data"][0], array.nbytes
+        if not array.flags.c_contiguous:
+            return None
+        with self._lock:
+            for region in self._regions:
+                offset = address - region.address
+                if offset >= 0 and offset + length <= region.size:
+                    if region.region_id is None or offset % ALIGNMENT:
+                        return None
+                    return Slice(array=array, region_id=region.region_id, offset=offset)
+        return None
+
+    def retire(self, arrays: Iterable[Array]) -> None:
+        """Sees to it that the memory of arrays is not used again: someone may still write to it."""
+        addresses = [array.__array_interface__["data"][0] for array in arrays]
+        with self._lock:
+            for region in self._regions:
+                inside = (region.address <= address < region.address + region.size for address in addresses)
+                region.is_retired |= any(inside)
+
+    def reconnect(self, generation: int) -> bool:
+        """Passes all regions anew, unless that was done since a generation; returns whether it worked."""
+        with self._lock:
+            if generation == self.generation:
+                self._disconnect()
+                self._connect()
+            return self._connection is not None
+
+    def close(self) -> None:
+        """Ends the connection. Arrays stay what they are; the server no longer has them."""
+        with self._lock:
+            self._disconnect()
+            for region in self._regions:
+                region.close()
+            self._regions.clear()
+
+    def _cut(self, length: int) -> tuple[Region, int] | None:
+        if self._connection is None and not self._connect():
+            return None
+        for region in self._regions:
+            if region.region_id is not None and not region.is_retired:
+                offset = region.stretches.allocate(length)
+                if offset is not None:
+                    return region, offset
+        fresh = self._new_region(length)
+        offset = None if fresh is None else fresh.stretches.allocate(length)
+        return None if fresh is None or offset is None else (fresh, offset)
+
+    def _new_region(self, length: int) -> Region | None:
+        """Returns a region with room for a length, or None where the server does not take it."""
+        length = max(-(-length // ALIGNMENT), 1) * ALIGNMENT
+        if self._room() < length:
+            self._release([region for region in self._regions if region.stretches.is_unused])
+        room = self._room()
+        if room < length:
+            return None
+        try:
+            region = Region(min(-(-length // REGION_BYTES) * REGION_BYTES, room))
+        except OSError:
+            return None
+        if not self._pass(region):
+            region.close()
+            return None
+        self._regions.append(region)
+        return region
+
+    def _room(self) -> int:
+        return self._max_bytes - sum(region.size for region in self._regions)
+
+    def _pass(self, region: Region) -> bool:
+        """Passes a region to the server; returns whether the server has it now."""
+        if self._connection is None:
+            return False
+        try:
+            region.region_id = self._connection.pass_region(region.descriptor, region.size)
+        except NotTakenError:
+            region.region_id = None
+        except OSError:
+            self._disconnect()
+        return region.region_id is not None
+
+    def _release(self, regions: Iterable[Region]) -> None:
+        for region in regions:
+            self._regions.remove(region)
+            region.close()
+            try:
+                if self._connection is not None and region.region_id is not None:
+                    self._connection.release(region.region_id)
+            except NotTakenError:
+                continue
+            except OSError:
+                self._disconnect()
+
+    def _bury(self) -> None:
+        """Takes back the memory of arrays that are gone."""
+        while self._dead:
+            region, offset = self._dead.popleft()
+            region.stretches.free(offset)
+            if region.is_retired and region.stretches.is_unused and region in self._regions:
+                self._release([region])
+
+    def _connect(self) -> bool:
+        """Connects and passes every region there is; returns whether there is a connection."""
+        self.generation += 1
+        try:
+            self._connection = Connection(self._path)
+        except OSError:
+            return False
+        for region in self._regions:
+            self._pass(region)
+        return self._connection is not None
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        for region in self._regions:
+            region.region_id = None
+
+    def _leave_to_parent(self) -> None:
+        """Closes, in a child after a fork, what would keep the parent's regions alive beyond the parent."""
+        if self._connection is not None:
+            self._connection.close()
+        for region in self._regions:
+            region.close()
+        self._regions = []
+
+
+def _leave_pools_to_parent() -> None:
+    for pool in list(_pools):
+        pool._leave_to_parent()  # noqa: SLF001
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_leave_pools_to_parent)

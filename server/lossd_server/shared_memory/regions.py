@@ -1,0 +1,130 @@
+"""Which regions there are, whose they are, and how much they may hold."""
+
+import mmap
+import secrets
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+
+from lossd.shared_memory import ID_BYTES, Answer
+from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.shared_memory.mapping import RefusedError, check_descriptor, map_descriptor
+
+MAX_REGIONS_EACH = 64
+"""Most regions of one owner."""
+
+MAX_REGIONS = 256
+"""Most regions in all: each costs a descriptor of this process."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Owner:
+    """Who passed regions: one connection.
+
+    Attributes:
+        ids: The regions that it can use.
+        held_bytes: What it holds, with what it let go and a computation still uses.
+        held_count: How many regions these are.
+    """
+
+    ids: set[bytes] = field(default_factory=set)
+    held_bytes: int = 0
+    held_count: int = 0
+
+
+class Regions:
+    """The regions of all owners, by id. Threads may share it.
+
+    Args:
+        max_bytes: Most bytes of one owner.
+        max_total_bytes: Most bytes in all.
+    """
+
+    def __init__(self, *, max_bytes: int, max_total_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_total_bytes = max_total_bytes
+        self._mappings: dict[bytes, mmap.mmap] = {}
+        self._total = Owner()
+        # Memory counts until it is unmapped, which may be in any thread and in the middle of any line:
+        # what happens there takes no lock.
+        self._unmapped: deque[tuple[Owner, int]] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are mapped now."""
+        with self._lock:
+            self._settle()
+            return self._total.held_bytes
+
+    @property
+    def count(self) -> int:
+        """Regions that can be used now."""
+        return len(self._mappings)
+
+    def add(self, owner: Owner, descriptor: int, size: int) -> bytes:
+        """Maps a region and returns its id; the descriptor stays the caller's to close.
+
+        Raises:
+            RefusedError: It is not safe to map, or more than its owner or all owners may hold.
+        """
+        check_descriptor(descriptor, size)
+        with self._lock:
+            self._settle()
+            self._check_quota(owner, size)
+            mapping = map_descriptor(descriptor, size)
+            self._count(owner, size, 1)
+            weakref.finalize(mapping, self._unmapped.append, (owner, size)).atexit = False
+            region_id = secrets.token_bytes(ID_BYTES)
+            self._mappings[region_id] = mapping
+            owner.ids.add(region_id)
+        return region_id
+
+    def release(self, owner: Owner, region_id: bytes) -> None:
+        """Forgets a region; what computes with it goes on.
+
+        Raises:
+            RefusedError: The owner has no such region.
+        """
+        with self._lock:
+            if region_id not in owner.ids:
+                raise RefusedError(Answer.UNKNOWN_REGION)
+            owner.ids.remove(region_id)
+            del self._mappings[region_id]
+
+    def release_all(self, owner: Owner) -> None:
+        """Forgets all regions of an owner."""
+        for region_id in list(owner.ids):
+            self.release(owner, region_id)
+
+    def find(self, region_id: bytes) -> mmap.mmap:
+        """Returns the memory of a region; raises `UNKNOWN_REGION`, and says no more, where there is none."""
+        mapping = self._mappings.get(region_id)
+        if mapping is None:
+            raise unknown_region()
+        return mapping
+
+    def _check_quota(self, owner: Owner, size: int) -> None:
+        if owner.held_count >= MAX_REGIONS_EACH or self._total.held_count >= MAX_REGIONS:
+            raise RefusedError(Answer.TOO_MANY_REGIONS)
+        if owner.held_bytes + size > self._max_bytes:
+            raise RefusedError(Answer.TOO_LARGE, self._max_bytes)
+        if self._total.held_bytes + size > self._max_total_bytes:
+            raise RefusedError(Answer.FULL, self._max_total_bytes)
+
+    def _settle(self) -> None:
+        """Takes what was unmapped off the accounts."""
+        while self._unmapped:
+            owner, size = self._unmapped.popleft()
+            self._count(owner, -size, -1)
+
+    def _count(self, owner: Owner, size: int, regions: int) -> None:
+        for account in (owner, self._total):
+            account.held_bytes += size
+            account.held_count += regions
+
+
+def unknown_region() -> InvalidInputError:
+    """Returns the refusal of an id; it is the same for every id that is not open to the caller."""
+    return InvalidInputError(Reason.UNKNOWN_REGION, "no region of that id is open to this caller")
