@@ -76,6 +76,7 @@ class Peer:
 
 def descriptor_count() -> int:
     """Descriptors that this process has open."""
+    gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
 
 

@@ -60,7 +60,7 @@ class Connection:
         """Ends the connection."""
         self._socket.close()
 
-    def _ask(self, frame: Frame, messages: list[tuple[int, int, array.array[int]]]) -> Frame:
+    def _ask(self, frame: Frame, messages: "list[tuple[int, int, array.array[int]]]") -> Frame:
         # A server that ends a connection says why first: the answer may be there when sending fails.
         with contextlib.suppress(BrokenPipeError):
             self._socket.sendmsg([frame.to_bytes()], messages)
