@@ -58,6 +58,10 @@ class Reason(StrEnum):
     """The device has not the memory for this request."""
     INTERNAL = "INTERNAL"
     """A fault of the server."""
+    UNKNOWN_REGION = "UNKNOWN_REGION"
+    """No shared-memory region of that id is open to this caller."""
+    INVALID_SLICE = "INVALID_SLICE"
+    """A shared slice that does not lie within its region, or overlaps another."""
 
 
 class LossdError(Exception):
