@@ -1,6 +1,8 @@
 """What both clients send: builds requests, and splits those that are too large."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -8,15 +10,26 @@ import numpy as np
 
 from lossd.tensors import TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import Parcel, Payloads
+from lossd_client._calls import Call
 from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig
-from lossd_client._errors import refused_here
+from lossd_client._errors import LossdError, refused_here
 from lossd_client._packing import packed_ground_truth
+from lossd_client._results import (
+    DenseTargets,
+    LossResult,
+    ServerInfo,
+    SparseTargets,
+    read_loss_results,
+    read_server_info,
+    read_targets,
+)
 
 SMALL_BYTES = 1 << 20
 """Every server reads at least this: smaller requests need not ask for its limit."""
 
 _ENVELOPE_BYTES = 16
-"""Tag and length of an item in its request, rounded up."""
+"""Tag and length of an item in its request, and its normalizer, rounded up."""
 
 _FLOAT_TYPES = {data_type_of(np.dtype(name)) for name in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
 """The types that an input with a gradient may have."""
@@ -25,7 +38,68 @@ Gradients = bool | str | Sequence[str]
 """True for all, or the name or names of the inputs whose gradient is wanted."""
 
 
-def loss_request(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossBatch:
+    """A batch of evaluations, to go out in one message or, where that is too large, in several.
+
+    Attributes:
+        kind: Name of the loss in the contract's `oneof`.
+        parcel: All of it.
+        item_bytes: How long each item is on the wire, at most.
+    """
+
+    kind: str
+    parcel: Parcel[pb.ComputeLossRequest]
+    item_bytes: Sequence[int]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether any server reads it in one message."""
+        return self.parcel.size <= SMALL_BYTES
+
+    def calls(self, max_bytes: int | None) -> list[Call[list[LossResult]]]:
+        """Returns the calls that evaluate it, in order.
+
+        Args:
+            max_bytes: What the server reads in one message; None for one call whatever its size.
+
+        Raises:
+            TooLargeError: One item alone is too large.
+        """
+        if max_bytes is None:
+            return [self._call(self.parcel.message, 0)]
+        return [self._call(part, first) for first, part in self._parts(max_bytes)]
+
+    def _call(self, request: pb.ComputeLossRequest, first_item: int) -> Call[list[LossResult]]:
+        return Call(
+            method="ComputeLoss",
+            request=Parcel(request, self.parcel.payloads),
+            read=partial(read_loss_results, self.kind),
+            first_item=first_item,
+        )
+
+    def _parts(self, max_bytes: int) -> Iterator[tuple[int, pb.ComputeLossRequest]]:
+        """Yields requests of at most `max_bytes` that hold the same items, and where each begins."""
+        request = self.parcel.message
+        head = pb.ComputeLossRequest()
+        head.CopyFrom(request)
+        del head.items[:]
+        room = max_bytes - head.ByteSize()
+        part, used, first = pb.ComputeLossRequest(), 0, 0
+        for index, (item, size) in enumerate(zip(request.items, self.item_bytes, strict=True)):
+            if size > room:
+                raise _too_large(f"items[{index}]", size, max_bytes)
+            if part.items and used + size > room:
+                yield first, part
+                part, used, first = pb.ComputeLossRequest(), 0, index
+            if not part.items:
+                part.CopyFrom(head)
+            part.items.append(item)
+            used += size
+        yield first, part
+
+
+def loss_batch(
     loss: LossConfig,
     items: Iterable[Sequence[Any]],
     *,
@@ -34,72 +108,60 @@ def loss_request(
     component_gradients: bool,
     normalizers: Sequence[float | None] | None,
     strict: bool,
-) -> pb.ComputeLossRequest:
-    """Returns the request for a batch of evaluations, each given by its arguments in order."""
+) -> LossBatch:
+    """Returns a batch of evaluations, each given by its arguments in order."""
     request = pb.ComputeLossRequest(component_gradients=component_gradients, strict=strict)
     getattr(request, loss.kind).CopyFrom(loss.message())
+    payloads, item_bytes = Payloads(), []
     for index, arguments in enumerate(items):
-        request.items.append(loss.item(arguments, f"items[{index}].{loss.kind}"))
+        before = payloads.size
+        item = loss.item(arguments, f"items[{index}].{loss.kind}", payloads)
+        request.items.append(item)
+        # A stand-in is longer than what its payload adds to the lengths around it.
+        item_bytes.append(item.ByteSize() + payloads.size - before + _ENVELOPE_BYTES)
     if normalizers is not None:
         _set_normalizers(request, normalizers)
     request.gradients.extend(_gradient_names(loss, request, gradients))
     if gradient_dtype is not None:
         request.gradient_dtype = _gradient_dtype(gradient_dtype)
-    return request
+    return LossBatch(kind=loss.kind, parcel=Parcel(request, payloads), item_bytes=item_bytes)
 
 
-def assign_request(
+def assign_call(
     assigner: FCOSAssigner,
     ground_truth: Sequence[Any],
     *,
     image_size: tuple[int, int] | None,
     feature_sizes: Sequence[tuple[int, int]] | None,
     sparse: bool,
-) -> pb.AssignTargetsRequest:
-    """Returns the request for the targets of a batch of images of one size."""
-    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]"))
+) -> Call[DenseTargets | SparseTargets]:
+    """Returns the call for the targets of a batch of images of one size."""
+    payloads = Payloads()
+    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", payloads))
     if image_size is not None:
         item.image_size.CopyFrom(_size(image_size))
     item.feature_sizes.extend(map(_size, feature_sizes or ()))
-    return pb.AssignTargetsRequest(
+    request = pb.AssignTargetsRequest(
         assigner=assigner.message(),
         items=[item],
         format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_DENSE,
     )
+    return Call(method="AssignTargets", request=Parcel(request, payloads), read=read_targets)
 
 
-def split(request: pb.ComputeLossRequest, max_bytes: int) -> Iterator[tuple[int, pb.ComputeLossRequest]]:
-    """Yields requests of at most `max_bytes` that hold the same items, each with its first item's place.
+def info_call() -> Call[ServerInfo]:
+    """Returns the call that asks a server what it is."""
+    return Call(method="GetServerInfo", request=Parcel(pb.GetServerInfoRequest()), read=read_server_info)
 
-    Raises:
-        TooLargeError: One item alone is too large.
-    """
-    head = pb.ComputeLossRequest()
-    head.CopyFrom(pb.ComputeLossRequest(gradients=request.gradients))
-    for field, value in request.ListFields():
-        if field.name not in {"items", "gradients"}:
-            target = getattr(head, field.name)
-            target.CopyFrom(value) if field.message_type else setattr(head, field.name, value)
-    room = max_bytes - head.ByteSize()
-    part, used, first = pb.ComputeLossRequest(), 0, 0
-    for index, item in enumerate(request.items):
-        size = item.ByteSize() + _ENVELOPE_BYTES
-        if size > room:
-            raise refused_here(
-                pb.ERROR_REASON_MESSAGE_TOO_LARGE,
-                f"is {size} bytes, the server reads {max_bytes} in one message",
-                field=f"items[{index}]",
-                value=size,
-                limit=max_bytes,
-            )
-        if part.items and used + size > room:
-            yield first, part
-            part, used, first = pb.ComputeLossRequest(), 0, index
-        if not part.items:
-            part.CopyFrom(head)
-        part.items.append(item)
-        used += size
-    yield first, part
+
+def _too_large(field: str, size: int, limit: int) -> LossdError:
+    return refused_here(
+        pb.ERROR_REASON_MESSAGE_TOO_LARGE,
+        f"is {size} bytes, the server reads {limit} in one message",
+        field=field,
+        value=size,
+        limit=limit,
+    )
 
 
 def _set_normalizers(request: pb.ComputeLossRequest, normalizers: Sequence[float | None]) -> None:

@@ -1,12 +1,13 @@
 """What both clients hand out: reads answers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lossd.tensors import unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.wire import Parcel, Payloads
 from lossd_client._arrays import Array
 
 TOTAL_NAMES = ("loss", "total_loss")
@@ -166,17 +167,15 @@ class ServerInfo:
     uptime_seconds: float
 
 
-def read_loss_results(kind: str, responses: Iterable[pb.ComputeLossResponse]) -> list[LossResult]:
-    """Returns the results of all items, in order."""
-    return [
-        _read_loss_result(kind, result, _timings(response.timings))
-        for response in responses
-        for result in response.results
-    ]
+def read_loss_results(kind: str, answer: Parcel[pb.ComputeLossResponse]) -> list[LossResult]:
+    """Returns the results of all items of a request, in order."""
+    timings = _timings(answer.message.timings)
+    return [_read_loss_result(kind, result, timings, answer.payloads) for result in answer.message.results]
 
 
-def read_targets(response: pb.AssignTargetsResponse) -> DenseTargets | SparseTargets:
+def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | SparseTargets:
     """Returns the targets of the one item of a request."""
+    response, payloads = answer.message, answer.payloads
     (result,) = response.results
     about: dict[str, Any] = {
         "positive_counts": tuple(result.positive_counts),
@@ -187,28 +186,29 @@ def read_targets(response: pb.AssignTargetsResponse) -> DenseTargets | SparseTar
     if result.WhichOneof("targets") == "sparse":
         sparse = result.sparse
         return SparseTargets(
-            locations=unpack(sparse.locations),
-            labels=unpack(sparse.labels),
-            ltrb=unpack(sparse.ltrb),
-            centerness=unpack(sparse.centerness),
-            matched=unpack(sparse.matched),
-            ignored=unpack(sparse.ignored),
+            locations=unpack(sparse.locations, payloads),
+            labels=unpack(sparse.labels, payloads),
+            ltrb=unpack(sparse.ltrb, payloads),
+            centerness=unpack(sparse.centerness, payloads),
+            matched=unpack(sparse.matched, payloads),
+            ignored=unpack(sparse.ignored, payloads),
             **about,
         )
     levels = tuple(
         DenseLevel(
-            cls=unpack(level.cls),
-            reg=unpack(level.reg),
-            centerness=unpack(level.centerness),
-            ignored=_optional(level, "ignored"),
+            cls=unpack(level.cls, payloads),
+            reg=unpack(level.reg, payloads),
+            centerness=unpack(level.centerness, payloads),
+            ignored=_optional(level, "ignored", payloads),
         )
         for level in result.dense.levels
     )
     return DenseTargets(levels=levels, **about)
 
 
-def read_server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
+def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
     """Returns what a server says of itself."""
+    response = answer.message
     return ServerInfo(
         version=response.version,
         devices=tuple(response.devices),
@@ -222,8 +222,10 @@ def read_server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
     )
 
 
-def _read_loss_result(kind: str, result: pb.LossResult, timings: Mapping[str, float]) -> LossResult:
-    loss = unpack(result.loss)
+def _read_loss_result(
+    kind: str, result: pb.LossResult, timings: Mapping[str, float], payloads: Payloads
+) -> LossResult:
+    loss = unpack(result.loss, payloads)
     components = {component.name: component.value for component in result.components}
     if kind == "fcos":
         components.update(dict.fromkeys(TOTAL_NAMES, float(loss)))
@@ -232,12 +234,12 @@ def _read_loss_result(kind: str, result: pb.LossResult, timings: Mapping[str, fl
         loss=loss,
         components=components,
         component_weights={component.name: component.weight for component in result.components},
-        gradients={g.input: _read_gradient(kind, g) for g in result.gradients},
+        gradients={g.input: _read_gradient(kind, g, payloads) for g in result.gradients},
         positive_count=result.positive_count,
         raw_sums={name: sum(level[name] for level in level_sums) for name in (*COMPONENT_SUMS, *COUNTS)},
         level_sums=level_sums,
         preset=_preset(losses_pb2.LossPreset, result.preset) if result.preset else None,
-        kept_rows=_optional(result, "kept_rows"),
+        kept_rows=_optional(result, "kept_rows", payloads),
         non_finite=tuple(
             NonFinite(input=found.input, count=found.count, first_index=tuple(found.first_index))
             for found in result.non_finite
@@ -247,8 +249,8 @@ def _read_loss_result(kind: str, result: pb.LossResult, timings: Mapping[str, fl
     )
 
 
-def _read_gradient(kind: str, gradient: pb.Gradient) -> Any:
-    tensors = [unpack(tensor) for tensor in gradient.tensors]
+def _read_gradient(kind: str, gradient: pb.Gradient, payloads: Payloads) -> Any:
+    tensors = [unpack(tensor, payloads) for tensor in gradient.tensors]
     return tensors if kind == "fcos" else tensors[0]
 
 
@@ -256,9 +258,9 @@ def _sums(level: pb.RawSums) -> dict[str, float]:
     return {name: getattr(level, name) for name in (*COMPONENT_SUMS, *COUNTS)}
 
 
-def _optional(message: Any, field: str) -> Array | None:
+def _optional(message: Any, field: str, payloads: Payloads) -> Array | None:
     tensor: tensor_pb2.Tensor = getattr(message, field)
-    return unpack(tensor) if message.HasField(field) else None
+    return unpack(tensor, payloads) if message.HasField(field) else None
 
 
 def _timings(timings: pb.StageTimings) -> dict[str, float]:

@@ -2,26 +2,18 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 import grpc
 
-from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1.loss_service_pb2_grpc import LossServiceStub
+from lossd_client._calls import Call
 from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
-from lossd_client._errors import error_of_call
-from lossd_client._requests import SMALL_BYTES, Gradients, assign_request, loss_request, split
-from lossd_client._results import (
-    DenseTargets,
-    LossResult,
-    ServerInfo,
-    SparseTargets,
-    read_loss_results,
-    read_server_info,
-    read_targets,
-)
+from lossd_client._requests import Gradients, assign_call, info_call, loss_batch
+from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
+
+R = TypeVar("R")
 
 
 class AsyncClient:
@@ -93,7 +85,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> list[LossResult]:
         """Evaluates a loss on many inputs in one call; see `Client.compute_losses`."""
-        request = loss_request(
+        batch = loss_batch(
             loss,
             items,
             gradients=gradients,
@@ -102,13 +94,8 @@ class AsyncClient:
             normalizers=normalizers,
             strict=strict,
         )
-        if request.ByteSize() <= SMALL_BYTES:
-            parts = [(0, request)]
-        else:
-            parts = list(split(request, await self._message_limit()))
-        call = self._stub().ComputeLoss
-        responses = [await self._call(call, part, timeout, first_item=first) for first, part in parts]
-        return read_loss_results(loss.kind, responses)
+        calls = batch.calls(None if batch.is_small else await self._message_limit())
+        return [result for call in calls for result in await self._call(call, timeout)]
 
     async def assign_targets(
         self,
@@ -121,10 +108,10 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> DenseTargets | SparseTargets:
         """Assigns targets; see `Client.assign_targets`."""
-        request = assign_request(
+        call = assign_call(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return read_targets(await self._call(self._stub().AssignTargets, request, timeout))
+        return await self._call(call, timeout)
 
     async def server_info(
         self,
@@ -132,8 +119,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> ServerInfo:
         """Returns what the server says of itself; see `Client.server_info`."""
-        request = pb.GetServerInfoRequest()
-        return read_server_info(await self._call(self._stub().GetServerInfo, request, timeout))
+        return await self._call(info_call(), timeout)
 
     async def close(self) -> None:
         """Closes the connection, if this client made one here; a later call makes another."""
@@ -141,26 +127,26 @@ class AsyncClient:
             await self._own_channel.close()
         self._own_channel = None
 
-    def _stub(self) -> Any:
+    def _channel(self) -> grpc.aio.Channel:
         if self._given_channel is not None:
-            return LossServiceStub(self._given_channel)
+            return self._given_channel
         if self._own_channel is None or self._home != _home():
             self._own_channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
             self._home = _home()
-        return LossServiceStub(self._own_channel)
+        return self._own_channel
 
     async def _message_limit(self) -> int:
         if self._max_message_bytes is None:
             self._max_message_bytes = (await self.server_info()).max_message_bytes
         return self._max_message_bytes
 
-    async def _call(
-        self, call: Callable[..., Any], request: Any, timeout: float | None, *, first_item: int = 0
-    ) -> Any:
+    async def _call(self, call: Call[R], timeout: float | None) -> R:
+        send: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel().unary_unary(call.path)
         try:
-            return await call(request, timeout=self._timeout if timeout is None else timeout)
+            answer = await send(call.request.write(), timeout=self._timeout if timeout is None else timeout)
         except grpc.RpcError as error:
-            raise error_of_call(error, first_item=first_item) from None
+            raise call.error(error) from None
+        return call.result(answer)
 
 
 def _home() -> tuple[int, asyncio.AbstractEventLoop]:

@@ -1,28 +1,18 @@
 """The client for ordinary code."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import grpc
 
-from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1.loss_service_pb2_grpc import LossServiceStub
+from lossd_client._calls import Call
 from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
-from lossd_client._errors import error_of_call
-from lossd_client._requests import SMALL_BYTES, Gradients, assign_request, loss_request, split
-from lossd_client._results import (
-    DenseTargets,
-    LossResult,
-    ServerInfo,
-    SparseTargets,
-    read_loss_results,
-    read_server_info,
-    read_targets,
-)
+from lossd_client._requests import Gradients, assign_call, info_call, loss_batch
+from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
 
-T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Client:
@@ -136,7 +126,7 @@ class Client:
         Raises:
             LossdError: As for `compute_loss`; the field names the item.
         """
-        request = loss_request(
+        batch = loss_batch(
             loss,
             items,
             gradients=gradients,
@@ -145,13 +135,8 @@ class Client:
             normalizers=normalizers,
             strict=strict,
         )
-        if request.ByteSize() <= SMALL_BYTES:
-            parts = [(0, request)]
-        else:
-            parts = list(split(request, self._message_limit()))
-        call = self._stub().ComputeLoss
-        responses = [self._call(call, part, timeout, first_item=first) for first, part in parts]
-        return read_loss_results(loss.kind, responses)
+        calls = batch.calls(None if batch.is_small else self._message_limit())
+        return [result for call in calls for result in self._call(call, timeout)]
 
     def assign_targets(
         self,
@@ -177,10 +162,10 @@ class Client:
         Raises:
             LossdError: As for `compute_loss`.
         """
-        request = assign_request(
+        call = assign_call(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return read_targets(self._call(self._stub().AssignTargets, request, timeout))
+        return self._call(call, timeout)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns what the server says of itself.
@@ -189,8 +174,7 @@ class Client:
             UnavailableError: No server answers.
             DeadlineError: The timeout passed.
         """
-        request = pb.GetServerInfoRequest()
-        return read_server_info(self._call(self._stub().GetServerInfo, request, timeout))
+        return self._call(info_call(), timeout)
 
     def close(self) -> None:
         """Closes the connection, if this client made one in this process; a later call makes another."""
@@ -198,25 +182,27 @@ class Client:
             self._own_channel.close()
         self._own_channel = None
 
-    def _stub(self) -> LossServiceStub:
+    def _channel(self) -> grpc.Channel:
         if self._given_channel is not None:
-            return LossServiceStub(self._given_channel)
+            return self._given_channel
         if self._own_channel is None or self._process != os.getpid():
             # A parent's channel is dropped without a close: its threads are not here to answer.
             self._own_channel = grpc.insecure_channel(self._target, options=OPTIONS)
             self._process = os.getpid()
-        return LossServiceStub(self._own_channel)
+        return self._own_channel
 
     def _message_limit(self) -> int:
         if self._max_message_bytes is None:
             self._max_message_bytes = self.server_info().max_message_bytes
         return self._max_message_bytes
 
-    def _call(self, call: Callable[..., T], request: Any, timeout: float | None, *, first_item: int = 0) -> T:
+    def _call(self, call: Call[R], timeout: float | None) -> R:
+        send: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel().unary_unary(call.path)
         try:
-            return call(request, timeout=self._timeout if timeout is None else timeout)
+            answer = send(call.request.write(), timeout=self._timeout if timeout is None else timeout)
         except grpc.RpcError as error:
-            raise error_of_call(error, first_item=first_item) from None
+            raise call.error(error) from None
+        return call.result(answer)
 
 
 def _restore(kind: type[Client], target: str, timeout: float | None) -> Client:

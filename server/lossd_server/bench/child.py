@@ -1,4 +1,4 @@
-"""A lossd server in a process of its own, beside a bare gRPC handler that computes nothing."""
+"""A lossd server in a process of its own, beside bare gRPC handlers and one with stock protobuf."""
 
 import json
 import logging
@@ -10,16 +10,21 @@ from dataclasses import dataclass
 import grpc
 import structlog
 
+from lossd.tensors import Array
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import Parcel, Payloads
 from lossd_server.config import ServerConfig
-from lossd_server.engine import keep_freed_memory
+from lossd_server.engine import Engine, keep_freed_memory, resolve_device
 from lossd_server.errors import LossdError, Reason
-from lossd_server.rpc import Server
+from lossd_server.rpc import Server, decode, encode
 from lossd_server.rpc.options import server_options
 
 ECHO = "/lossd.bench.Bare/Echo"
 """Answers with the bytes that it was sent."""
 SINK = "/lossd.bench.Bare/Sink"
 """Answers with nothing."""
+STOCK = "/lossd.bench.Bare/Stock"
+"""`ComputeLoss` with no codec but protobuf's own."""
 
 _SCRIPT = "import sys; from lossd_server.bench.child import main; main(sys.argv[1])"
 _STOP_SECONDS = 10
@@ -32,7 +37,7 @@ class Child:
     Attributes:
         process: Its handle.
         address: Where lossd listens.
-        bare_address: Where the bare handlers listen.
+        bare_address: Where the other handlers listen.
     """
 
     process: subprocess.Popen[str]
@@ -75,7 +80,7 @@ def main(device: str) -> None:
     keep_freed_memory()
     config = ServerConfig(listen=("127.0.0.1:0",), metrics_port=None, device=device, drain_seconds=1)
     bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config))
-    bare.add_generic_rpc_handlers((_Bare(),))
+    bare.add_generic_rpc_handlers((_Bare(Engine(resolve_device(device))),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
     with Server(config) as server:
@@ -86,11 +91,28 @@ def main(device: str) -> None:
 
 
 class _Bare(grpc.GenericRpcHandler):
-    """Handlers without serializers: they see the very bytes, and no protobuf object is made."""
+    """Handlers that see the very bytes; without a codec of ours."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
-        answers = {ECHO: lambda data, _call: data, SINK: lambda _data, _call: b""}
+        answers = {ECHO: lambda data, _call: data, SINK: lambda _data, _call: b"", STOCK: self._stock}
         answer = answers.get(handler_call_details.method)
         return None if answer is None else grpc.unary_unary_rpc_method_handler(answer)
+
+    def _stock(self, data: bytes, _call: grpc.ServicerContext) -> bytes:
+        request = pb.ComputeLossRequest.FromString(data)
+        job = decode.read_loss_job(Parcel(request), self._engine.custom_losses)
+        outcomes, _timing = self._engine.compute(job)
+        results = [encode.loss_result(outcome, _Inline()) for outcome in outcomes]
+        return pb.ComputeLossResponse(results=results).SerializeToString()
+
+
+class _Inline(Payloads):
+    """Holds nothing: every tensor lies in its message."""
+
+    def hold(self, array: Array) -> bytes:
+        return array.tobytes()

@@ -7,12 +7,15 @@ import grpc
 import torch
 from torch import Tensor
 
+from lossd.tensors import pack, unpack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2
 from lossd_client import Client
 from lossd_client import FocalLoss as FocalConfig
 from lossd_client._channel import OPTIONS
 from lossd_server.bench import inputs, reference
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
-from lossd_server.bench.child import ECHO, SINK
+from lossd_server.bench.child import ECHO, SINK, STOCK
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.losses import EvaluationOptions, FocalLoss
@@ -46,6 +49,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
             Path(name="evaluate", call=partial(evaluate, FocalLoss(), here, gradients=gradients)),
             Path(name="engine", call=_engine(bench, logits, labels, gradients=gradients)),
             Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
+            Path(name="stock", call=_stock(bench, logits, labels, gradients=gradients)),
             Path(name="bare", call=_bare(bench, [logits, labels], method=ECHO if gradients else SINK)),
             copy_path([logits]),
         ),
@@ -80,14 +84,41 @@ def _rpc(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -
     return compute
 
 
+def _stock(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+    """Returns the same call with stock protobuf on both sides."""
+    call: grpc.UnaryUnaryMultiCallable[pb.ComputeLossRequest, pb.ComputeLossResponse] = _bare_channel(
+        bench
+    ).unary_unary(
+        STOCK,
+        request_serializer=pb.ComputeLossRequest.SerializeToString,
+        response_deserializer=pb.ComputeLossResponse.FromString,
+    )
+
+    def compute() -> Outcome:
+        inputs = losses_pb2.FocalInputs(inputs=pack(logits.numpy()), targets=pack(labels.numpy()))
+        request = pb.ComputeLossRequest(
+            focal=FocalConfig().message(),
+            items=[pb.LossItem(focal=inputs)],
+            gradients=FocalConfig.differentiable if gradients else (),
+        )
+        (result,) = call(request).results
+        return [unpack(result.loss), *(unpack(gradient.tensors[0]) for gradient in result.gradients)]
+
+    return compute
+
+
 def _bare(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callable[[], None]:
     """Returns a call that sends the same bytes to a handler that makes nothing of them."""
-    channel = grpc.insecure_channel(bench.child().bare_address, options=OPTIONS)
-    bench.resources.callback(channel.close)
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = _bare_channel(bench).unary_unary(method)
     payload = b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
     def send() -> None:
         call(payload)
 
     return send
+
+
+def _bare_channel(bench: Workbench) -> grpc.Channel:
+    channel = grpc.insecure_channel(bench.child().bare_address, options=OPTIONS)
+    bench.resources.callback(channel.close)
+    return channel

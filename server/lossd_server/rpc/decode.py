@@ -1,21 +1,22 @@
 """From messages to work: unpacks, checks everything, and names the field of whatever is wrong."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from lossd.tensors import TensorError, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.wire import Parcel
 from lossd_server.engine import AssignItem, AssignJob, CustomLoss, LossItem, LossJob
 from lossd_server.errors import InvalidInputError, Reason, errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.fcos_arguments import DENSE_TARGETS
+from lossd_server.rpc.inputs import InputReader
 from lossd_server.rpc.losses import assigner_of, loss_of
-from lossd_server.targets import FCOSAssigner, GroundTruth
+from lossd_server.targets import FCOSAssigner
 
 M = TypeVar("M", bound=Message)
 
@@ -34,10 +35,10 @@ _SPARSE_BYTES_PER_LOCATION = 4
 """What a location costs before a box is looked at."""
 
 
-def parse(message_type: type[M], data: bytes) -> M:
+def parse(message_type: type[M], data: bytes) -> Parcel[M]:
     """Returns the message that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
     try:
-        return message_type.FromString(data)
+        return Parcel.read(message_type, data)
     except DecodeError as error:
         name = message_type.DESCRIPTOR.full_name
         raise InvalidInputError(
@@ -45,12 +46,13 @@ def parse(message_type: type[M], data: bytes) -> M:
         ) from error
 
 
-def read_loss_job(request: pb.ComputeLossRequest, custom_losses: Mapping[str, CustomLoss]) -> LossJob:
+def read_loss_job(parcel: Parcel[pb.ComputeLossRequest], custom_losses: Mapping[str, CustomLoss]) -> LossJob:
     """Returns the checked work of a request.
 
     Raises:
         InvalidInputError: Whatever is wrong with it, by field path.
     """
+    request, reader = parcel.message, InputReader(parcel.payloads)
     kind = request.WhichOneof("loss")
     if kind is None:
         raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="loss")
@@ -60,16 +62,20 @@ def read_loss_job(request: pb.ComputeLossRequest, custom_losses: Mapping[str, Cu
     else:
         loss = loss_of(kind, getattr(request, kind))
     options = _options(request, loss)
-    items = [_read_item(index, item, kind, loss, options) for index, item in enumerate(request.items)]
+    items = [
+        _read_item(f"items[{index}]", item, kind, loss, options, reader)
+        for index, item in enumerate(request.items)
+    ]
     return LossJob(loss=loss, items=items, strict=request.strict)
 
 
-def read_assign_job(request: pb.AssignTargetsRequest, max_answer_bytes: int) -> AssignJob:
+def read_assign_job(parcel: Parcel[pb.AssignTargetsRequest], max_answer_bytes: int) -> AssignJob:
     """Returns the checked work of a request whose answer stays within a size.
 
     Raises:
         InvalidInputError: Whatever is wrong with it, by field path.
     """
+    request, reader = parcel.message, InputReader(parcel.payloads)
     _require_items(len(request.items))
     if request.format not in pb.TargetFormat.values():
         raise InvalidInputError(
@@ -83,7 +89,7 @@ def read_assign_job(request: pb.AssignTargetsRequest, max_answer_bytes: int) -> 
     items = []
     for index, item in enumerate(request.items):
         with errors_within(f"items[{index}]"):
-            items.append(_read_assign_item(f"items[{index}]", item, assigner))
+            items.append(_read_assign_item(f"items[{index}]", item, assigner, reader))
     _require_answer_size(items, request.format, max_answer_bytes)
     return AssignJob(assigner=assigner, items=items)
 
@@ -131,9 +137,13 @@ def _options(request: pb.ComputeLossRequest, loss: LossModule | CustomLoss) -> E
 
 
 def _read_item(
-    index: int, item: pb.LossItem, kind: str, loss: LossModule | CustomLoss, options: EvaluationOptions
+    path: str,
+    item: pb.LossItem,
+    kind: str,
+    loss: LossModule | CustomLoss,
+    options: EvaluationOptions,
+    reader: InputReader,
 ) -> LossItem:
-    path = f"items[{index}]"
     with errors_within(path):
         given = item.WhichOneof("inputs")
         if given != kind:
@@ -144,15 +154,18 @@ def _read_item(
                 value=given,
                 loss=kind,
             )
+        if item.outputs:
+            raise InvalidInputError(Reason.UNEXPECTED_FIELD, "no memory is shared here", field="outputs")
         options = _with_normalizer(options, item, loss)
     path = f"{path}.{kind}"
     with errors_within(path):
         inputs = getattr(item, kind)
         if isinstance(loss, CustomLoss):
-            arguments = {name: _unpack(f"tensors[{name}]", inputs.tensors[name]) for name in inputs.tensors}
+            tensors = inputs.tensors
+            arguments = {name: reader.tensor(f"tensors[{name}]", tensors[name]) for name in tensors}
             loss.check(arguments, options.gradients)
             return LossItem(path=path, arguments=arguments, options=options)
-        return LossItem(path=path, arguments=_read_arguments(inputs, loss), options=options)
+        return LossItem(path=path, arguments=_read_arguments(inputs, loss, reader), options=options)
 
 
 def _with_normalizer(
@@ -168,9 +181,9 @@ def _with_normalizer(
     return replace(options, normalizer=item.normalizer)
 
 
-def _read_arguments(inputs: Message, loss: LossModule) -> Mapping[str, Any]:
+def _read_arguments(inputs: Message, loss: LossModule, reader: InputReader) -> Mapping[str, Any]:
     """Returns the tensors of an inputs message by field name, as the loss wants them."""
-    arguments = {field.name: _read_field(inputs, field.name) for field in inputs.DESCRIPTOR.fields}
+    arguments = {field.name: reader.field(inputs, field.name) for field in inputs.DESCRIPTOR.fields}
     for name in loss.required:
         if arguments[name] is None:
             raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field=name)
@@ -180,40 +193,11 @@ def _read_arguments(inputs: Message, loss: LossModule) -> Mapping[str, Any]:
     return loss.prepare(arguments)
 
 
-def _read_field(inputs: Message, name: str) -> Any:
-    value = getattr(inputs, name)
-    if isinstance(value, tensor_pb2.Tensor):
-        return _unpack(name, value) if inputs.HasField(name) else None
-    return [_READERS[type(entry)](f"{name}[{index}]", entry) for index, entry in enumerate(value)]
-
-
-def _read_ground_truth(field: str, objects: losses_pb2.GroundTruth) -> GroundTruth:
-    for name in ("boxes", "labels"):
-        if not objects.HasField(name):
-            raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field=f"{field}.{name}")
-    return GroundTruth(
-        boxes=_unpack(f"{field}.boxes", objects.boxes),
-        labels=_unpack(f"{field}.labels", objects.labels),
-        iscrowd=_unpack(f"{field}.iscrowd", objects.iscrowd) if objects.HasField("iscrowd") else None,
-    )
-
-
-def _unpack(field: str, tensor: tensor_pb2.Tensor) -> Any:
-    try:
-        return unpack(tensor)
-    except TensorError as error:
-        raise InvalidInputError(Reason(error.reason), str(error), field=field, **error.values) from error
-
-
-_READERS: dict[type, Callable[[str, Any], Any]] = {
-    tensor_pb2.Tensor: _unpack,
-    losses_pb2.GroundTruth: _read_ground_truth,
-}
-
-
-def _read_assign_item(path: str, item: pb.AssignItem, assigner: FCOSAssigner) -> AssignItem:
+def _read_assign_item(
+    path: str, item: pb.AssignItem, assigner: FCOSAssigner, reader: InputReader
+) -> AssignItem:
     ground_truth = [
-        _read_ground_truth(f"ground_truth[{i}]", objects) for i, objects in enumerate(item.ground_truth)
+        reader.ground_truth(f"ground_truth[{i}]", objects) for i, objects in enumerate(item.ground_truth)
     ]
     if item.HasField("image_size") == bool(item.feature_sizes):
         given = "both are" if item.feature_sizes else "neither is"

@@ -2,6 +2,7 @@
 
 from lossd.tensors import pack
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import Payloads
 from lossd_server.engine import LossOutcome
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
 from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
@@ -9,10 +10,10 @@ from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseT
 _COUNTS = {"valid_count", "positive_count"}
 
 
-def loss_result(outcome: LossOutcome) -> pb.LossResult:
-    """Returns the message of one evaluation."""
+def loss_result(outcome: LossOutcome, payloads: Payloads) -> pb.LossResult:
+    """Returns the message of one evaluation; its large tensors go to the payloads."""
     result = pb.LossResult(
-        loss=pack(outcome.loss),
+        loss=pack(outcome.loss, payloads),
         components=[
             pb.LossComponent(name=name, value=value, weight=weight)
             for name, value, weight in outcome.components
@@ -23,10 +24,10 @@ def loss_result(outcome: LossOutcome) -> pb.LossResult:
             for level in outcome.raw_sums
         ],
         gradients=[
-            pb.Gradient(input=name, tensors=[pack(array) for array in arrays])
+            pb.Gradient(input=name, tensors=[pack(array, payloads) for array in arrays])
             for name, arrays in outcome.gradients.items()
         ],
-        kept_rows=None if outcome.kept_rows is None else pack(outcome.kept_rows),
+        kept_rows=None if outcome.kept_rows is None else pack(outcome.kept_rows, payloads),
         non_finite=[
             pb.NonFinite(input=found.input, count=found.count, first_index=found.first_index)
             for found in outcome.non_finite
@@ -38,38 +39,40 @@ def loss_result(outcome: LossOutcome) -> pb.LossResult:
     return result
 
 
-def target_result(assignment: Assignment, target_format: int, preset: AssignerPreset) -> pb.TargetResult:
-    """Returns the message of one item's targets, in the form asked for."""
+def target_result(
+    assignment: Assignment, target_format: int, preset: AssignerPreset, payloads: Payloads
+) -> pb.TargetResult:
+    """Returns the message of one item's targets, in the form asked for; large ones go to the payloads."""
     sparse = target_format == pb.TARGET_FORMAT_SPARSE
     return pb.TargetResult(
-        dense=None if sparse else _dense(assignment.dense()),
-        sparse=_sparse(assignment.sparse()) if sparse else None,
+        dense=None if sparse else _dense(assignment.dense(), payloads),
+        sparse=_sparse(assignment.sparse(), payloads) if sparse else None,
         positive_counts=assignment.positive_counts(),
         feature_sizes=[pb.Size(height=height, width=width) for height, width in assignment.pyramid.sizes],
         preset=number_of(ASSIGNER_PRESETS, preset),
     )
 
 
-def _dense(levels: list[DenseLevel]) -> pb.DenseTargets:
+def _dense(levels: list[DenseLevel], payloads: Payloads) -> pb.DenseTargets:
     return pb.DenseTargets(
         levels=[
             pb.DenseLevel(
-                cls=pack(level.cls),
-                reg=pack(level.reg),
-                centerness=pack(level.centerness),
-                ignored=None if level.ignored is None else pack(level.ignored),
+                cls=pack(level.cls, payloads),
+                reg=pack(level.reg, payloads),
+                centerness=pack(level.centerness, payloads),
+                ignored=None if level.ignored is None else pack(level.ignored, payloads),
             )
             for level in levels
         ]
     )
 
 
-def _sparse(targets: SparseTargets) -> pb.SparseTargets:
+def _sparse(targets: SparseTargets, payloads: Payloads) -> pb.SparseTargets:
     return pb.SparseTargets(
-        locations=pack(targets.locations),
-        labels=pack(targets.labels),
-        ltrb=pack(targets.ltrb),
-        centerness=pack(targets.centerness),
-        matched=pack(targets.matched),
-        ignored=pack(targets.ignored),
+        locations=pack(targets.locations, payloads),
+        labels=pack(targets.labels, payloads),
+        ltrb=pack(targets.ltrb, payloads),
+        centerness=pack(targets.centerness, payloads),
+        matched=pack(targets.matched, payloads),
+        ignored=pack(targets.ignored, payloads),
     )

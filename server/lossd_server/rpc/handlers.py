@@ -1,7 +1,8 @@
 """The service on gRPC: bytes in and out, errors as status, streams of requests.
 
 Handlers see raw bytes, so that parsing is timed, and bytes that are no message are the caller's
-error and not the server's.
+error and not the server's. They take those out of what gRPC holds until the call ends, so that a
+large request is gone before its answer is there.
 """
 
 import threading
@@ -13,10 +14,10 @@ from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import Message
 from grpc_status import rpc_status
 
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import Parcel
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.decode import parse
 from lossd_server.rpc.in_flight import InFlight
@@ -46,6 +47,22 @@ class _StreamMethod:
     method: _Method
     request: type[Any]
     response: type[Any]
+
+
+class _Body:
+    """The bytes of a request, to be taken once: gRPC keeps what it hands out until the call has ended."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def take(self) -> bytes:
+        data, self._data = self._data, b""
+        return data
+
+    def __len__(self) -> int:
+        return len(self._data)
 
 
 class Handlers:
@@ -82,58 +99,59 @@ class Handlers:
         """Returns what a `grpc.Server` takes."""
         return grpc.method_handlers_generic_handler(SERVICE_NAME, self._handlers)
 
-    def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        def handle(data: bytes, call: grpc.ServicerContext) -> bytes:
+    def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
+        def handle(body: _Body, call: grpc.ServicerContext) -> bytes:
             self.in_flight.begin()  # until the answer is sent,
             if not call.add_callback(self.in_flight.end):
                 self.in_flight.end()  # or at once, where the caller is gone,
             try:
                 with self.in_flight:  # and until the work is done
-                    return self._answer(method, data, call)
+                    return self._answer(method, body, call)
             except Exception as error:  # noqa: BLE001  # every exception gets its status here
                 self._abort(method, error, call)
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return grpc.unary_unary_rpc_method_handler(handle, request_deserializer=_Body)
 
-    def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        def handle(messages: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[bytes]:
+    def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[_Body, bytes]":
+        def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             if not self._stream_places.acquire(blocking=False):
                 self._abort(stream.method, self._too_many_streams(), call)
             try:
-                for data in messages:
+                for body in bodies:
                     with self.in_flight:
-                        yield self._answer_on_stream(stream, data, call)
+                        yield self._answer_on_stream(stream, body, call)
             except LossdError as error:
                 self._abort(stream.method, error, call)
             finally:
                 self._stream_places.release()
 
-        return grpc.stream_stream_rpc_method_handler(handle)
+        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=_Body)
 
-    def _answer(self, method: _Method, data: bytes, call: grpc.ServicerContext) -> bytes:
-        with self._observed(method, len(data)) as stages:
+    def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext) -> bytes:
+        with self._observed(method, len(body)) as stages:
             with stages.timed("decode"):
-                request = parse(method.request, data)
+                request = parse(method.request, body.take())
             response = method.answer(request, stages, _deadline(call))
             return self._serialize(method, response, stages)
 
-    def _answer_on_stream(self, stream: _StreamMethod, data: bytes, call: grpc.ServicerContext) -> bytes:
+    def _answer_on_stream(self, stream: _StreamMethod, body: _Body, call: grpc.ServicerContext) -> bytes:
         method = stream.method
-        with self._observed(method, len(data)) as stages:
+        with self._observed(method, len(body)) as stages:
             with stages.timed("decode"):
-                envelope = parse(stream.request, data)
+                envelope = parse(stream.request, body.take())
+            mark = envelope.message.id
             try:
                 response = method.answer(_request_in(envelope), stages, _deadline(call))
-                answer = stream.response(id=envelope.id, response=response)
+                answer = Parcel(stream.response(id=mark, response=response.message), response.payloads)
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)
                 self._record(method, refusal, call)
-                answer = stream.response(id=envelope.id, error=stream_error(refusal))
+                answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
             return self._serialize(method, answer, stages)
 
-    def _serialize(self, method: _Method, message: Message, stages: Stages) -> bytes:
+    def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages) -> bytes:
         with stages.timed("encode"):
-            answer = message.SerializeToString()
+            answer = response.write()
         self._metrics.response_bytes.labels(method.name).observe(len(answer))
         return answer
 
@@ -172,10 +190,10 @@ class Handlers:
         )
 
 
-def _request_in(envelope: Any) -> Any:
-    if not envelope.HasField("request"):
+def _request_in(envelope: Parcel[Any]) -> Parcel[Any]:
+    if not envelope.message.HasField("request"):
         raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="request")
-    return envelope.request
+    return Parcel(envelope.message.request, envelope.payloads)
 
 
 def _as_lossd_error(error: Exception) -> LossdError:

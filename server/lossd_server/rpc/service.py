@@ -4,6 +4,7 @@ import time
 
 from lossd import __version__
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import Parcel, Payloads
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, describe_device
 from lossd_server.rpc import decode, encode
@@ -23,38 +24,41 @@ class LossService:
         self._began = time.monotonic()
 
     def compute_loss(
-        self, request: pb.ComputeLossRequest, stages: Stages, deadline: float | None
-    ) -> pb.ComputeLossResponse:
+        self, request: Parcel[pb.ComputeLossRequest], stages: Stages, deadline: float | None
+    ) -> Parcel[pb.ComputeLossResponse]:
         """Evaluates a batch of items; the deadline is on the clock of `time.monotonic`."""
         with stages.timed("decode"):
             job = decode.read_loss_job(request, self._engine.custom_losses)
+            request.payloads.clear()
         outcomes, timing = self._engine.compute(job, deadline)
+        del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
+        payloads = Payloads()
         with stages.timed("encode"):
-            results = [encode.loss_result(outcome) for outcome in outcomes]
+            results = [encode.loss_result(outcome, payloads) for outcome in outcomes]
         self._metrics.count_outcomes(outcomes)
-        return pb.ComputeLossResponse(results=results, timings=stages.timings())
+        return Parcel(pb.ComputeLossResponse(results=results, timings=stages.timings()), payloads)
 
     def assign_targets(
-        self, request: pb.AssignTargetsRequest, stages: Stages, _deadline: float | None
-    ) -> pb.AssignTargetsResponse:
+        self, request: Parcel[pb.AssignTargetsRequest], stages: Stages, _deadline: float | None
+    ) -> Parcel[pb.AssignTargetsResponse]:
         """Assigns targets to a batch of items; nothing here waits, so there is no deadline to miss."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes)
         assignments, timing = self._engine.assign(job)
         stages.add("compute", timing.compute)
+        payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
         with stages.timed("encode"):
-            preset = job.assigner.preset
-            results = [encode.target_result(found, request.format, preset) for found in assignments]
+            results = [encode.target_result(found, form, preset, payloads) for found in assignments]
         self._metrics.count_assignments(assignments)
-        return pb.AssignTargetsResponse(results=results, timings=stages.timings())
+        return Parcel(pb.AssignTargetsResponse(results=results, timings=stages.timings()), payloads)
 
     def get_server_info(
-        self, _request: pb.GetServerInfoRequest, _stages: Stages, _deadline: float | None
-    ) -> pb.GetServerInfoResponse:
+        self, _request: Parcel[pb.GetServerInfoRequest], _stages: Stages, _deadline: float | None
+    ) -> Parcel[pb.GetServerInfoResponse]:
         """Says what this server is and offers."""
-        return pb.GetServerInfoResponse(
+        info = pb.GetServerInfoResponse(
             version=__version__,
             devices=[describe_device(self._engine.device)],
             losses=LOSS_KINDS,
@@ -68,3 +72,4 @@ class LossService:
             max_stream_count=self._config.max_streams,
             uptime_seconds=time.monotonic() - self._began,
         )
+        return Parcel(info)

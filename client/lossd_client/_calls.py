@@ -1,0 +1,56 @@
+"""A call of a method: what goes out and what its answer means, whoever waits for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import Parcel
+from lossd_client._errors import LossdError, ServerError, error_of_call
+
+R = TypeVar("R")
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["LossService"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call(Generic[R]):
+    """One call.
+
+    Attributes:
+        method: Name of the method.
+        request: What is sent.
+        read: Makes the result of the answer.
+        first_item: Place of the request's first item in the caller's batch, when that was split.
+    """
+
+    method: str
+    request: Parcel[Any]
+    read: Callable[[Parcel[Any]], R]
+    first_item: int = 0
+
+    @property
+    def path(self) -> str:
+        """What gRPC calls the method."""
+        return f"/{_SERVICE.full_name}/{self.method}"
+
+    def result(self, data: bytes) -> R:
+        """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
+        return self.read(read_answer(self.method, data))
+
+    def error(self, error: grpc.RpcError) -> LossdError:
+        """Returns our error for a call that failed."""
+        return error_of_call(error, first_item=self.first_item)
+
+
+def read_answer(method: str, data: bytes) -> Parcel[Any]:
+    """Returns the answer of a method; raises `ServerError` for bytes that are none."""
+    name = f"{method}Response"
+    try:
+        return Parcel.read(getattr(pb, name), data)
+    except DecodeError:
+        message = f"the server's answer of {len(data)} bytes is no {name}"
+        raise ServerError(grpc.StatusCode.INTERNAL, message) from None

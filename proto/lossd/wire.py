@@ -1,0 +1,262 @@
+"""Messages as bytes, without a copy of their large tensors: both sides read and write with this.
+
+Stock protobuf parses and serializes everything but payloads, the large runs of bytes in
+`Tensor.inline`. A reader cuts them out of the received bytes and leaves a short stand-in for each;
+what is left is parsed as ever, and so unknown fields, fields in any order, split and repeated ones mean
+what protobuf says they mean. A writer puts them in the place of their stand-ins, all in one copy.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from lossd.v1 import tensor_pb2 as pb
+
+M = TypeVar("M", bound=Message)
+Buffer: TypeAlias = bytes | memoryview
+_Fields: TypeAlias = dict[int, "_Fields"]
+
+LARGE_BYTES = 256 << 10
+"""Payloads from here on stay where they are: smaller ones are copied sooner than they are found."""
+
+_MARKER = b"\xfflossd payload\0"
+"""What a stand-in begins with. It cannot overlap with itself, so that its places can be counted."""
+
+_INDEX_BYTES = 8
+
+_STEP_BYTES = 16 << 10
+"""Where fields are smaller than this on average, a walk is not worth its time, or somebody's trap."""
+
+_MINIMUM_STEPS = 64
+
+_PAYLOAD: _Fields = {}
+"""Stands for `Tensor.inline` among fields to descend into."""
+
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
+_LONGEST_VARINT = 10
+
+
+class Payloads:
+    """The payloads of a message, in the order of their stand-ins.
+
+    Attributes:
+        size: Bytes of all payloads.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Buffer] = []
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def clear(self) -> None:
+        """Lets go of all payloads; nothing can be read or written any more."""
+        self._buffers.clear()
+        self.size = 0
+
+    def hold(self, array: NDArray[Any]) -> bytes:
+        """Returns what stands for a contiguous array in `Tensor.inline`.
+
+        A small array stands for itself, unless it looks like a stand-in.
+        """
+        raw = array.reshape(-1).view(np.uint8).data
+        if len(raw) < LARGE_BYTES and raw[: len(_MARKER)] != _MARKER:
+            return raw.tobytes()
+        return self.add(raw)
+
+    def add(self, buffer: Buffer) -> bytes:
+        """Returns the stand-in of bytes."""
+        self._buffers.append(buffer)
+        self.size += len(buffer)
+        return _MARKER + (len(self._buffers) - 1).to_bytes(_INDEX_BYTES, "little")
+
+    def get(self, inline: Buffer) -> Buffer:
+        """Returns the payload that `Tensor.inline` stands for: mostly itself."""
+        if self._buffers and inline[: len(_MARKER)] == _MARKER:
+            return self._buffers[int.from_bytes(inline[len(_MARKER) :], "little")]
+        return inline
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel(Generic[M]):
+    """A message, and beside it the payloads that its tensors hold stand-ins of."""
+
+    message: M
+    payloads: Payloads = field(default_factory=Payloads)
+
+    @classmethod
+    def read(cls, message_type: type[M], data: bytes) -> "Parcel[M]":
+        """Returns what bytes hold; payloads are views of them.
+
+        Raises:
+            DecodeError: They are no message of the type.
+        """
+        payloads = Payloads()
+        skeleton = _without_payloads(message_type.DESCRIPTOR, data, payloads)
+        # A stand-in of the sender's own making would be taken for ours.
+        if skeleton is None or skeleton.count(_MARKER) != len(payloads):
+            return cls(message_type.FromString(data))
+        return cls(message_type.FromString(skeleton), payloads)
+
+    @property
+    def size(self) -> int:
+        """How long it is on the wire, at most."""
+        return self.message.ByteSize() + self.payloads.size
+
+    def write(self) -> bytes:
+        """Returns the bytes of the message, payloads in place: what stock protobuf would write."""
+        skeleton = self.message.SerializeToString()
+        if not self.payloads:
+            return skeleton
+        fields = _fields_with_payloads(self.message.DESCRIPTOR)
+        walk = _Walk(
+            skeleton,
+            wanted=lambda start, stop: skeleton.find(_MARKER, start, stop) >= 0,
+            replace=self.payloads.get,
+            steps=len(skeleton),
+        )
+        return b"".join(walk.rewritten(fields, 0, len(skeleton)))
+
+
+class _NotUnderstoodError(Exception):
+    """Bytes that are better left to protobuf: malformed, unusual, or too many small fields."""
+
+
+def _without_payloads(descriptor: Any, data: bytes, payloads: Payloads) -> bytes | None:
+    """Returns a message with its payloads moved out; None where protobuf had better see it whole."""
+    fields = _fields_with_payloads(descriptor)
+    if len(data) < LARGE_BYTES or not fields:
+        return None
+    walk = _Walk(
+        data,
+        wanted=lambda start, stop: stop - start >= LARGE_BYTES,
+        replace=payloads.add,
+        steps=_MINIMUM_STEPS + len(data) // _STEP_BYTES,
+    )
+    try:
+        return b"".join(walk.rewritten(fields, 0, len(data)))
+    except _NotUnderstoodError:
+        return None
+
+
+class _Walk:
+    """A pass over the bytes of a message that puts others in the place of payloads.
+
+    It descends only into the fields that may hold one. Whatever it passes over it copies as it lies,
+    and so need not judge.
+
+    Args:
+        data: The message.
+        wanted: Whether the field between two places is to be looked into.
+        replace: Gives the bytes that take the place of a payload.
+        steps: How many fields to look at before giving up.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        wanted: Callable[[int, int], bool],
+        replace: Callable[[Buffer], Buffer],
+        steps: int,
+    ) -> None:
+        self._data = data
+        self._view = memoryview(data)
+        self._wanted = wanted
+        self._replace = replace
+        self._steps = steps
+
+    def rewritten(self, fields: _Fields, at: int, end: int) -> list[Buffer]:
+        """Returns the message between two places, in pieces.
+
+        Raises:
+            _NotUnderstoodError: It is malformed or unusual there.
+        """
+        pieces: list[Buffer] = []
+        copied = at
+        for tag, length_at, start, stop in self._runs(at, end):
+            inner = fields.get(tag)
+            if inner is None or not self._wanted(start, stop):
+                continue
+            if inner is _PAYLOAD:
+                content = [self._replace(self._view[start:stop])]
+            else:
+                content = self.rewritten(inner, start, stop)
+            pieces += [self._view[copied:length_at], _varint(sum(map(len, content))), *content]
+            copied = stop
+        pieces.append(self._view[copied:end])
+        return pieces
+
+    def _runs(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yields tag, place of the length, start and stop of each length-delimited field."""
+        while at < end:
+            self._steps -= 1
+            tag, at = _read_varint(self._data, at)
+            kind = tag & 7
+            if self._steps < 0 or tag < 8:
+                raise _NotUnderstoodError
+            if kind == _LENGTH_DELIMITED:
+                length_at = at
+                length, start = _read_varint(self._data, at)
+                at = start + length
+                if at <= end:
+                    yield tag, length_at, start, at
+            elif kind == _VARINT:
+                _, at = _read_varint(self._data, at)
+            elif kind in _FIXED_BYTES:
+                at += _FIXED_BYTES[kind]
+            else:
+                raise _NotUnderstoodError
+        if at != end:
+            raise _NotUnderstoodError
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Returns the number at a place, and the place after it."""
+    value = 0
+    for count, byte in enumerate(data[at : at + _LONGEST_VARINT]):
+        value |= (byte & 0x7F) << 7 * count
+        if byte < 0x80:
+            if count and not byte:  # padded: whether that is allowed is protobuf's to say
+                break
+            return value, at + count + 1
+    raise _NotUnderstoodError
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _fields_with_payloads(descriptor: Any) -> _Fields:
+    """Returns the fields of a message type that may hold payloads, by tag, each with its own."""
+    if descriptor.full_name not in _known_fields:
+        _known_fields[descriptor.full_name] = _find_fields(descriptor)
+    return _known_fields[descriptor.full_name]
+
+
+def _find_fields(descriptor: Any) -> _Fields:
+    found: _Fields = {}
+    for member in descriptor.fields:
+        if member.message_type is not None and (inner := _fields_with_payloads(member.message_type)):
+            found[_tag(member.number)] = inner
+    return found
+
+
+def _tag(number: int) -> int:
+    return number << 3 | _LENGTH_DELIMITED
+
+
+_known_fields: dict[str, _Fields] = {
+    pb.Tensor.DESCRIPTOR.full_name: {_tag(pb.Tensor.INLINE_FIELD_NUMBER): _PAYLOAD}
+}
