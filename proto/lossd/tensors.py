@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lossd.v1 import tensor_pb2 as pb
-from lossd.wire import Buffer, Payloads
+from lossd.wire import Payloads
 
 Array = NDArray[Any]
 
@@ -92,14 +92,7 @@ def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
         TensorError: The type is unknown, an extent is negative, the storage is not exactly as long
             as shape and type say, or a bool is neither 0 nor 1.
     """
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None:
-        known = ", ".join(sorted(DATA_TYPES))
-        raise TensorError(
-            "INVALID_DTYPE", f"dtype is {tensor.dtype}, want one of {known}", dtype=tensor.dtype
-        )
-    shape = tuple(tensor.shape)
-    _check_shape(shape)
+    dtype, shape = layout(tensor)
     expected = math.prod(shape) * dtype.itemsize
     data = tensor.inline if payloads is None else payloads.get(tensor.inline)
     if len(data) != expected:
@@ -111,9 +104,37 @@ def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
             dtype=dtype.name,
             shape=list(shape),
         )
-    if dtype == np.bool_:
-        _check_bools(data)
-    return _aligned(np.frombuffer(data, dtype)).reshape(shape)
+    array = np.frombuffer(data, dtype)
+    check_bools(array)
+    return _aligned(array).reshape(shape)
+
+
+def pack_shared(array: Array, place: pb.SharedSlice) -> pb.Tensor:
+    """Returns the `Tensor` of an array that lies in a shared region.
+
+    Raises:
+        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
+    """
+    data_type = data_type_of(array.dtype)
+    _check_shape(array.shape)
+    return pb.Tensor(dtype=data_type, shape=array.shape, shared=place)
+
+
+def layout(tensor: pb.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Returns the type and shape of a tensor, wherever its elements lie.
+
+    Raises:
+        TensorError: The type is unknown, an extent is negative, or the shape is too large.
+    """
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        known = ", ".join(sorted(DATA_TYPES))
+        raise TensorError(
+            "INVALID_DTYPE", f"dtype is {tensor.dtype}, want one of {known}", dtype=tensor.dtype
+        )
+    shape = tuple(tensor.shape)
+    _check_shape(shape)
+    return dtype, shape
 
 
 def data_type_of(dtype: np.dtype[Any]) -> "pb.DataType.ValueType":
@@ -161,13 +182,17 @@ def _aligned(array: Array) -> Array:
     return array
 
 
-def _check_bools(data: Buffer) -> None:
-    stray = np.frombuffer(data, np.uint8) > 1
+def check_bools(array: Array) -> None:
+    """Raises `TensorError` where an array of bools holds a byte that is neither 0 nor 1."""
+    if array.dtype != np.bool_:
+        return
+    flat = array.reshape(-1).view(np.uint8)
+    stray = flat > 1
     if stray.any():
         position = int(stray.argmax())
         raise TensorError(
             "INVALID_TENSOR",
-            f"bool element {position} is {data[position]}, want 0 or 1",
+            f"bool element {position} is {flat[position]}, want 0 or 1",
             position=position,
-            value=data[position],
+            value=flat[position],
         )

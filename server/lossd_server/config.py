@@ -22,6 +22,9 @@ class ServerConfig:
         max_message_bytes: Largest request that is read, and largest answer of assigned targets.
         worker_threads: Calls handled at a time; a stream takes one as long as it is open.
         max_streams: Streams open at a time; below `worker_threads`, so that calls always get through.
+        max_shared_bytes: Most shared memory that one connection may pass, and that the slices of one
+            request come to; 0 shares none. Shared only where one of `listen` is a Unix socket.
+        max_total_shared_bytes: Most shared memory over all connections.
         drain_seconds: How long a stopping server waits for what runs.
         load: Custom losses beside those of entry points, as `[name=]package.module:Class`.
 
@@ -36,6 +39,8 @@ class ServerConfig:
     max_message_bytes: int = 256 * MEBIBYTE
     worker_threads: int = 64
     max_streams: int = 32
+    max_shared_bytes: int = 1024 * MEBIBYTE
+    max_total_shared_bytes: int = 4096 * MEBIBYTE
     drain_seconds: float = 30.0
     load: tuple[str, ...] = ()
 
@@ -51,7 +56,22 @@ class ServerConfig:
             checks.require_number("metrics_port", self.metrics_port, at_least=0, at_most=_LARGEST_PORT)
         checks.require_number("worker_threads", self.worker_threads, at_least=2)
         checks.require_number("max_streams", self.max_streams, at_least=1, at_most=self.worker_threads - 1)
+        checks.require_number("max_shared_bytes", self.max_shared_bytes, at_least=0)
+        checks.require_number(
+            "max_total_shared_bytes", self.max_total_shared_bytes, at_least=self.max_shared_bytes
+        )
         checks.require_number("drain_seconds", self.drain_seconds, at_least=0)
+
+    @property
+    def shared_memory_path(self) -> str | None:
+        """Path of the socket that takes shared memory: beside the first Unix socket, or None."""
+        paths = [unix_path(address) for address in self.listen if address.startswith("unix:")]
+        return f"{paths[0]}.shm" if paths and self.max_shared_bytes else None
+
+
+def unix_path(address: str) -> str:
+    """Returns the path of a `unix:` address."""
+    return address.removeprefix("unix:").removeprefix("//")
 
 
 def _check_address(address: str) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lossd_client._shared_memory import Pool, pool
 from lossd_client._shared_memory.allocator import Allocator
-from lossd_server.shared_memory import RegionListener, Regions
-from tests.domain.regions import descriptor_count, wait_until
+from lossd_server.shared_memory import Regions
+from tests.domain.regions import descriptor_count, started, wait_until
 
 FLOAT = np.dtype("<f4")
 MEBIBYTE = 1 << 20
@@ -31,7 +31,7 @@ def held():
 
 @pytest.fixture
 def listening(tmp_path, held):
-    made = RegionListener(str(tmp_path / "shm"), held)
+    made = started(str(tmp_path / "shm"), held)
     yield made
     made.stop()
 
@@ -191,7 +191,7 @@ def test_a_server_that_comes_back_is_given_the_regions_anew(shared, listening, h
     array[:] = 3
     generation, before = shared.generation, shared.find(array).region_id
     listening.stop()
-    again = RegionListener(listening.path, held)
+    again = started(listening.path, held)
     assert shared.reconnect(generation)
     after = shared.find(array)
     assert after.region_id != before

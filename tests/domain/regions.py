@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 
 from lossd.shared_memory import Answer, Frame, Request
+from lossd_server.shared_memory import RegionListener, Regions
 
 PAGE = mmap.PAGESIZE
 SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -93,3 +94,10 @@ def wait_until(condition) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it did not come to be")
+
+
+def started(path: str, regions: Regions) -> RegionListener:
+    """A listener that listens."""
+    listening = RegionListener(path, regions)
+    listening.start()
+    return listening

@@ -12,7 +12,7 @@ import pytest
 
 from lossd.shared_memory import FRAME_BYTES, Answer, Frame, FrameError, Request
 from lossd_server.errors import ConfigurationError, InvalidInputError
-from lossd_server.shared_memory import RegionListener, Regions, listener
+from lossd_server.shared_memory import Regions, listener
 from tests.domain.regions import (
     PAGE,
     Peer,
@@ -20,6 +20,7 @@ from tests.domain.regions import (
     descriptor_count,
     mapping_count,
     memory_file,
+    started,
     wait_until,
 )
 
@@ -35,7 +36,7 @@ def held():
 def path(tmp_path, held):
     """A listener that must take a good region at the end of each test, whatever came before."""
     descriptors = descriptor_count()
-    listening = RegionListener(str(tmp_path / "shm"), held)
+    listening = started(str(tmp_path / "shm"), held)
     try:
         yield listening.path
         with Peer(listening.path) as peer, memory_file() as descriptor:
@@ -228,7 +229,7 @@ def test_only_its_user_may_connect(path):
 
 
 def test_a_stop_ends_connections_and_removes_the_socket(tmp_path, held):
-    listening = RegionListener(str(tmp_path / "shm"), held)
+    listening = started(str(tmp_path / "shm"), held)
     with Peer(listening.path) as peer, memory_file() as descriptor:
         peer.pass_region(descriptor)
         listening.stop()
@@ -240,15 +241,15 @@ def test_a_socket_that_was_left_behind_is_replaced(tmp_path, held):
     path = str(tmp_path / "shm")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
         left.bind(path)
-    RegionListener(path, held).stop()
+    started(path, held).stop()
 
 
 def test_a_path_that_is_taken_is_left_alone(tmp_path, held):
-    served = RegionListener(str(tmp_path / "shm"), held)
+    served = started(str(tmp_path / "shm"), held)
     (tmp_path / "file").write_text("mine")
     for path in (served.path, tmp_path / "file", tmp_path / "no" / "such", tmp_path / ("x" * 120)):
         with pytest.raises(ConfigurationError, match=r"cannot listen on .* for shared memory"):
-            RegionListener(str(path), held)
+            started(str(path), held)
     served.stop()
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -57,6 +57,12 @@ def app() -> None:
 @server_option("--max-message-bytes", type=int, help="Largest request that is read.")
 @server_option("--worker-threads", type=int, help="Calls handled at a time; an open stream takes one.")
 @server_option("--max-streams", type=int, help="Streams open at a time; fewer than the worker threads.")
+@server_option(
+    "--max-shared-bytes",
+    type=int,
+    help="Most shared memory of one connection, taken beside a unix:/path; 0 shares none.",
+)
+@server_option("--max-total-shared-bytes", type=int, help="Most shared memory over all connections.")
 @server_option("--drain-seconds", type=float, help="How long a stopping server waits for what runs.")
 @server_option("--load", multiple=True, help="[name=]package.module:Class of a custom loss; repeatable.")
 @click.option(

@@ -12,10 +12,12 @@ from dataclasses import replace
 import numpy as np
 import structlog
 import torch
+from torch import Tensor
 
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import to_device, to_host
+from lossd_server.engine.transfer import from_host, to_device, to_host
 from lossd_server.engine.work import (
+    Array,
     AssignJob,
     AssignResults,
     LossItem,
@@ -151,7 +153,7 @@ class Engine:
                     raise CustomLossError(
                         Reason.CUSTOM_LOSS_FAILED, "the loss is NaN or infinite", value="nan or inf"
                     )
-            return replace(_on_host(evaluation, item.options.gradients), non_finite=non_finite)
+            return replace(_on_host(evaluation, item), non_finite=non_finite)
 
 
 def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
@@ -169,9 +171,9 @@ def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
         )
 
 
-def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
+def _on_host(evaluation: Evaluation, item: LossItem) -> LossOutcome:
     """Returns the evaluation on the host, with the gradients in the order in which they were asked for."""
-    gradients = {name: evaluation.gradients[name] for name in wanted}
+    gradients = {name: evaluation.gradients[name] for name in item.options.gradients}
     names = list(evaluation.raw_sums)
     sums = [evaluation.raw_sums[name].double() for name in names]
     levels = torch.stack(sums, dim=1).tolist() if sums else []
@@ -179,7 +181,7 @@ def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
         loss=to_host(evaluation.loss),
         components=[(c.name, float(c.value), c.weight) for c in evaluation.components],
         gradients={
-            name: [to_host(g) for g in (gradient if isinstance(gradient, list) else [gradient])]
+            name: _placed(gradient if isinstance(gradient, list) else [gradient], item.outputs.get(name))
             for name, gradient in gradients.items()
         },
         raw_sums=[dict(zip(names, level, strict=True)) for level in levels],
@@ -187,6 +189,15 @@ def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
         kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
         negative_side_count=int(evaluation.negative_side_count or 0),
     )
+
+
+def _placed(gradients: Sequence[Tensor], outputs: Sequence[Array] | None) -> list[Array]:
+    """Returns gradients as arrays on the host: those that they are to be written to, where there are any."""
+    if outputs is None:
+        return [to_host(gradient) for gradient in gradients]
+    for gradient, output in zip(gradients, outputs, strict=True):
+        from_host(output).copy_(gradient)
+    return list(outputs)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Returns arrays, and arrays in lists, as tensors on the device; anything else as it is."""
     if isinstance(value, list):
         return [to_device(entry, device) for entry in value]
-    return _tensor(value).to(device) if isinstance(value, np.ndarray) else value
+    return from_host(value).to(device) if isinstance(value, np.ndarray) else value
 
 
 def to_host(tensor: Tensor) -> NDArray[Any]:
@@ -34,7 +34,8 @@ def to_host(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
+def from_host(array: NDArray[Any]) -> Tensor:
+    """Returns the very memory of an array as a tensor."""
     if array.dtype == _BFLOAT16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -29,11 +29,14 @@ class LossItem:
         path: Where the item stands in the request, for errors, e.g. `items[3].focal`.
         arguments: Prepared arguments, as numpy arrays and lists of them.
         options: What is wanted beside the value.
+        outputs: Arrays that gradients are written to, by input name, one or one a level; a gradient
+            without an entry gets an array of its own.
     """
 
     path: str
     arguments: Arguments
     options: EvaluationOptions
+    outputs: Mapping[str, list[Array]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

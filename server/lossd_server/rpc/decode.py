@@ -16,6 +16,8 @@ from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.fcos_arguments import DENSE_TARGETS
 from lossd_server.rpc.inputs import InputReader
 from lossd_server.rpc.losses import assigner_of, loss_of
+from lossd_server.rpc.outputs import read_outputs
+from lossd_server.shared_memory import Regions, Slices
 from lossd_server.targets import FCOSAssigner
 
 M = TypeVar("M", bound=Message)
@@ -46,13 +48,22 @@ def parse(message_type: type[M], data: bytes) -> Parcel[M]:
         ) from error
 
 
-def read_loss_job(parcel: Parcel[pb.ComputeLossRequest], custom_losses: Mapping[str, CustomLoss]) -> LossJob:
+def read_loss_job(
+    parcel: Parcel[pb.ComputeLossRequest],
+    custom_losses: Mapping[str, CustomLoss],
+    regions: Regions | None = None,
+) -> LossJob:
     """Returns the checked work of a request.
+
+    Args:
+        parcel: The request.
+        custom_losses: The operator's losses by name.
+        regions: The shared memory that it may name; None where its caller can have passed none.
 
     Raises:
         InvalidInputError: Whatever is wrong with it, by field path.
     """
-    request, reader = parcel.message, InputReader(parcel.payloads)
+    request = parcel.message
     kind = request.WhichOneof("loss")
     if kind is None:
         raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="loss")
@@ -62,20 +73,28 @@ def read_loss_job(parcel: Parcel[pb.ComputeLossRequest], custom_losses: Mapping[
     else:
         loss = loss_of(kind, getattr(request, kind))
     options = _options(request, loss)
-    items = [
-        _read_item(f"items[{index}]", item, kind, loss, options, reader)
-        for index, item in enumerate(request.items)
-    ]
+    slices = Slices(regions)
+    predictions = loss.inputs if isinstance(loss, CustomLoss) else loss.differentiable
+    reader = InputReader(parcel.payloads, slices, predictions)
+    items = []
+    for index, item in enumerate(request.items):
+        read = _read_item(f"items[{index}]", item, kind, loss, options, reader)
+        with errors_within(f"items[{index}]"):
+            outputs = read_outputs(request, index, read.arguments, slices)
+        items.append(replace(read, outputs=outputs) if outputs else read)
+    slices.check_overlaps()
     return LossJob(loss=loss, items=items, strict=request.strict)
 
 
-def read_assign_job(parcel: Parcel[pb.AssignTargetsRequest], max_answer_bytes: int) -> AssignJob:
-    """Returns the checked work of a request whose answer stays within a size.
+def read_assign_job(
+    parcel: Parcel[pb.AssignTargetsRequest], max_answer_bytes: int, regions: Regions | None = None
+) -> AssignJob:
+    """Returns the checked work of a request whose answer stays within a size; see `read_loss_job`.
 
     Raises:
         InvalidInputError: Whatever is wrong with it, by field path.
     """
-    request, reader = parcel.message, InputReader(parcel.payloads)
+    request, reader = parcel.message, InputReader(parcel.payloads, Slices(regions))
     _require_items(len(request.items))
     if request.format not in pb.TargetFormat.values():
         raise InvalidInputError(
@@ -154,15 +173,13 @@ def _read_item(
                 value=given,
                 loss=kind,
             )
-        if item.outputs:
-            raise InvalidInputError(Reason.UNEXPECTED_FIELD, "no memory is shared here", field="outputs")
         options = _with_normalizer(options, item, loss)
     path = f"{path}.{kind}"
     with errors_within(path):
         inputs = getattr(item, kind)
         if isinstance(loss, CustomLoss):
             tensors = inputs.tensors
-            arguments = {name: reader.tensor(f"tensors[{name}]", tensors[name]) for name in tensors}
+            arguments = {name: reader.tensor(f"tensors[{name}]", tensors[name], name) for name in tensors}
             loss.check(arguments, options.gradients)
             return LossItem(path=path, arguments=arguments, options=options)
         return LossItem(path=path, arguments=_read_arguments(inputs, loss, reader), options=options)

@@ -1,6 +1,8 @@
 """From outcomes to messages."""
 
-from lossd.tensors import pack
+from collections.abc import Iterable
+
+from lossd.tensors import pack, pack_shared
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Payloads
 from lossd_server.engine import LossOutcome
@@ -10,8 +12,17 @@ from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseT
 _COUNTS = {"valid_count", "positive_count"}
 
 
-def loss_result(outcome: LossOutcome, payloads: Payloads) -> pb.LossResult:
-    """Returns the message of one evaluation; its large tensors go to the payloads."""
+def loss_result(
+    outcome: LossOutcome, payloads: Payloads, outputs: Iterable[pb.GradientOutput] = ()
+) -> pb.LossResult:
+    """Returns the message of one evaluation.
+
+    Args:
+        outcome: What the engine found.
+        payloads: Where large tensors go.
+        outputs: Where gradients were written, which are not sent then.
+    """
+    places = {output.input: output.slices for output in outputs}
     result = pb.LossResult(
         loss=pack(outcome.loss, payloads),
         components=[
@@ -24,7 +35,12 @@ def loss_result(outcome: LossOutcome, payloads: Payloads) -> pb.LossResult:
             for level in outcome.raw_sums
         ],
         gradients=[
-            pb.Gradient(input=name, tensors=[pack(array, payloads) for array in arrays])
+            pb.Gradient(
+                input=name,
+                tensors=list(map(pack_shared, arrays, places[name]))
+                if name in places
+                else [pack(array, payloads) for array in arrays],
+            )
             for name, arrays in outcome.gradients.items()
         ],
         kept_rows=None if outcome.kept_rows is None else pack(outcome.kept_rows, payloads),

@@ -6,7 +6,6 @@ large request is gone before its answer is there.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from grpc_status import rpc_status
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
+from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.decode import parse
 from lossd_server.rpc.in_flight import InFlight
 from lossd_server.rpc.metrics import Metrics
@@ -37,7 +37,7 @@ class _Method:
 
     name: str
     request: type[Any]
-    answer: Callable[[Any, Stages, float | None], Any]
+    answer: Callable[[Any, Stages, Caller], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,7 @@ class Handlers:
         with self._observed(method, len(body)) as stages:
             with stages.timed("decode"):
                 request = parse(method.request, body.take())
-            response = method.answer(request, stages, _deadline(call))
+            response = method.answer(request, stages, Caller.of(call))
             return self._serialize(method, response, stages)
 
     def _answer_on_stream(self, stream: _StreamMethod, body: _Body, call: grpc.ServicerContext) -> bytes:
@@ -141,7 +141,7 @@ class Handlers:
                 envelope = parse(stream.request, body.take())
             mark = envelope.message.id
             try:
-                response = method.answer(_request_in(envelope), stages, _deadline(call))
+                response = method.answer(_request_in(envelope), stages, Caller.of(call))
                 answer = Parcel(stream.response(id=mark, response=response.message), response.payloads)
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)
@@ -202,9 +202,3 @@ def _as_lossd_error(error: Exception) -> LossdError:
         return error
     _log.error("internal error", exc_info=error)
     return LossdError(Reason.INTERNAL, "a fault of the server; its log has the details")
-
-
-def _deadline(call: grpc.ServicerContext) -> float | None:
-    """Returns the call's deadline on the clock of `time.monotonic`."""
-    remaining = call.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining

@@ -1,13 +1,16 @@
 """From the tensors of a request to arrays, each refused by the path of its field."""
 
+from collections.abc import Collection
 from typing import Any
 
 from google.protobuf.message import Message
 
-from lossd.tensors import Array, TensorError, unpack
+from lossd.tensors import Array, TensorError, check_bools, layout, unpack
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Payloads
-from lossd_server.errors import InvalidInputError, Reason
+from lossd_server import checks
+from lossd_server.errors import InvalidInputError, Reason, errors_within
+from lossd_server.shared_memory import Slices
 from lossd_server.targets import GroundTruth
 
 
@@ -16,18 +19,30 @@ class InputReader:
 
     Args:
         payloads: What came beside the request's message.
+        slices: The shared memory that it names.
+        predictions: The fields whose values cannot do harm: floats among them are read where they lie,
+            also in shared memory. All else is checked, and so is a copy that the caller cannot change.
     """
 
-    def __init__(self, payloads: Payloads) -> None:
+    def __init__(self, payloads: Payloads, slices: Slices, predictions: Collection[str] = ()) -> None:
         self._payloads = payloads
+        self._slices = slices
+        self._predictions = predictions
 
-    def tensor(self, field: str, tensor: tensor_pb2.Tensor) -> Array:
+    def tensor(self, field: str, tensor: tensor_pb2.Tensor, name: str = "") -> Array:
         """Returns the array of a tensor.
+
+        Args:
+            field: Where it stands, for errors.
+            tensor: The tensor.
+            name: The argument that it is, or part of.
 
         Raises:
             InvalidInputError: It means none.
         """
         try:
+            if tensor.HasField("shared"):
+                return self._shared(field, tensor, name)
             return unpack(tensor, self._payloads)
         except TensorError as error:
             raise InvalidInputError(Reason(error.reason), str(error), field=field, **error.values) from error
@@ -55,9 +70,19 @@ class InputReader:
         """
         value = getattr(inputs, name)
         if isinstance(value, tensor_pb2.Tensor):
-            return self.tensor(name, value) if inputs.HasField(name) else None
-        return [self._entry(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+            return self.tensor(name, value, name) if inputs.HasField(name) else None
+        return [self._entry(f"{name}[{index}]", entry, name) for index, entry in enumerate(value)]
 
-    def _entry(self, field: str, entry: Any) -> Any:
-        read = self.tensor if isinstance(entry, tensor_pb2.Tensor) else self.ground_truth
-        return read(field, entry)
+    def _entry(self, field: str, entry: Any, name: str) -> Any:
+        if isinstance(entry, tensor_pb2.Tensor):
+            return self.tensor(field, entry, name)
+        return self.ground_truth(field, entry)
+
+    def _shared(self, field: str, tensor: tensor_pb2.Tensor, name: str) -> Array:
+        dtype, shape = layout(tensor)
+        in_place = name in self._predictions and dtype.name in checks.FLOATS
+        place = tensor.shared
+        with errors_within(field):
+            array = self._slices.read(place.region_id, place.offset, dtype, shape, in_place=in_place)
+        check_bools(array)
+        return array

@@ -65,6 +65,11 @@ class Metrics:
         self.non_finite = Counter(
             "lossd_non_finite_inputs", "Input tensors that held NaN or infinity.", registry=registry
         )
+        self.shared_memory = Gauge(
+            "lossd_shared_memory_bytes",
+            "Shared memory that callers passed and that is mapped.",
+            registry=registry,
+        )
         self.build = Info("lossd_build", "Version and device.", registry=registry)
 
     def observe_stages(self, method: str, seconds: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Self
 
 import grpc
@@ -11,7 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lossd import __version__
-from lossd_server.config import ServerConfig
+from lossd_server.config import ServerConfig, unix_path
 from lossd_server.engine import Engine, describe_device, load_custom_losses, resolve_device
 from lossd_server.errors import ConfigurationError, Reason
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
@@ -19,6 +20,7 @@ from lossd_server.rpc.interceptor import MetricsInterceptor
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.options import server_options
 from lossd_server.rpc.service import LossService
+from lossd_server.shared_memory import RegionListener, Regions
 
 _log = structlog.get_logger()
 
@@ -54,7 +56,8 @@ class Server:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=self._health_pool
         )
-        service = LossService(self._engine, self._metrics, self._config)
+        self._sharing = _sharing(self._config)
+        service = LossService(self._engine, self._metrics, self._config, self._sharing)
         self._handlers = Handlers(service, self._metrics, max_streams=self._config.max_streams)
         self._grpc = self._assemble()
         self._metrics_server: Any = None
@@ -75,6 +78,8 @@ class Server:
         self._set_health(_NOT_SERVING)
         try:
             self.addresses = [self._listen(address) for address in self._config.listen]
+            if self._sharing is not None:
+                self._sharing.start()
             self._serve_metrics()
         except ConfigurationError:
             self._shut_down(grace=0)
@@ -110,6 +115,8 @@ class Server:
         self._grpc.stop(None)
         stopped.wait(_CLOSE_SECONDS)
         self._engine.close()
+        if self._sharing is not None:
+            self._sharing.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._health_pool.shutdown(wait=False, cancel_futures=True)
         if self._metrics_server is not None:
@@ -131,6 +138,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
+        if self._sharing is not None:
+            self._metrics.shared_memory.set_function(partial(getattr, self._sharing.regions, "held_bytes"))
         self._metrics.build.info({"version": __version__, "device": describe_device(self._engine.device)})
         return server
 
@@ -175,9 +184,17 @@ class Server:
             self._health.set(name, status)
 
 
+def _sharing(config: ServerConfig) -> RegionListener | None:
+    """Returns what takes shared memory, if anything does."""
+    if config.shared_memory_path is None:
+        return None
+    limits = {"max_bytes": config.max_shared_bytes, "max_total_bytes": config.max_total_shared_bytes}
+    return RegionListener(config.shared_memory_path, Regions(**limits))
+
+
 def _refuse_served_socket(address: str) -> None:
     """Raises `ConfigurationError` where someone listens; gRPC would take the path from under them."""
-    path = address.removeprefix("unix:").removeprefix("//")
+    path = unix_path(address)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)
         try:

@@ -8,44 +8,52 @@ from lossd.wire import Parcel, Payloads
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, describe_device
 from lossd_server.rpc import decode, encode
+from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, numbers_of
 from lossd_server.rpc.losses import LOSS_KINDS
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.stages import Stages
+from lossd_server.shared_memory import RegionListener, Regions
 
 
 class LossService:
     """Answers requests: messages in, messages out, `LossdError` for what is refused."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, config: ServerConfig) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, config: ServerConfig, sharing: RegionListener | None = None
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._config = config
+        self._sharing = sharing
         self._began = time.monotonic()
 
     def compute_loss(
-        self, request: Parcel[pb.ComputeLossRequest], stages: Stages, deadline: float | None
+        self, request: Parcel[pb.ComputeLossRequest], stages: Stages, caller: Caller
     ) -> Parcel[pb.ComputeLossResponse]:
-        """Evaluates a batch of items; the deadline is on the clock of `time.monotonic`."""
+        """Evaluates a batch of items."""
         with stages.timed("decode"):
-            job = decode.read_loss_job(request, self._engine.custom_losses)
+            job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
             request.payloads.clear()
-        outcomes, timing = self._engine.compute(job, deadline)
+        outcomes, timing = self._engine.compute(job, caller.deadline)
         del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
         payloads = Payloads()
         with stages.timed("encode"):
-            results = [encode.loss_result(outcome, payloads) for outcome in outcomes]
+            results = [
+                encode.loss_result(outcome, payloads, item.outputs)
+                for outcome, item in zip(outcomes, request.message.items, strict=True)
+            ]
         self._metrics.count_outcomes(outcomes)
         return Parcel(pb.ComputeLossResponse(results=results, timings=stages.timings()), payloads)
 
     def assign_targets(
-        self, request: Parcel[pb.AssignTargetsRequest], stages: Stages, _deadline: float | None
+        self, request: Parcel[pb.AssignTargetsRequest], stages: Stages, caller: Caller
     ) -> Parcel[pb.AssignTargetsResponse]:
         """Assigns targets to a batch of items; nothing here waits, so there is no deadline to miss."""
         with stages.timed("decode"):
-            job = decode.read_assign_job(request, self._config.max_message_bytes)
+            job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
         assignments, timing = self._engine.assign(job)
         stages.add("compute", timing.compute)
         payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
@@ -55,7 +63,7 @@ class LossService:
         return Parcel(pb.AssignTargetsResponse(results=results, timings=stages.timings()), payloads)
 
     def get_server_info(
-        self, _request: Parcel[pb.GetServerInfoRequest], _stages: Stages, _deadline: float | None
+        self, _request: Parcel[pb.GetServerInfoRequest], _stages: Stages, caller: Caller
     ) -> Parcel[pb.GetServerInfoResponse]:
         """Says what this server is and offers."""
         info = pb.GetServerInfoResponse(
@@ -72,4 +80,11 @@ class LossService:
             max_stream_count=self._config.max_streams,
             uptime_seconds=time.monotonic() - self._began,
         )
+        if self._sharing is not None and caller.is_on_this_host:
+            info.shared_memory_socket = self._sharing.path
+            info.max_shared_bytes = self._config.max_shared_bytes
         return Parcel(info)
+
+    def _regions(self, caller: Caller) -> Regions | None:
+        """Returns the shared memory that a caller may name."""
+        return self._sharing.regions if self._sharing is not None and caller.is_on_this_host else None

@@ -40,31 +40,37 @@ class RegionListener:
 
     Attributes:
         path: Where it listens, absolute.
+        regions: Where regions are kept.
 
     Args:
         path: Where to listen; a socket that nobody listens on any more is replaced.
-        regions: Where regions are kept.
-
-    Raises:
-        ConfigurationError: The path is taken, too long, or not to be written to.
+        regions: As above.
     """
 
     def __init__(self, path: str, regions: Regions) -> None:
         self.path = os.path.abspath(path)  # noqa: PTH100  # a link stays the link that callers know
-        self._regions = regions
+        self.regions = regions
         self._connections: dict[_Connection, None] = {}  # in the order of their arrival
+        self._thread = threading.Thread(target=self._run, name="lossd-shared-memory", daemon=True)
+
+    def start(self) -> None:
+        """Listens.
+
+        Raises:
+            ConfigurationError: The path is taken, too long, or not to be written to.
+        """
         self._listening = _listen(self.path)
         self._wake, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listening, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="lossd-shared-memory", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Ends all connections and their regions; memory in use stays mapped until it no longer is."""
-        self._wake.close()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._wake.close()
+            self._thread.join()
 
     def _run(self) -> None:
         while True:
@@ -135,9 +141,9 @@ class RegionListener:
         try:
             request = packet.request()
             if request.code is Request.RELEASE:
-                self._regions.release(owner, request.region_id)
+                self.regions.release(owner, request.region_id)
                 return Frame(code=Answer.DONE, region_id=request.region_id)
-            region_id = self._regions.add(owner, packet.descriptors[0], request.size)
+            region_id = self.regions.add(owner, packet.descriptors[0], request.size)
             return Frame(code=Answer.DONE, size=request.size, region_id=region_id)
         except FrameError as error:
             return Frame(code=error.answer)
@@ -150,7 +156,7 @@ class RegionListener:
         del self._connections[connection]
         self._selector.unregister(connection.socket)
         connection.socket.close()
-        self._regions.release_all(connection.owner)
+        self.regions.release_all(connection.owner)
 
     def _close_all(self) -> None:
         for connection in list(self._connections):

@@ -36,13 +36,17 @@ class Owner:
 class Regions:
     """The regions of all owners, by id. Threads may share it.
 
+    Attributes:
+        max_bytes: Most bytes of one owner, and of the slices that one request names: they may lie on
+            top of each other, and each is work.
+
     Args:
-        max_bytes: Most bytes of one owner.
+        max_bytes: As above.
         max_total_bytes: Most bytes in all.
     """
 
     def __init__(self, *, max_bytes: int, max_total_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._max_total_bytes = max_total_bytes
         self._mappings: dict[bytes, mmap.mmap] = {}
         self._total = Owner()
@@ -108,8 +112,8 @@ class Regions:
     def _check_quota(self, owner: Owner, size: int) -> None:
         if owner.held_count >= MAX_REGIONS_EACH or self._total.held_count >= MAX_REGIONS:
             raise RefusedError(Answer.TOO_MANY_REGIONS)
-        if owner.held_bytes + size > self._max_bytes:
-            raise RefusedError(Answer.TOO_LARGE, self._max_bytes)
+        if owner.held_bytes + size > self.max_bytes:
+            raise RefusedError(Answer.TOO_LARGE, self.max_bytes)
         if self._total.held_bytes + size > self._max_total_bytes:
             raise RefusedError(Answer.FULL, self._max_total_bytes)
 

@@ -38,6 +38,7 @@ class Slices:
     def __init__(self, regions: Regions | None) -> None:
         self._regions = regions
         self._used: list[_Interval] = []
+        self._named_bytes = 0
 
     def read(
         self, region_id: bytes, offset: int, dtype: np.dtype[Any], shape: Sequence[int], *, in_place: bool
@@ -93,6 +94,16 @@ class Slices:
                 length=length,
                 size=size,
                 alignment=ALIGNMENT,
+            )
+        self._named_bytes += length
+        if self._named_bytes > self._regions.max_bytes:
+            raise InvalidInputError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"with this the slices of the request come to {self._named_bytes} bytes, "
+                f"want at most {self._regions.max_bytes}",
+                field="shared",
+                value=self._named_bytes,
+                limit=self._regions.max_bytes,
             )
         return np.ndarray(shape, dtype, buffer=mapping, offset=offset)
 
