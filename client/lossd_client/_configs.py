@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
-from lossd.wire import Payloads
 from lossd_client._errors import refused_here
 from lossd_client._packing import packed, packed_ground_truth
+from lossd_client._storage import Storage
 
 
 class LossConfig:
@@ -28,13 +28,13 @@ class LossConfig:
         """Returns the configuration as the contract's message."""
         raise NotImplementedError
 
-    def item(self, arguments: Sequence[Any], path: str, payloads: Payloads) -> pb.LossItem:
+    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation.
 
         Args:
             arguments: In the order of `inputs`.
             path: Where the arguments stand in the request, for errors: `items[3].focal`.
-            payloads: Those of the request.
+            storage: What the request is packed into.
 
         Raises:
             TypeError: There are too few or too many.
@@ -47,7 +47,7 @@ class LossConfig:
         inputs.SetInParent()
         for name, value in zip(self.inputs, arguments, strict=False):
             if value is not None:
-                getattr(inputs, name).CopyFrom(packed(f"{path}.{name}", value, payloads))
+                getattr(inputs, name).CopyFrom(packed(f"{path}.{name}", value, storage))
         return item
 
 
@@ -219,7 +219,7 @@ class FCOSLoss(LossConfig):
             assigner=assigner.message("fcos.assigner"),
         )
 
-    def item(self, arguments: Sequence[Any], path: str, payloads: Payloads) -> pb.LossItem:
+    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
         if len(arguments) not in {4, 6, 7}:
             raise TypeError(
@@ -230,10 +230,10 @@ class FCOSLoss(LossConfig):
         lists = arguments[:3] if len(arguments) == 4 else arguments
         for name, levels in zip(self.inputs, lists, strict=False):
             getattr(item.fcos, name).extend(
-                packed(f"{path}.{name}[{i}]", level, payloads) for i, level in enumerate(levels)
+                packed(f"{path}.{name}[{i}]", level, storage) for i, level in enumerate(levels)
             )
         if len(arguments) == 4:
-            item.fcos.ground_truth.extend(packed_ground_truth(arguments[3], path, payloads))
+            item.fcos.ground_truth.extend(packed_ground_truth(arguments[3], path, storage))
         return item
 
 
@@ -255,14 +255,14 @@ class CustomLoss(LossConfig):
         """Returns the configuration as the contract's message."""
         return losses_pb2.CustomLoss(name=self.name)
 
-    def item(self, arguments: Sequence[Any], path: str, payloads: Payloads) -> pb.LossItem:
+    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> pb.LossItem:
         """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
         if len(arguments) != 1 or not isinstance(arguments[0], Mapping):
             raise TypeError(f"{self.name} takes one mapping of its inputs by name")
         (tensors,) = arguments
         item = pb.LossItem(custom=losses_pb2.CustomInputs())
         for name, value in tensors.items():
-            item.custom.tensors[name].CopyFrom(packed(f"{path}.tensors[{name}]", value, payloads))
+            item.custom.tensors[name].CopyFrom(packed(f"{path}.tensors[{name}]", value, storage))
         return item
 
 

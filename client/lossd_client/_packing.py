@@ -3,34 +3,33 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lossd.tensors import TensorError, pack
+from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
-from lossd.wire import Payloads
 from lossd_client._arrays import as_array
 from lossd_client._errors import refused_here
+from lossd_client._storage import Storage
 
 
-def packed(field: str, value: Any, payloads: Payloads) -> Any:
-    """Returns a value as a `Tensor`, a large one as a payload; raises `InvalidInputError` by field."""
+def packed(field: str, value: Any, storage: Storage) -> Any:
+    """Returns a value as a `Tensor` that lies in the storage; raises `InvalidInputError` by field."""
     try:
-        return pack(as_array(value), payloads)
+        return storage.tensor(as_array(value))
     except TensorError as error:
         reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
         raise refused_here(reason, str(error), field=field, **error.values) from error
 
 
 def packed_ground_truth(
-    images: Sequence[Mapping[str, Any]], path: str, payloads: Payloads
+    images: Sequence[Mapping[str, Any]], path: str, storage: Storage
 ) -> list[losses_pb2.GroundTruth]:
     """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
     return [
-        _packed_objects(f"{path}.ground_truth[{index}]", image, payloads)
-        for index, image in enumerate(images)
+        _packed_objects(f"{path}.ground_truth[{index}]", image, storage) for index, image in enumerate(images)
     ]
 
 
-def _packed_objects(field: str, image: Mapping[str, Any], payloads: Payloads) -> losses_pb2.GroundTruth:
+def _packed_objects(field: str, image: Mapping[str, Any], storage: Storage) -> losses_pb2.GroundTruth:
     objects = losses_pb2.GroundTruth()
     known = objects.DESCRIPTOR.fields_by_name
     for key in image:
@@ -46,5 +45,5 @@ def _packed_objects(field: str, image: Mapping[str, Any], payloads: Payloads) ->
             # An empty list has no type of its own; numpy makes it float64.
             if not array.size and key == "labels":
                 array = array.astype("int64")
-            getattr(objects, key).CopyFrom(packed(f"{field}.{key}", array, payloads))
+            getattr(objects, key).CopyFrom(packed(f"{field}.{key}", array, storage))
     return objects

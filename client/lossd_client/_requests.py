@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lossd.tensors import TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel, Payloads
+from lossd.wire import Parcel
 from lossd_client._calls import Call
 from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError, refused_here
@@ -24,15 +23,13 @@ from lossd_client._results import (
     read_server_info,
     read_targets,
 )
+from lossd_client._storage import FLOAT_TYPES, Storage
 
 SMALL_BYTES = 1 << 20
 """Every server reads at least this: smaller requests need not ask for its limit."""
 
 _ENVELOPE_BYTES = 16
-"""Tag and length of an item in its request, and its normalizer, rounded up."""
-
-_FLOAT_TYPES = {data_type_of(np.dtype(name)) for name in ("f2", "f4", "f8", ml_dtypes.bfloat16)}
-"""The types that an input with a gradient may have."""
+"""Tag and length of an item in its request, rounded up."""
 
 Gradients = bool | str | Sequence[str]
 """True for all, or the name or names of the inputs whose gradient is wanted."""
@@ -45,11 +42,13 @@ class LossBatch:
     Attributes:
         kind: Name of the loss in the contract's `oneof`.
         parcel: All of it.
+        storage: Where its tensors lie, and those of its answer.
         item_bytes: How long each item is on the wire, at most.
     """
 
     kind: str
     parcel: Parcel[pb.ComputeLossRequest]
+    storage: Storage
     item_bytes: Sequence[int]
 
     @property
@@ -73,8 +72,8 @@ class LossBatch:
     def _call(self, request: pb.ComputeLossRequest, first_item: int) -> Call[list[LossResult]]:
         return Call(
             method="ComputeLoss",
-            request=Parcel(request, self.parcel.payloads),
-            read=partial(read_loss_results, self.kind),
+            request=Parcel(request, self.storage),
+            read=partial(read_loss_results, self.kind, self.storage),
             first_item=first_item,
         )
 
@@ -108,23 +107,32 @@ def loss_batch(
     component_gradients: bool,
     normalizers: Sequence[float | None] | None,
     strict: bool,
+    storage: Storage,
 ) -> LossBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
     request = pb.ComputeLossRequest(component_gradients=component_gradients, strict=strict)
     getattr(request, loss.kind).CopyFrom(loss.message())
-    payloads, item_bytes = Payloads(), []
+    payload_bytes = []
     for index, arguments in enumerate(items):
-        before = payloads.size
-        item = loss.item(arguments, f"items[{index}].{loss.kind}", payloads)
-        request.items.append(item)
-        # A stand-in is longer than what its payload adds to the lengths around it.
-        item_bytes.append(item.ByteSize() + payloads.size - before + _ENVELOPE_BYTES)
+        before = storage.size
+        request.items.append(loss.item(arguments, f"items[{index}].{loss.kind}", storage))
+        payload_bytes.append(storage.size - before)
     if normalizers is not None:
         _set_normalizers(request, normalizers)
     request.gradients.extend(_gradient_names(loss, request, gradients))
     if gradient_dtype is not None:
         request.gradient_dtype = _gradient_dtype(gradient_dtype)
-    return LossBatch(kind=loss.kind, parcel=Parcel(request, payloads), item_bytes=item_bytes)
+    storage.add_outputs(request, loss.kind, loss.differentiable)
+    return LossBatch(
+        kind=loss.kind,
+        parcel=Parcel(request, storage),
+        storage=storage,
+        # A stand-in is longer than what its payload adds to the lengths around it.
+        item_bytes=[
+            item.ByteSize() + beside + _ENVELOPE_BYTES
+            for item, beside in zip(request.items, payload_bytes, strict=True)
+        ],
+    )
 
 
 def assign_call(
@@ -136,8 +144,8 @@ def assign_call(
     sparse: bool,
 ) -> Call[DenseTargets | SparseTargets]:
     """Returns the call for the targets of a batch of images of one size."""
-    payloads = Payloads()
-    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", payloads))
+    storage = Storage(None)
+    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", storage))
     if image_size is not None:
         item.image_size.CopyFrom(_size(image_size))
     item.feature_sizes.extend(map(_size, feature_sizes or ()))
@@ -146,7 +154,7 @@ def assign_call(
         items=[item],
         format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_DENSE,
     )
-    return Call(method="AssignTargets", request=Parcel(request, payloads), read=read_targets)
+    return Call(method="AssignTargets", request=Parcel(request, storage), read=read_targets)
 
 
 def info_call() -> Call[ServerInfo]:
@@ -189,7 +197,7 @@ def _gradient_names(loss: LossConfig, request: pb.ComputeLossRequest, gradients:
         return []
     if isinstance(loss, CustomLoss):
         tensors = request.items[0].custom.tensors if request.items else {}
-        return sorted(name for name, tensor in tensors.items() if tensor.dtype in _FLOAT_TYPES)
+        return sorted(name for name, tensor in tensors.items() if tensor.dtype in FLOAT_TYPES)
     return loss.differentiable
 
 

@@ -1,6 +1,6 @@
 """What both clients hand out: reads answers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Parcel, Payloads
 from lossd_client._arrays import Array
+from lossd_client._storage import Storage
 
 TOTAL_NAMES = ("loss", "total_loss")
 COMPONENT_SUMS = ("cls_loss", "reg_loss", "centerness_loss", "centerness_target", "weight")
@@ -24,9 +25,41 @@ class NonFinite:
     first_index: tuple[int, ...]
 
 
+class GradientArrays(Mapping[str, Any]):
+    """Gradients by input name, until they are released."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays: Mapping[str, Any] | None = arrays
+
+    def __getitem__(self, name: str) -> Any:
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return "GradientArrays(released)" if self._arrays is None else f"GradientArrays({self._arrays!r})"
+
+    def release(self) -> None:
+        """Lets go of the arrays; to ask for one from now on is an error."""
+        self._arrays = None
+
+    @property
+    def _held(self) -> Mapping[str, Any]:
+        if self._arrays is None:
+            raise RuntimeError("the result was released: its gradients are gone")
+        return self._arrays
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossResult:
     """The outcome of one evaluation. Its arrays are read-only: views of the answer as it came.
+
+    Gradients may lie in memory that is shared with the server. It is used again when nothing refers to
+    an array of it any more, and not before: a result, or an array taken out of it, may be kept for good.
 
     Attributes:
         loss: 0-d, or `[rows]` under the reduction `none`; float64 for float64 inputs, else float32.
@@ -48,7 +81,7 @@ class LossResult:
     loss: Array
     components: Mapping[str, float]
     component_weights: Mapping[str, float]
-    gradients: Mapping[str, Any]
+    gradients: GradientArrays
     positive_count: int
     raw_sums: Mapping[str, float]
     level_sums: tuple[Mapping[str, float], ...]
@@ -57,6 +90,14 @@ class LossResult:
     non_finite: tuple[NonFinite, ...]
     negative_side_count: int
     timings: Mapping[str, float]
+
+    def release(self) -> None:
+        """Lets go of the gradients, so that their memory is used again although the result is kept.
+
+        To ask the result for a gradient from then on is a `RuntimeError`. An array that was taken out
+        before stays what it is.
+        """
+        self.gradients.release()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +195,8 @@ class ServerInfo:
         max_message_bytes: Largest request that it reads.
         max_stream_count: Most streams that it serves at a time.
         uptime_seconds: Since it started.
+        shared_memory_socket: Path of the socket that takes shared memory; empty where none is shared.
+        max_shared_bytes: Most shared memory of one connection.
     """
 
     version: str
@@ -165,12 +208,19 @@ class ServerInfo:
     max_message_bytes: int
     max_stream_count: int
     uptime_seconds: float
+    shared_memory_socket: str
+    max_shared_bytes: int
 
 
-def read_loss_results(kind: str, answer: Parcel[pb.ComputeLossResponse]) -> list[LossResult]:
-    """Returns the results of all items of a request, in order."""
+def read_loss_results(
+    kind: str, storage: Storage, answer: Parcel[pb.ComputeLossResponse]
+) -> list[LossResult]:
+    """Returns the results of all items of a request, in order; gradients may lie in its storage."""
     timings = _timings(answer.message.timings)
-    return [_read_loss_result(kind, result, timings, answer.payloads) for result in answer.message.results]
+    return [
+        _read_loss_result(kind, result, timings, answer.payloads, storage)
+        for result in answer.message.results
+    ]
 
 
 def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | SparseTargets:
@@ -219,11 +269,13 @@ def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
         max_message_bytes=response.max_message_bytes,
         max_stream_count=response.max_stream_count,
         uptime_seconds=response.uptime_seconds,
+        shared_memory_socket=response.shared_memory_socket,
+        max_shared_bytes=response.max_shared_bytes,
     )
 
 
 def _read_loss_result(
-    kind: str, result: pb.LossResult, timings: Mapping[str, float], payloads: Payloads
+    kind: str, result: pb.LossResult, timings: Mapping[str, float], payloads: Payloads, storage: Storage
 ) -> LossResult:
     loss = unpack(result.loss, payloads)
     components = {component.name: component.value for component in result.components}
@@ -234,7 +286,9 @@ def _read_loss_result(
         loss=loss,
         components=components,
         component_weights={component.name: component.weight for component in result.components},
-        gradients={g.input: _read_gradient(kind, g, payloads) for g in result.gradients},
+        gradients=GradientArrays(
+            {g.input: _read_gradient(kind, g, payloads, storage) for g in result.gradients}
+        ),
         positive_count=result.positive_count,
         raw_sums={name: sum(level[name] for level in level_sums) for name in (*COMPONENT_SUMS, *COUNTS)},
         level_sums=level_sums,
@@ -249,8 +303,8 @@ def _read_loss_result(
     )
 
 
-def _read_gradient(kind: str, gradient: pb.Gradient, payloads: Payloads) -> Any:
-    tensors = [unpack(tensor, payloads) for tensor in gradient.tensors]
+def _read_gradient(kind: str, gradient: pb.Gradient, payloads: Payloads, storage: Storage) -> Any:
+    tensors = [storage.read(tensor, payloads) for tensor in gradient.tensors]
     return tensors if kind == "fcos" else tensors[0]
 
 

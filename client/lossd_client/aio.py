@@ -3,15 +3,23 @@
 import asyncio
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
+import numpy as np
 
+from lossd_client._arrays import Array
 from lossd_client._calls import Call
 from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._requests import Gradients, assign_call, info_call, loss_batch
 from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
+from lossd_client._sharing import Sharing, allocated
+from lossd_client._storage import Storage
+
+if TYPE_CHECKING:
+    from lossd_client._shared_memory.pool import Pool
 
 R = TypeVar("R")
 
@@ -26,6 +34,7 @@ class AsyncClient:
         target: Where the server listens: `host:port`, `unix:///path`, or any gRPC target.
         timeout: Seconds that a call may take unless it says otherwise; None for no end.
         channel: A channel of the caller's to use instead; never closed here.
+        shared_memory: Whether tensors may go through shared memory; see `Client`.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class AsyncClient:
         *,
         timeout: float | None = 60.0,
         channel: grpc.aio.Channel | None = None,
+        shared_memory: bool = True,
     ) -> None:
         self._target = target
         self._timeout = timeout
@@ -41,6 +51,7 @@ class AsyncClient:
         self._own_channel: grpc.aio.Channel | None = None
         self._home: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._max_message_bytes: int | None = None
+        self._sharing = Sharing(target, wanted=shared_memory and channel is None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,17 +96,30 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> list[LossResult]:
         """Evaluates a loss on many inputs in one call; see `Client.compute_losses`."""
-        batch = loss_batch(
-            loss,
-            items,
-            gradients=gradients,
-            gradient_dtype=gradient_dtype,
-            component_gradients=component_gradients,
-            normalizers=normalizers,
-            strict=strict,
-        )
-        calls = batch.calls(None if batch.is_small else await self._message_limit())
-        return [result for call in calls for result in await self._call(call, timeout)]
+        items, pool = list(items), await self._pool()
+        storage = Storage(pool)
+        while True:
+            with storage:
+                pack = partial(
+                    loss_batch,
+                    loss,
+                    items,
+                    gradients=gradients,
+                    gradient_dtype=gradient_dtype,
+                    component_gradients=component_gradients,
+                    normalizers=normalizers,
+                    strict=strict,
+                    storage=storage,
+                )
+                # Passing memory waits for the server, and tensors are copied: not on the loop's time.
+                batch = pack() if pool is None else await asyncio.to_thread(pack)
+                calls = batch.calls(None if batch.is_small else await self._message_limit())
+                return [result for call in calls for result in await self._call(call, timeout)]
+            storage = await asyncio.to_thread(storage.after_loss)
+
+    async def allocate(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
+        """Returns an array that a call can hand to the server without a copy; see `Client.allocate`."""
+        return await asyncio.to_thread(allocated, await self._pool(), shape, dtype)
 
     async def assign_targets(
         self,
@@ -126,6 +150,7 @@ class AsyncClient:
         if self._own_channel is not None and self._home == _home():
             await self._own_channel.close()
         self._own_channel = None
+        self._sharing.close()
 
     def _channel(self) -> grpc.aio.Channel:
         if self._given_channel is not None:
@@ -134,6 +159,11 @@ class AsyncClient:
             self._own_channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
             self._home = _home()
         return self._own_channel
+
+    async def _pool(self) -> "Pool | None":
+        if self._sharing.is_possible and not self._sharing.is_known:
+            self._sharing.learn(await self.server_info())
+        return self._sharing.pool()
 
     async def _message_limit(self) -> int:
         if self._max_message_bytes is None:

@@ -2,15 +2,22 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
+import numpy as np
 
+from lossd_client._arrays import Array
 from lossd_client._calls import Call
 from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._requests import Gradients, assign_call, info_call, loss_batch
 from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
+from lossd_client._sharing import Sharing, allocated
+from lossd_client._storage import Storage
+
+if TYPE_CHECKING:
+    from lossd_client._shared_memory.pool import Pool
 
 R = TypeVar("R")
 
@@ -26,6 +33,8 @@ class Client:
         timeout: Seconds that a call may take unless it says otherwise; None for no end.
         channel: A channel of the caller's to use instead; never closed here, and not taken to
             another process.
+        shared_memory: Whether tensors may go through memory that is shared with a server on this host,
+            which happens by itself where the target is `unix:` and the server agrees.
     """
 
     def __init__(
@@ -34,6 +43,7 @@ class Client:
         *,
         timeout: float | None = 60.0,
         channel: grpc.Channel | None = None,
+        shared_memory: bool = True,
     ) -> None:
         self._target = target
         self._timeout = timeout
@@ -41,6 +51,7 @@ class Client:
         self._own_channel: grpc.Channel | None = None
         self._process: int | None = None
         self._max_message_bytes: int | None = None
+        self._sharing = Sharing(target, wanted=shared_memory and channel is None)
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +60,8 @@ class Client:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self._target, self._timeout)
+        settings = {"timeout": self._timeout, "shared_memory": self._sharing.is_wanted}
+        return _restore, (type(self), self._target, settings)
 
     def compute_loss(
         self,
@@ -126,17 +138,34 @@ class Client:
         Raises:
             LossdError: As for `compute_loss`; the field names the item.
         """
-        batch = loss_batch(
-            loss,
-            items,
-            gradients=gradients,
-            gradient_dtype=gradient_dtype,
-            component_gradients=component_gradients,
-            normalizers=normalizers,
-            strict=strict,
-        )
-        calls = batch.calls(None if batch.is_small else self._message_limit())
-        return [result for call in calls for result in self._call(call, timeout)]
+        items, storage = list(items), Storage(self._pool())
+        while True:
+            with storage:
+                batch = loss_batch(
+                    loss,
+                    items,
+                    gradients=gradients,
+                    gradient_dtype=gradient_dtype,
+                    component_gradients=component_gradients,
+                    normalizers=normalizers,
+                    strict=strict,
+                    storage=storage,
+                )
+                calls = batch.calls(None if batch.is_small else self._message_limit())
+                return [result for call in calls for result in self._call(call, timeout)]
+            storage = storage.after_loss()
+
+    def allocate(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
+        """Returns an array, its numbers not set, that a call can hand to the server without a copy.
+
+        It lies in shared memory where the server takes any, and is an ordinary array elsewhere. Fill it,
+        and pass it or a view of it to `compute_loss`; let it be until the call returns.
+
+        Raises:
+            UnavailableError: No server answers.
+            DeadlineError: The timeout passed.
+        """
+        return allocated(self._pool(), shape, dtype)
 
     def assign_targets(
         self,
@@ -181,6 +210,7 @@ class Client:
         if self._own_channel is not None and self._process == os.getpid():
             self._own_channel.close()
         self._own_channel = None
+        self._sharing.close()
 
     def _channel(self) -> grpc.Channel:
         if self._given_channel is not None:
@@ -190,6 +220,11 @@ class Client:
             self._own_channel = grpc.insecure_channel(self._target, options=OPTIONS)
             self._process = os.getpid()
         return self._own_channel
+
+    def _pool(self) -> "Pool | None":
+        if self._sharing.is_possible and not self._sharing.is_known:
+            self._sharing.learn(self.server_info())
+        return self._sharing.pool()
 
     def _message_limit(self) -> int:
         if self._max_message_bytes is None:
@@ -205,5 +240,5 @@ class Client:
         return call.result(answer)
 
 
-def _restore(kind: type[Client], target: str, timeout: float | None) -> Client:
-    return kind(target, timeout=timeout)
+def _restore(kind: type[Client], target: str, settings: Mapping[str, Any]) -> Client:
+    return kind(target, **settings)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossd_client._shared_memory import Pool, pool
+from lossd_client._shared_memory import pool
 from lossd_client._shared_memory.allocator import Allocator
+from lossd_client._shared_memory.pool import Pool
 from lossd_server.shared_memory import Regions
 from tests.domain.regions import descriptor_count, started, wait_until
 
@@ -41,6 +42,11 @@ def shared(listening):
     made = Pool(listening.path, 4 * MEBIBYTE)
     yield made
     made.close()
+
+
+def allocate(made, count, *shape):
+    found = made.allocate((count, *shape), FLOAT)
+    return None if found is None else found.array
 
 
 def seen_by_server(held, found):
@@ -84,14 +90,14 @@ def test_what_is_free_is_found(lengths):
 
 
 def test_an_array_lies_where_the_server_sees_it(shared, held):
-    array = shared.allocate((3, 5), FLOAT)
+    array = allocate(shared, 3, 5)
     array[:] = np.arange(15).reshape(3, 5)
     assert (array.dtype, array.shape, array.flags.c_contiguous) == (FLOAT, (3, 5), True)
     assert np.array_equal(seen_by_server(held, shared.find(array)), array)
 
 
 def test_views_are_found_where_they_can_be_slices(shared, held):
-    array = shared.allocate((8, 16), FLOAT)
+    array = allocate(shared, 8, 16)
     array[:] = np.arange(128).reshape(8, 16)
     assert shared.find(array[2:5]).offset == shared.find(array).offset + 2 * 64
     assert np.array_equal(seen_by_server(held, shared.find(array[2:5])), array[2:5])
@@ -103,64 +109,64 @@ def test_views_are_found_where_they_can_be_slices(shared, held):
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it(shared):
-    array = shared.allocate((100,), FLOAT)
+    array = allocate(shared, 100)
     address = array.ctypes.data
     view = array[10:].view(np.int32).reshape(9, 10)
     del array
     gc.collect()
-    assert shared.allocate((100,), FLOAT).ctypes.data != address
+    assert allocate(shared, 100).ctypes.data != address
     del view
-    again = shared.allocate((100,), FLOAT)
+    again = allocate(shared, 100)
     assert again.ctypes.data == address
 
 
 @pytest.mark.parametrize("keep", [memoryview, lambda a: a.__array_interface__ and a.data, np.asarray, iter])
 def test_whatever_holds_an_array_holds_its_memory(shared, keep):
-    kept = keep(shared.allocate((100,), FLOAT))
-    other = shared.allocate((100,), FLOAT)
+    kept = keep(allocate(shared, 100))
+    other = allocate(shared, 100)
     other[:] = 7
     assert next(iter(kept)) == 0
 
 
 def test_a_torch_tensor_holds_the_memory(shared):
     torch = pytest.importorskip("torch")
-    tensor = torch.from_numpy(shared.allocate((100,), FLOAT))
-    shared.allocate((100,), FLOAT)[:] = 7
+    tensor = torch.from_numpy(allocate(shared, 100))
+    allocate(shared, 100)[:] = 7
     assert not tensor.any()
     assert shared.find(tensor.numpy()) is not None
 
 
 def test_regions_grow_with_need_and_are_reused(shared, held):
     for _ in range(20):
-        arrays = [shared.allocate((MEBIBYTE // 8,), FLOAT) for _ in range(4)]
+        arrays = [allocate(shared, MEBIBYTE // 8) for _ in range(4)]
         assert all(array is not None for array in arrays)
         del arrays
     assert (held.count, held.held_bytes) == (2, 2 * MEBIBYTE)
 
 
 def test_large_arrays_get_regions_of_their_own(shared, held):
-    array = shared.allocate((MEBIBYTE // 2,), FLOAT)
+    array = allocate(shared, MEBIBYTE // 2)
     assert array.nbytes == 2 * MEBIBYTE
     assert held.held_bytes == 2 * MEBIBYTE
 
 
 def test_what_the_server_takes_is_what_there_is(shared, held):
-    arrays = [shared.allocate((MEBIBYTE // 4,), FLOAT) for _ in range(5)]
+    arrays = [allocate(shared, MEBIBYTE // 4) for _ in range(5)]
     assert [array is None for array in arrays] == [False] * 4 + [True]
     assert held.held_bytes == 4 * MEBIBYTE
 
 
 def test_unused_regions_make_room_for_a_larger_one(shared, held):
-    small = [shared.allocate((MEBIBYTE // 4,), FLOAT) for _ in range(3)]
-    assert shared.allocate((MEBIBYTE,), FLOAT) is None
+    small = [allocate(shared, MEBIBYTE // 4) for _ in range(3)]
+    assert allocate(shared, MEBIBYTE) is None
     del small
-    assert shared.allocate((MEBIBYTE,), FLOAT) is not None
+    assert allocate(shared, MEBIBYTE) is not None
     assert held.held_bytes == 4 * MEBIBYTE
 
 
 def test_a_pool_that_believes_in_more_than_there_is(listening):
     greedy = Pool(listening.path, 1 << 40)
-    arrays = [greedy.allocate((MEBIBYTE // 4,), FLOAT) for _ in range(6)]
+    arrays = [allocate(greedy, MEBIBYTE // 4) for _ in range(6)]
     assert [array is None for array in arrays] == [False] * 4 + [True] * 2
     arrays[0][:] = 1
     greedy.close()
@@ -168,64 +174,63 @@ def test_a_pool_that_believes_in_more_than_there_is(listening):
 
 def test_nobody_listens(tmp_path):
     alone = Pool(str(tmp_path / "none"), MEBIBYTE)
-    assert alone.allocate((5,), FLOAT) is None
-    assert not alone.reconnect(alone.generation)
+    assert allocate(alone, 5) is None
+    assert not alone.renew([])
 
 
 def test_retired_memory_is_not_used_again_and_goes_when_it_is_free(shared, held):
-    given_up, kept = shared.allocate((100,), FLOAT), shared.allocate((100,), FLOAT)
+    given_up, kept = allocate(shared, 100), allocate(shared, 100)
     shared.retire([given_up])
     kept[:] = 5
-    later = shared.allocate((100,), FLOAT)
+    later = allocate(shared, 100)
     assert shared.find(later).region_id != shared.find(given_up).region_id
     assert shared.find(kept) is not None
     del given_up
-    assert (shared.allocate((100,), FLOAT) is None, held.count) == (False, 2)
+    assert (allocate(shared, 100) is None, held.count) == (False, 2)
     del kept
-    shared.allocate((100,), FLOAT)
+    allocate(shared, 100)
     assert held.count == 1
 
 
 def test_a_server_that_comes_back_is_given_the_regions_anew(shared, listening, held):
-    array = shared.allocate((100,), FLOAT)
+    array = allocate(shared, 100)
     array[:] = 3
-    generation, before = shared.generation, shared.find(array).region_id
+    before = shared.find(array).region_id
     listening.stop()
     again = started(listening.path, held)
-    assert shared.reconnect(generation)
+    assert shared.renew([before])
     after = shared.find(array)
     assert after.region_id != before
     assert np.array_equal(seen_by_server(held, after), array)
-    connected = shared.generation
-    assert shared.reconnect(generation)  # another thread was sooner
-    assert shared.generation == connected
+    assert shared.renew([before])  # another thread was sooner
+    assert shared.find(array).region_id == after.region_id
     shared.close()
     again.stop()
 
 
 def test_a_server_that_is_gone_takes_nothing(shared, listening):
-    array = shared.allocate((100,), FLOAT)
+    array = allocate(shared, 100)
     array[:] = 3
     listening.stop()
-    assert shared.allocate((MEBIBYTE // 4,), FLOAT) is None
+    assert allocate(shared, MEBIBYTE // 4) is None
     assert shared.find(array) is None
     assert array.sum() == 300
-    assert shared.allocate((100,), FLOAT) is None
+    assert allocate(shared, 100) is None
 
 
 def test_a_closed_pool_leaves_its_arrays(shared, held):
-    array = shared.allocate((100,), FLOAT)
+    array = allocate(shared, 100)
     array[:] = 3
     shared.close()
     wait_until(lambda: held.count == 0)
     assert (array.sum(), shared.find(array)) == (300, None)
-    assert shared.allocate((100,), FLOAT) is not None
+    assert allocate(shared, 100) is not None
 
 
 def test_nothing_is_left_of_a_pool(listening, held):
     before = descriptor_count()
     made = Pool(listening.path, 4 * MEBIBYTE)
-    arrays = [made.allocate((MEBIBYTE // 4,), FLOAT) for _ in range(3)]
+    arrays = [allocate(made, MEBIBYTE // 4) for _ in range(3)]
     made.close()
     del made, arrays
     gc.collect()
@@ -239,7 +244,7 @@ def test_threads_never_get_the_same_memory(shared):
 
     def work(number):
         for _ in range(200):
-            arrays = [shared.allocate((50,), FLOAT) for _ in range(3)]
+            arrays = [allocate(shared, 50) for _ in range(3)]
             for array in arrays:
                 array[:] = number
             if any((array != number).any() for array in arrays):
@@ -255,7 +260,7 @@ def test_threads_never_get_the_same_memory(shared):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_lets_go_of_what_is_its_parents(shared, held, listening):
-    array = shared.allocate((100,), FLOAT)
+    array = allocate(shared, 100)
     array[:] = 3
     waiting, go_on = os.pipe()
     child = os.fork()

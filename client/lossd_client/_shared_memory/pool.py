@@ -5,7 +5,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,21 +42,20 @@ class Pool:
         max_bytes: Most bytes that the server takes from one connection.
 
     Attributes:
-        generation: How often the server was connected to.
+        max_bytes: As above.
     """
 
     def __init__(self, path: str, max_bytes: int) -> None:
         self._path = path
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._regions: list[Region] = []
         self._connection: Connection | None = None
-        self.generation = 0
         # Arrays die in any thread and in the middle of any line: what happens there takes no lock.
         self._dead: deque[tuple[Region, int]] = deque()
         self._lock = threading.Lock()
         _pools.add(self)
 
-    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Array | None:
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Slice | None:
         """Returns an array of whatever the memory holds, or None where the server takes no more."""
         length = math.prod(shape) * dtype.itemsize
         with self._lock:
@@ -64,10 +63,10 @@ class Pool:
             found = self._cut(length)
             if found is None:
                 return None
-            region, offset = found
+            region, region_id, offset = found
             array = region.array(offset, shape, dtype)
-            weakref.finalize(array, self._dead.append, found).atexit = False
-            return array
+            weakref.finalize(array, self._dead.append, (region, offset)).atexit = False
+            return Slice(array=array, region_id=region_id, offset=offset)
 
     def find(self, array: Array) -> Slice | None:
         """Returns where an array lies, or None where it does not lie, as a slice can, in a region."""
@@ -91,13 +90,15 @@ class Pool:
                 inside = (region.address <= address < region.address + region.size for address in addresses)
                 region.is_retired |= any(inside)
 
-    def reconnect(self, generation: int) -> bool:
-        """Passes all regions anew, unless that was done since a generation; returns whether it worked."""
+    def renew(self, region_ids: Collection[bytes]) -> bool:
+        """Passes all regions anew, since the server does not know some that still go by these ids here.
+
+        Returns whether there is a connection.
+        """
         with self._lock:
-            if generation == self.generation:
+            if any(region.region_id in region_ids for region in self._regions):
                 self._disconnect()
-                self._connect()
-            return self._connection is not None
+            return self._connection is not None or self._connect()
 
     def close(self) -> None:
         """Ends the connection. Arrays stay what they are; the server no longer has them."""
@@ -107,17 +108,14 @@ class Pool:
                 region.close()
             self._regions.clear()
 
-    def _cut(self, length: int) -> tuple[Region, int] | None:
+    def _cut(self, length: int) -> tuple[Region, bytes, int] | None:
         if self._connection is None and not self._connect():
             return None
         for region in self._regions:
-            if region.region_id is not None and not region.is_retired:
-                offset = region.stretches.allocate(length)
-                if offset is not None:
-                    return region, offset
+            if found := _cut_from(region, length):
+                return found
         fresh = self._new_region(length)
-        offset = None if fresh is None else fresh.stretches.allocate(length)
-        return None if fresh is None or offset is None else (fresh, offset)
+        return None if fresh is None else _cut_from(fresh, length)
 
     def _new_region(self, length: int) -> Region | None:
         """Returns a region with room for a length, or None where the server does not take it."""
@@ -138,7 +136,7 @@ class Pool:
         return region
 
     def _room(self) -> int:
-        return self._max_bytes - sum(region.size for region in self._regions)
+        return self.max_bytes - sum(region.size for region in self._regions)
 
     def _pass(self, region: Region) -> bool:
         """Passes a region to the server; returns whether the server has it now."""
@@ -174,7 +172,6 @@ class Pool:
 
     def _connect(self) -> bool:
         """Connects and passes every region there is; returns whether there is a connection."""
-        self.generation += 1
         try:
             self._connection = Connection(self._path)
         except OSError:
@@ -197,6 +194,13 @@ class Pool:
         for region in self._regions:
             region.close()
         self._regions = []
+
+
+def _cut_from(region: Region, length: int) -> tuple[Region, bytes, int] | None:
+    if region.region_id is None or region.is_retired:
+        return None
+    offset = region.stretches.allocate(length)
+    return None if offset is None else (region, region.region_id, offset)
 
 
 def _leave_pools_to_parent() -> None:

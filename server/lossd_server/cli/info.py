@@ -26,6 +26,7 @@ def run(target: str, console: Console) -> None:
         "assigner presets": ", ".join(info.assigner_presets),
         "largest message": f"{info.max_message_bytes:,} bytes",
         "streams at a time": str(info.max_stream_count),
+        "shared memory": f"{info.max_shared_bytes:,} bytes" if info.shared_memory_socket else "none here",
         "up for": f"{info.uptime_seconds:,.0f} s",
     }
     for name, value in rows.items():

@@ -1,0 +1,175 @@
+"""Where the tensors of a call lie: in memory that the server shares, or in the messages."""
+
+import math
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+import ml_dtypes
+import numpy as np
+
+from lossd.tensors import DTYPES, data_type_of, layout, pack, pack_shared, unpack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.wire import Payloads
+from lossd_client._arrays import Array
+from lossd_client._errors import LossdError, ServerError
+
+if TYPE_CHECKING:
+    from lossd_client._shared_memory.pool import Pool, Slice
+
+LEAST_BYTES = 32 << 10
+"""Smaller tensors are sent sooner than they are placed."""
+
+FLOAT_TYPES = frozenset(data_type_of(np.dtype(name)) for name in ("f2", "f4", "f8", ml_dtypes.bfloat16))
+"""The types that an input with a gradient may have."""
+
+_UNKNOWN_REGION = "UNKNOWN_REGION"
+
+
+class Storage(Payloads):
+    """What a request is packed into, and its answer read from.
+
+    A context manager around one try at a call. Where the server turns out not to know the memory any
+    more, the block ends without an error, and the call is to be tried with `after_loss`.
+
+    Args:
+        pool: Shared memory, if there is any.
+        tries: How often memory is shared, and then not known, before all goes into messages.
+    """
+
+    def __init__(self, pool: "Pool | None", tries: int = 2) -> None:
+        super().__init__()
+        self._pool = pool
+        self._tries = tries
+        self._room = 0 if pool is None else pool.max_bytes
+        self._regions: set[bytes] = set()
+        self._read: list[Array] = []
+        self._written: dict[tuple[bytes, int], Array] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> bool:
+        reason = error.reason if isinstance(error, LossdError) else ""
+        if error is not None and not reason and self._pool is not None:
+            # Nobody said that the call is over: its gradients may be written at any time.
+            self._pool.retire(self._written.values())
+        return reason == _UNKNOWN_REGION and self._pool is not None
+
+    def after_loss(self) -> "Storage":
+        """Returns where to try again: the same memory, passed anew, or at last the messages alone."""
+        pool, tries = self._pool, self._tries - 1
+        if pool is None or not tries or not pool.renew(self._regions):
+            return Storage(None)
+        return Storage(pool, tries)
+
+    def tensor(self, array: Array) -> tensor_pb2.Tensor:
+        """Returns the message of an array, which is left as it is until the call has ended.
+
+        Raises:
+            TensorError: The contract has no such type, or the array too many dimensions.
+        """
+        place = self._place(array)
+        return pack(array, self) if place is None else pack_shared(place.array, _message(place))
+
+    def add_outputs(self, request: pb.ComputeLossRequest, kind: str, differentiable: Sequence[str]) -> None:
+        """Gives every gradient that is worth it a place in shared memory.
+
+        Args:
+            request: The request, whole but for that.
+            kind: Name of its loss.
+            differentiable: Names of the inputs that have gradients; empty for a custom loss.
+        """
+        if self._pool is None:
+            return
+        for item in request.items:
+            inputs = getattr(item, kind)
+            for name in dict.fromkeys(request.gradients):
+                if tensors := _float_tensors(inputs, name, differentiable):
+                    self._add_output(item, name, tensors, request.gradient_dtype)
+
+    def read(self, tensor: tensor_pb2.Tensor, payloads: Payloads) -> Array:
+        """Returns the read-only array of a tensor in an answer.
+
+        Args:
+            tensor: The tensor.
+            payloads: Those of the answer.
+
+        Raises:
+            ServerError: It lies where this call has no memory.
+        """
+        if not tensor.HasField("shared"):
+            return unpack(tensor, payloads)
+        array = self._written.get((tensor.shared.region_id, tensor.shared.offset))
+        if array is None or layout(tensor) != (array.dtype, array.shape):
+            raise ServerError(grpc.StatusCode.INTERNAL, "the answer lies in memory that it was not given")
+        view = array.view()
+        view.flags.writeable = False
+        return view
+
+    def _place(self, array: Array) -> "Slice | None":
+        """Returns where an array lies in shared memory, or its copy; None where it is not worth it."""
+        if self._pool is None or not LEAST_BYTES <= array.nbytes <= self._room:
+            return None
+        dtype = DTYPES[data_type_of(array.dtype)]
+        place = self._pool.find(array) if array.dtype == dtype else None
+        if place is None:
+            place = self._pool.allocate(array.shape, dtype)
+            if place is None:
+                return None
+            np.copyto(place.array, array)
+        self._read.append(place.array)
+        self._note(place)
+        return place
+
+    def _add_output(
+        self, item: pb.LossItem, name: str, tensors: Sequence[tensor_pb2.Tensor], gradient_dtype: Any
+    ) -> None:
+        layouts = [(DTYPES[gradient_dtype or tensor.dtype], tuple(tensor.shape)) for tensor in tensors]
+        length = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
+        if not LEAST_BYTES <= length <= self._room:
+            return
+        places = self._allocate(layouts)
+        if places:
+            item.outputs.add(input=name, slices=map(_message, places))
+            for place in places:
+                self._written[place.region_id, place.offset] = place.array
+                self._note(place)
+
+    def _note(self, place: "Slice") -> None:
+        self._regions.add(place.region_id)
+        # The server bounds what the slices of a request come to, also where one is named twice.
+        self._room -= place.array.nbytes
+
+    def _allocate(self, layouts: Sequence[tuple[np.dtype[Any], tuple[int, ...]]]) -> "list[Slice]":
+        """Returns places for arrays: for all of them, or none."""
+        places: list[Slice] = []
+        for dtype, shape in layouts:
+            place = None if self._pool is None else self._pool.allocate(shape, dtype)
+            if place is None:
+                return []
+            places.append(place)
+        return places
+
+
+def _message(place: "Slice") -> tensor_pb2.SharedSlice:
+    return tensor_pb2.SharedSlice(region_id=place.region_id, offset=place.offset)
+
+
+def _float_tensors(inputs: Any, name: str, differentiable: Sequence[str]) -> list[tensor_pb2.Tensor]:
+    """Returns the tensors of a differentiable input, one or one a level; none where there is no such."""
+    if isinstance(inputs, losses_pb2.CustomInputs):
+        tensors = [inputs.tensors[name]] if name in inputs.tensors else []
+    elif name in differentiable:
+        value = getattr(inputs, name)
+        tensors = [value] if isinstance(value, tensor_pb2.Tensor) else list(value)
+    else:
+        tensors = []
+    return tensors if all(tensor.dtype in FLOAT_TYPES for tensor in tensors) else []
