@@ -36,8 +36,8 @@ _MINIMUM_STEPS = 64
 _PAYLOAD: _Fields = {}
 """Stands for `Tensor.inline` among fields to descend into."""
 
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
-_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _GROUP, _END_OF_GROUP, _FIXED32 = range(6)
+_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4, _GROUP: 0, _END_OF_GROUP: 0}
 _LONGEST_VARINT = 10
 
 
@@ -125,7 +125,7 @@ class Parcel(Generic[M]):
 
 
 class _NotUnderstoodError(Exception):
-    """Bytes that are better left to protobuf: malformed, unusual, or too many small fields."""
+    """Bytes that are better left to protobuf: malformed, padded, or too many small fields."""
 
 
 def _without_payloads(descriptor: Any, data: bytes, payloads: Payloads) -> bytes | None:
@@ -184,6 +184,8 @@ class _Walk:
             inner = fields.get(tag)
             if inner is None or not self._wanted(start, stop):
                 continue
+            if len(_varint(stop - start)) != start - length_at:
+                raise _NotUnderstoodError  # whether a length may be padded is protobuf's to say
             if inner is _PAYLOAD:
                 content = [self._replace(self._view[start:stop])]
             else:
@@ -194,26 +196,29 @@ class _Walk:
         return pieces
 
     def _runs(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yields tag, place of the length, start and stop of each length-delimited field."""
+        """Yields tag, place of the length, start and stop of each length-delimited field of a message.
+
+        Those within groups are left out: the contract has no groups, they are unknown fields.
+        """
+        groups = 0
         while at < end:
             self._steps -= 1
             tag, at = _read_varint(self._data, at)
             kind = tag & 7
-            if self._steps < 0 or tag < 8:
-                raise _NotUnderstoodError
             if kind == _LENGTH_DELIMITED:
                 length_at = at
                 length, start = _read_varint(self._data, at)
                 at = start + length
-                if at <= end:
+                if at <= end and not groups:
                     yield tag, length_at, start, at
             elif kind == _VARINT:
                 _, at = _read_varint(self._data, at)
             elif kind in _FIXED_BYTES:
                 at += _FIXED_BYTES[kind]
-            else:
+                groups += (kind == _GROUP) - (kind == _END_OF_GROUP)
+            if kind > _FIXED32 or groups < 0 or self._steps < 0:
                 raise _NotUnderstoodError
-        if at != end:
+        if at != end or groups:
             raise _NotUnderstoodError
 
 
@@ -223,8 +228,6 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     for count, byte in enumerate(data[at : at + _LONGEST_VARINT]):
         value |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
-            if count and not byte:  # padded: whether that is allowed is protobuf's to say
-                break
             return value, at + count + 1
     raise _NotUnderstoodError
 
