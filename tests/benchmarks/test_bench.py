@@ -149,8 +149,17 @@ def test_calls_of_a_server_in_a_child_process(tmp_path):
     file = tmp_path / "rpc.json"
     quick_run(["rpc-S"], json_path=file)
     (case,) = from_json(file.read_text()).cases
-    assert [path.name for path in case.paths] == ["evaluate", "engine", "rpc", "stock", "bare", "copy"]
-    for name in ("rpc", "stock"):
+    assert [path.name for path in case.paths] == [
+        "evaluate",
+        "engine",
+        "allocated",
+        "shared",
+        "rpc",
+        "stock",
+        "bare",
+        "copy",
+    ]
+    for name in ("allocated", "shared", "rpc", "stock"):
         assert case.path(name).gradient_error == case.path("evaluate").gradient_error
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,11 +38,13 @@ class Child:
     Attributes:
         process: Its handle.
         address: Where lossd listens.
+        unix_address: The same on a Unix socket, where it shares memory.
         bare_address: Where the other handlers listen.
     """
 
     process: subprocess.Popen[str]
     address: str
+    unix_address: str
     bare_address: str
 
     @classmethod
@@ -62,8 +65,7 @@ class Child:
             process.kill()
             process.wait()
             raise LossdError(Reason.INTERNAL, "the benchmark's server did not start")
-        address, bare_address = json.loads(line)
-        return cls(process=process, address=address, bare_address=bare_address)
+        return cls(process=process, **json.loads(line))
 
     def stop(self) -> None:
         """Ends the child: by closing its input, or by force if it does not listen to that."""
@@ -78,13 +80,24 @@ def main(device: str) -> None:
     """Serves until standard input ends, which it also does when the parent is gone."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     keep_freed_memory()
-    config = ServerConfig(listen=("127.0.0.1:0",), metrics_port=None, device=device, drain_seconds=1)
+    with tempfile.TemporaryDirectory() as directory:
+        listen = ("127.0.0.1:0", f"unix:{directory}/lossd.sock")
+        _serve(ServerConfig(listen=listen, metrics_port=None, device=device, drain_seconds=1))
+
+
+def _serve(config: ServerConfig) -> None:
     bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config))
-    bare.add_generic_rpc_handlers((_Bare(Engine(resolve_device(device))),))
+    bare.add_generic_rpc_handlers((_Bare(Engine(resolve_device(config.device))),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
     with Server(config) as server:
-        sys.stdout.write(json.dumps([server.addresses[0], f"127.0.0.1:{port}"]) + "\n")
+        address, unix_address = server.addresses
+        addresses = {
+            "address": address,
+            "unix_address": unix_address,
+            "bare_address": f"127.0.0.1:{port}",
+        }
+        sys.stdout.write(json.dumps(addresses) + "\n")
         sys.stdout.flush()
         sys.stdin.read()
     bare.stop(0).wait()

@@ -7,7 +7,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from lossd.tensors import pack, unpack
+from lossd.tensors import Array, pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd_client import Client
@@ -48,6 +48,8 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
         paths=(
             Path(name="evaluate", call=partial(evaluate, FocalLoss(), here, gradients=gradients)),
             Path(name="engine", call=_engine(bench, logits, labels, gradients=gradients)),
+            Path(name="allocated", call=_allocated(bench, logits, labels, gradients=gradients)),
+            Path(name="shared", call=_shared(bench, logits, labels, gradients=gradients)),
             Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
             Path(name="stock", call=_stock(bench, logits, labels, gradients=gradients)),
             Path(name="bare", call=_bare(bench, [logits, labels], method=ECHO if gradients else SINK)),
@@ -75,7 +77,26 @@ def _engine(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool
 def _rpc(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
     """Returns a call of the server in the child process, the tensors inline in the message."""
     client = bench.resources.enter_context(Client(bench.child().address))
-    config, arrays = FocalConfig(), (logits.numpy(), labels.numpy())
+    return _call(client, (logits.numpy(), labels.numpy()), gradients=gradients)
+
+
+def _shared(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+    """Returns the same call on one host: the client copies the tensors into shared memory."""
+    client = bench.resources.enter_context(Client(bench.child().unix_address))
+    return _call(client, (logits.numpy(), labels.numpy()), gradients=gradients)
+
+
+def _allocated(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+    """Returns the same call for tensors that were made in shared memory: nothing is copied."""
+    client = bench.resources.enter_context(Client(bench.child().unix_address))
+    arrays = [client.allocate(tensor.shape, tensor.numpy().dtype) for tensor in (logits, labels)]
+    for array, tensor in zip(arrays, (logits, labels), strict=True):
+        array[:] = tensor.numpy()
+    return _call(client, arrays, gradients=gradients)
+
+
+def _call(client: Client, arrays: Sequence[Array], *, gradients: bool) -> Callable[[], Outcome]:
+    config = FocalConfig()
 
     def compute() -> Outcome:
         result = client.compute_loss(config, *arrays, gradients=gradients)
