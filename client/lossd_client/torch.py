@@ -1,5 +1,6 @@
 """Remote losses as torch modules: the forward pass is one call, the backward pass none."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -13,6 +14,11 @@ from lossd_client._arrays import Array
 from lossd_client._configs import CustomLoss, FCOSLoss, LossConfig
 from lossd_client._results import LossResult
 from lossd_client.client import Client
+
+# Gradients are read-only arrays. Torch warns of such ones once a process: here, and unheard.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(1), np.uint8))
 
 _FCOS_TERMS = ("cls_loss", "reg_loss", "centerness_loss")
 _WIDE_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
@@ -93,7 +99,7 @@ def _attach(value: Tensor, received: Sequence[tuple[Tensor, Array]], kept_rows: 
     if not received:
         return value
     inputs, gradients = zip(*received, strict=True)
-    tensors = [torch.from_numpy(gradient.copy()) for gradient in gradients]
+    tensors = [torch.from_numpy(gradient) for gradient in gradients]  # read alone, so never copied
     attached: Tensor = _Received.apply(value, tensors, kept_rows, *inputs)  # type: ignore[no-untyped-call]
     return attached
 

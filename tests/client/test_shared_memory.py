@@ -23,9 +23,9 @@ from lossd_client import (
 from lossd_client._shared_memory import pool
 from lossd_client.torch import RemoteLoss
 from lossd_server.losses import FocalLoss as LocalFocalLoss
-from tests.client.sharing import is_shared
+from tests.client.sharing import is_shared, memory_files
 from tests.client.support import FCOS, SIMPLE, same_bits
-from tests.domain.regions import wait_until
+from tests.domain.regions import descriptor_count, wait_until
 from tests.service import custom_modules
 from tests.service.support import focal_grid_arrays, make_server
 
@@ -441,6 +441,20 @@ def test_a_closed_client_shares_anew(both, client):
     assert np.array_equal(again.gradients["inputs"], result.gradients["inputs"])
     assert is_shared(client, again.gradients["inputs"])
     assert not is_shared(client, result.gradients["inputs"])
+
+
+def test_a_client_that_was_not_closed_leaves_nothing(both, target):
+    wait_until(lambda: both._sharing.regions.count == 0)
+    before = descriptor_count()
+    client = Client(target)
+    gradient = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True).gradients["inputs"]
+    del client
+    gc.collect()
+    wait_until(lambda: both._sharing.regions.count == 0)
+    assert gradient.any()
+    del gradient
+    wait_until(lambda: descriptor_count() <= before)
+    assert memory_files() == 0
 
 
 def test_a_copy_shares_memory_or_not_as_its_original(target):

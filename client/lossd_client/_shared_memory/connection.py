@@ -3,6 +3,7 @@
 import array
 import contextlib
 import socket
+import weakref
 
 from lossd.shared_memory import FRAME_BYTES, Answer, Frame, FrameError, Request
 
@@ -40,6 +41,7 @@ class Connection:
         except OSError:
             self._socket.close()
             raise
+        weakref.finalize(self, self._socket.close)
 
     def pass_region(self, descriptor: int, size: int) -> bytes:
         """Passes a region and returns its id.
@@ -57,7 +59,7 @@ class Connection:
         self._ask(Frame(code=Request.RELEASE, region_id=region_id), [])
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection; so does the end of this object."""
         self._socket.close()
 
     def _ask(self, frame: Frame, messages: "list[tuple[int, int, array.array[int]]]") -> Frame:

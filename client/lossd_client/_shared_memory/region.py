@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,13 +33,10 @@ class Region:
     def __init__(self, size: int) -> None:
         self.size = size
         self.descriptor = os.memfd_create("lossd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.descriptor, size)
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            self._mapping = mmap.mmap(self.descriptor, size)
-        except BaseException:
-            self.close()
-            raise
+        self._closing = weakref.finalize(self, os.close, self.descriptor)
+        os.ftruncate(self.descriptor, size)
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        self._mapping = mmap.mmap(self.descriptor, size)
         self.address = np.frombuffer(self._mapping, np.uint8).ctypes.data
         self.stretches = Allocator(size)
         self.region_id: bytes | None = None
@@ -49,7 +47,5 @@ class Region:
         return np.ndarray(shape, dtype, buffer=self._mapping, offset=offset)
 
     def close(self) -> None:
-        """Closes the descriptor; the memory goes when the last array of it does."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        """Closes the descriptor, as the end of this object does; the memory goes with the last array."""
+        self._closing()

@@ -1147,10 +1147,20 @@ class GetServerInfoResponse(_message.Message):
     """Seconds since it started."""
     shared_memory_socket: _builtins.str
     """Path of the Unix socket that takes shared-memory regions; empty where the
-    server shares none.
+    server shares none with this caller, who has to call over a Unix socket.
+
+    It is of type SOCK_SEQPACKET. The caller sends one packet and waits for one,
+    each of 32 bytes, little-endian: `LSHM`; a byte that is 1, the version; a byte
+    for what it says; two zero bytes; a size, int64; a region's id, 16 bytes. To
+    pass a region, say 1 and its size, and send its descriptor along
+    (SCM_RIGHTS): a memfd sealed by F_SEAL_SHRINK and F_SEAL_GROW. The answer 128
+    bears its id; any other is a refusal. To have the server forget a region,
+    say 2 and its id. All regions are forgotten when the connection ends.
     """
     max_shared_bytes: _builtins.int
-    """Most shared memory that one connection to that socket may pass, bytes."""
+    """Most shared memory that one connection to that socket may pass, and that the
+    slices of one request may come to, bytes.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Devices that evaluate, e.g. `cpu` or `cuda:0 (NVIDIA H200)`."""
