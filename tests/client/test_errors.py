@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -234,3 +235,25 @@ def test_an_error_travels_between_processes(client, again):
     assert str(other) == str(error)
     for name in ("code", "reason", "message", "field", "value", "metadata", "retry_after"):
         assert getattr(other, name) == getattr(error, name)
+
+
+class _Babble(grpc.GenericRpcHandler):
+    """Answers every call with bytes that are no message."""
+
+    def service(self, _details):
+        return grpc.unary_unary_rpc_method_handler(lambda _data, _call: b"\xff\xff junk")
+
+
+def test_an_answer_that_is_no_message_is_a_fault_of_the_server():
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((_Babble(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(f"127.0.0.1:{port}") as client:
+            error = caught(client.compute_loss, FocalLoss(), LOGITS, LABELS)
+            assert type(error) is ServerError
+            assert error.code is grpc.StatusCode.INTERNAL
+            assert "7 bytes is no ComputeLossResponse" in error.message
+    finally:
+        server.stop(None).wait()
