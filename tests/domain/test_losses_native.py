@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lossd_server.losses import EvaluationOptions, FocalLoss
 from lossd_server.losses.native import library, load_library
+from tests.domain.support import evaluated
 
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -37,7 +38,7 @@ def without_kernel(monkeypatch):
 
 def evaluate(logits, targets, *, normalizer=None, dtype=None, **settings):
     options = EvaluationOptions(gradients=("inputs",), normalizer=normalizer, gradient_dtype=dtype)
-    return FocalLoss(**settings).evaluate({"inputs": logits, "targets": targets}, options)
+    return evaluated(FocalLoss(**settings), {"inputs": logits, "targets": targets}, options)
 
 
 def grid(batch=2, classes=7, height=9, width=13, scale=4.0, seed=0):
@@ -164,6 +165,7 @@ LOAD = "from lossd_server.losses.native import load_library; assert load_library
 USE = """
 import torch
 from lossd_server.losses import FocalLoss
+from tests.domain.support import evaluated
 for _ in range(3):
     print(FocalLoss()(torch.zeros(2, 3), torch.tensor([0, 1])).item())
 """
