@@ -14,8 +14,9 @@ import structlog
 import torch
 from torch import Tensor
 
+from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import from_host, to_device, to_host
+from lossd_server.engine.transfer import from_host, numbers_to_host, to_device, to_host
 from lossd_server.engine.work import (
     Array,
     AssignJob,
@@ -49,6 +50,9 @@ from lossd_server.losses.native import load_library
 
 _HOST = torch.device("cpu")
 
+_MAX_IDLE_BYTES = 1 << 30
+"""Most memory that is kept for the gradients of later requests."""
+
 _log = structlog.get_logger()
 
 
@@ -65,6 +69,7 @@ class Engine:
         self.custom_losses = dict(custom_losses or {})
         # One thread evaluates: torch keeps a team of helpers for every thread that ever called it.
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
+        self._buffers = BufferPool(_MAX_IDLE_BYTES)
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
             loss.to(device)
@@ -144,9 +149,9 @@ class Engine:
             if job.strict:
                 _refuse_non_finite(item.arguments)
             arguments = {name: to_device(value, self.device) for name, value in item.arguments.items()}
-            non_finite = [] if job.strict else find_non_finite(arguments)
             with torch.no_grad():
-                evaluation = job.loss.evaluate(arguments, item.options)
+                evaluation = job.loss.evaluate(arguments, self._options(item))
+            non_finite = [] if job.strict else find_non_finite(arguments, evaluation.finite_inputs)
             if evaluation.preset is None:  # a custom loss may make NaN of finite inputs
                 non_finite += find_non_finite({"loss": evaluation.loss})
                 if job.strict and non_finite:
@@ -154,6 +159,12 @@ class Engine:
                         Reason.CUSTOM_LOSS_FAILED, "the loss is NaN or infinite", value="nan or inf"
                     )
             return replace(_on_host(evaluation, item), non_finite=non_finite)
+
+    def _options(self, item: LossItem) -> EvaluationOptions:
+        """Returns the item's options with where gradients go."""
+        on_host = self.device.type == "cpu"
+        outputs = {name: list(map(from_host, arrays)) for name, arrays in item.outputs.items() if on_host}
+        return replace(item.options, allocate=self._buffers.allocate, outputs=outputs)
 
 
 def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
@@ -173,21 +184,32 @@ def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
 
 def _on_host(evaluation: Evaluation, item: LossItem) -> LossOutcome:
     """Returns the evaluation on the host, with the gradients in the order in which they were asked for."""
+    components = evaluation.components
+    numbers = numbers_to_host(
+        [
+            *(component.value for component in components),
+            *evaluation.raw_sums.values(),
+            evaluation.negative_side_count,
+        ]
+    )
+    values, sums, (negative_sides,) = (
+        numbers[: len(components)],
+        numbers[len(components) : -1],
+        numbers[-1],
+    )
+    levels = zip(*(row.tolist() for row in sums), strict=True)
     gradients = {name: evaluation.gradients[name] for name in item.options.gradients}
-    names = list(evaluation.raw_sums)
-    sums = [evaluation.raw_sums[name].double() for name in names]
-    levels = torch.stack(sums, dim=1).tolist() if sums else []
     return LossOutcome(
         loss=to_host(evaluation.loss),
-        components=[(c.name, float(c.value), c.weight) for c in evaluation.components],
+        components=[(c.name, float(v[0]), c.weight) for c, v in zip(components, values, strict=True)],
         gradients={
             name: _placed(gradient if isinstance(gradient, list) else [gradient], item.outputs.get(name))
             for name, gradient in gradients.items()
         },
-        raw_sums=[dict(zip(names, level, strict=True)) for level in levels],
+        raw_sums=[dict(zip(evaluation.raw_sums, level, strict=True)) for level in levels],
         preset=evaluation.preset,
         kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
-        negative_side_count=int(evaluation.negative_side_count or 0),
+        negative_side_count=int(negative_sides),
     )
 
 
@@ -196,7 +218,9 @@ def _placed(gradients: Sequence[Tensor], outputs: Sequence[Array] | None) -> lis
     if outputs is None:
         return [to_host(gradient) for gradient in gradients]
     for gradient, output in zip(gradients, outputs, strict=True):
-        from_host(output).copy_(gradient)
+        place = from_host(output)
+        if gradient.data_ptr() != place.data_ptr():  # a GPU's, or made by autograd
+            place.copy_(gradient)
     return list(outputs)
 
 

@@ -1,6 +1,7 @@
 """Between numpy arrays on the host and torch tensors on the device, bit for bit."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lossd_server.losses.evaluation import Numbers
 
 # Requests are read-only views of received bytes, and nothing of ours writes to its inputs. Torch warns
 # of such arrays once a process: here, and unheard.
@@ -32,6 +35,14 @@ def to_host(tensor: Tensor) -> NDArray[Any]:
         return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()
     return array
+
+
+def numbers_to_host(numbers: Sequence[float | Numbers]) -> list[NDArray[np.float64]]:
+    """Returns numbers and rows of them as float64 rows; from a GPU in one copy, and so with one wait."""
+    tensors = [number.double().flatten() for number in numbers if isinstance(number, Tensor)]
+    ends = np.cumsum([len(tensor) for tensor in tensors])[:-1]
+    fetched = iter(np.split(to_host(torch.cat(tensors)), ends) if tensors else ())
+    return [next(fetched) if isinstance(n, Tensor) else np.atleast_1d(n) for n in numbers]
 
 
 def from_host(array: NDArray[Any]) -> Tensor:
