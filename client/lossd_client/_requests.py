@@ -13,7 +13,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel, Payloads
 from lossd_client._calls import Call
 from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig
-from lossd_client._errors import LossdError, refused_here
+from lossd_client._errors import refused_here, too_large
 from lossd_client._packing import packed_ground_truth
 from lossd_client._results import (
     DenseTargets,
@@ -24,9 +24,13 @@ from lossd_client._results import (
     read_server_info,
     read_targets,
 )
+from lossd_client._streams import Stream
 
 SMALL_BYTES = 1 << 20
 """Every server reads at least this: smaller requests need not ask for its limit."""
+
+WINDOW = 8
+"""Items of a stream that are on their way unless the caller says otherwise."""
 
 _ENVELOPE_BYTES = 16
 """Tag and length of an item in its request, and its normalizer, rounded up."""
@@ -88,7 +92,7 @@ class LossBatch:
         part, used, first = pb.ComputeLossRequest(), 0, 0
         for index, (item, size) in enumerate(zip(request.items, self.item_bytes, strict=True)):
             if size > room:
-                raise _too_large(f"items[{index}]", size, max_bytes)
+                raise too_large(f"items[{index}]", size, max_bytes)
             if part.items and used + size > room:
                 yield first, part
                 part, used, first = pb.ComputeLossRequest(), 0, index
@@ -127,15 +131,20 @@ def loss_batch(
     return LossBatch(kind=loss.kind, parcel=Parcel(request, payloads), item_bytes=item_bytes)
 
 
-def assign_call(
+def assign_call(request: Parcel[pb.AssignTargetsRequest]) -> Call[DenseTargets | SparseTargets]:
+    """Returns the call for the targets of a batch of images."""
+    return Call(method="AssignTargets", request=request, read=read_targets)
+
+
+def assign_request(
     assigner: FCOSAssigner,
     ground_truth: Sequence[Any],
     *,
     image_size: tuple[int, int] | None,
     feature_sizes: Sequence[tuple[int, int]] | None,
     sparse: bool,
-) -> Call[DenseTargets | SparseTargets]:
-    """Returns the call for the targets of a batch of images of one size."""
+) -> Parcel[pb.AssignTargetsRequest]:
+    """Returns the request for the targets of a batch of images of one size."""
     payloads = Payloads()
     item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", payloads))
     if image_size is not None:
@@ -146,22 +155,42 @@ def assign_call(
         items=[item],
         format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_DENSE,
     )
-    return Call(method="AssignTargets", request=Parcel(request, payloads), read=read_targets)
+    return Parcel(request, payloads)
+
+
+def loss_stream(
+    loss: LossConfig, *, normalizer: float | None, window: int, return_exceptions: bool, **settings: Any
+) -> Stream[LossResult]:
+    """Returns the stream of evaluations, each given by its arguments; settings as for `loss_batch`."""
+
+    def make(arguments: Sequence[Any]) -> Parcel[pb.ComputeLossRequest]:
+        return loss_batch(loss, [arguments], normalizers=[normalizer], **settings).parcel
+
+    def read(answer: Parcel[pb.ComputeLossResponse]) -> LossResult:
+        (result,) = read_loss_results(loss.kind, answer)
+        return result
+
+    return Stream(
+        method="ComputeLoss", make=make, read=read, window=window, return_exceptions=return_exceptions
+    )
+
+
+def assign_stream(
+    assigner: FCOSAssigner, *, window: int, return_exceptions: bool, **settings: Any
+) -> Stream[DenseTargets | SparseTargets]:
+    """Returns the stream of assignments, each given by its ground truth; settings as for `assign_request`."""
+    return Stream(
+        method="AssignTargets",
+        make=partial(assign_request, assigner, **settings),
+        read=read_targets,
+        window=window,
+        return_exceptions=return_exceptions,
+    )
 
 
 def info_call() -> Call[ServerInfo]:
     """Returns the call that asks a server what it is."""
     return Call(method="GetServerInfo", request=Parcel(pb.GetServerInfoRequest()), read=read_server_info)
-
-
-def _too_large(field: str, size: int, limit: int) -> LossdError:
-    return refused_here(
-        pb.ERROR_REASON_MESSAGE_TOO_LARGE,
-        f"is {size} bytes, the server reads {limit} in one message",
-        field=field,
-        value=size,
-        limit=limit,
-    )
 
 
 def _set_normalizers(request: pb.ComputeLossRequest, normalizers: Sequence[float | None]) -> None:
