@@ -13,7 +13,7 @@ from lossd_client._errors import LossdError, ServerError, error_of_call
 
 R = TypeVar("R")
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["LossService"]
+_SERVICE = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Call(Generic[R]):
     @property
     def path(self) -> str:
         """What gRPC calls the method."""
-        return f"/{_SERVICE.full_name}/{self.method}"
+        return method_path(self.method)
 
     def result(self, data: bytes) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
@@ -44,6 +44,11 @@ class Call(Generic[R]):
     def error(self, error: grpc.RpcError) -> LossdError:
         """Returns our error for a call that failed."""
         return error_of_call(error, first_item=self.first_item)
+
+
+def method_path(method: str) -> str:
+    """Returns what gRPC calls a method."""
+    return f"/{_SERVICE}/{method}"
 
 
 def read_answer(method: str, data: bytes) -> Parcel[Any]:

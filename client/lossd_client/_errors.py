@@ -102,6 +102,8 @@ _BY_CODE: dict[grpc.StatusCode, type[LossdError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
 }
 
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
 
 def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
     """Returns our error for a failed gRPC call, sync or async.
@@ -116,15 +118,42 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         detail.Unpack(info)
         detail.Unpack(retry)
     metadata = dict(info.metadata)
-    field = _shifted(metadata.pop("field", ""), first_item)
+    field = metadata.pop("field", "")
     make = _BY_CODE.get(error.code(), ServerError)
-    return make(
+    ours = make(
         error.code(),
-        _shifted(error.details() or "", first_item),
+        error.details() or "",
         reason=info.reason,
         field=field,
         metadata=metadata,
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() or None,
+    )
+    return at_item(ours, first_item)
+
+
+def error_of_answer(error: pb.Error) -> LossdError:
+    """Returns our error for a request that was refused on a stream."""
+    code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+    return _BY_CODE.get(code, ServerError)(
+        code,
+        error.message,
+        reason=pb.ErrorReason.Name(error.reason).removeprefix("ERROR_REASON_")
+        if error.reason in pb.ErrorReason.values()
+        else str(error.reason),
+        field=error.field,
+        metadata={key: value for key, value in error.metadata.items() if key != "field"},
+    )
+
+
+def at_item(error: LossdError, first_item: int) -> LossdError:
+    """Returns an error with its item counted in the caller's whole batch or stream."""
+    return type(error)(
+        error.code,
+        _shifted(error.message, first_item),
+        reason=error.reason,
+        field=_shifted(error.field, first_item),
+        metadata=error.metadata,
+        retry_after=error.retry_after,
     )
 
 
@@ -141,6 +170,17 @@ def refused_here(
         reason=name,
         field=field,
         metadata={key: str(value) for key, value in values.items()},
+    )
+
+
+def too_large(field: str, size: int, limit: int) -> LossdError:
+    """Returns the error of a message that is larger than the server reads."""
+    return refused_here(
+        pb.ERROR_REASON_MESSAGE_TOO_LARGE,
+        f"is {size} bytes, the server reads {limit} in one message",
+        field=field,
+        value=size,
+        limit=limit,
     )
 
 

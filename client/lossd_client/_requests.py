@@ -12,7 +12,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd_client._calls import Call
 from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig
-from lossd_client._errors import LossdError, refused_here
+from lossd_client._errors import refused_here, too_large
 from lossd_client._packing import packed_ground_truth
 from lossd_client._results import (
     DenseTargets,
@@ -24,9 +24,13 @@ from lossd_client._results import (
     read_targets,
 )
 from lossd_client._storage import FLOAT_TYPES, Storage
+from lossd_client._streams import Stream
 
 SMALL_BYTES = 1 << 20
 """Every server reads at least this: smaller requests need not ask for its limit."""
+
+WINDOW = 8
+"""Items of a stream that are on their way unless the caller says otherwise."""
 
 _ENVELOPE_BYTES = 16
 """Tag and length of an item in its request, rounded up."""
@@ -87,7 +91,7 @@ class LossBatch:
         part, used, first = pb.ComputeLossRequest(), 0, 0
         for index, (item, size) in enumerate(zip(request.items, self.item_bytes, strict=True)):
             if size > room:
-                raise _too_large(f"items[{index}]", size, max_bytes)
+                raise too_large(f"items[{index}]", size, max_bytes)
             if part.items and used + size > room:
                 yield first, part
                 part, used, first = pb.ComputeLossRequest(), 0, index
@@ -135,15 +139,20 @@ def loss_batch(
     )
 
 
-def assign_call(
+def assign_call(request: Parcel[pb.AssignTargetsRequest]) -> Call[DenseTargets | SparseTargets]:
+    """Returns the call for the targets of a batch of images."""
+    return Call(method="AssignTargets", request=request, read=read_targets)
+
+
+def assign_request(
     assigner: FCOSAssigner,
     ground_truth: Sequence[Any],
     *,
     image_size: tuple[int, int] | None,
     feature_sizes: Sequence[tuple[int, int]] | None,
     sparse: bool,
-) -> Call[DenseTargets | SparseTargets]:
-    """Returns the call for the targets of a batch of images of one size."""
+) -> Parcel[pb.AssignTargetsRequest]:
+    """Returns the request for the targets of a batch of images of one size."""
     storage = Storage(None)
     item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", storage))
     if image_size is not None:
@@ -154,22 +163,42 @@ def assign_call(
         items=[item],
         format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_DENSE,
     )
-    return Call(method="AssignTargets", request=Parcel(request, storage), read=read_targets)
+    return Parcel(request, storage)
+
+
+def loss_stream(
+    loss: LossConfig, *, normalizer: float | None, window: int, return_exceptions: bool, **settings: Any
+) -> Stream[LossResult]:
+    """Returns the stream of evaluations, each given by its arguments; settings as for `loss_batch`."""
+
+    def make(arguments: Sequence[Any], storage: Storage) -> Parcel[pb.ComputeLossRequest]:
+        return loss_batch(loss, [arguments], normalizers=[normalizer], storage=storage, **settings).parcel
+
+    def read(answer: Parcel[pb.ComputeLossResponse], storage: Storage) -> LossResult:
+        (result,) = read_loss_results(loss.kind, storage, answer)
+        return result
+
+    return Stream(
+        method="ComputeLoss", make=make, read=read, window=window, return_exceptions=return_exceptions
+    )
+
+
+def assign_stream(
+    assigner: FCOSAssigner, *, window: int, return_exceptions: bool, **settings: Any
+) -> Stream[DenseTargets | SparseTargets]:
+    """Returns the stream of assignments, each given by its ground truth; settings as for `assign_request`."""
+    return Stream(
+        method="AssignTargets",
+        make=lambda ground_truth, _storage: assign_request(assigner, ground_truth, **settings),
+        read=lambda answer, _storage: read_targets(answer),
+        window=window,
+        return_exceptions=return_exceptions,
+    )
 
 
 def info_call() -> Call[ServerInfo]:
     """Returns the call that asks a server what it is."""
     return Call(method="GetServerInfo", request=Parcel(pb.GetServerInfoRequest()), read=read_server_info)
-
-
-def _too_large(field: str, size: int, limit: int) -> LossdError:
-    return refused_here(
-        pb.ERROR_REASON_MESSAGE_TOO_LARGE,
-        f"is {size} bytes, the server reads {limit} in one message",
-        field=field,
-        value=size,
-        limit=limit,
-    )
 
 
 def _set_normalizers(request: pb.ComputeLossRequest, normalizers: Sequence[float | None]) -> None:

@@ -1,6 +1,6 @@
 """What both clients hand out: reads answers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Parcel, Payloads
 from lossd_client._arrays import Array
+from lossd_client._gradients import GradientArrays
 from lossd_client._storage import Storage
 
 TOTAL_NAMES = ("loss", "total_loss")
@@ -23,35 +24,6 @@ class NonFinite:
     input: str
     count: int
     first_index: tuple[int, ...]
-
-
-class GradientArrays(Mapping[str, Any]):
-    """Gradients by input name, until they are released."""
-
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays: Mapping[str, Any] | None = arrays
-
-    def __getitem__(self, name: str) -> Any:
-        return self._held[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __repr__(self) -> str:
-        return "GradientArrays(released)" if self._arrays is None else f"GradientArrays({self._arrays!r})"
-
-    def release(self) -> None:
-        """Lets go of the arrays; to ask for one from now on is an error."""
-        self._arrays = None
-
-    @property
-    def _held(self) -> Mapping[str, Any]:
-        if self._arrays is None:
-            raise RuntimeError("the result was released: its gradients are gone")
-        return self._arrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,10 +58,14 @@ class Storage(Payloads):
         _traceback: TracebackType | None,
     ) -> bool:
         reason = error.reason if isinstance(error, LossdError) else ""
-        if error is not None and not reason and self._pool is not None:
-            # Nobody said that the call is over: its gradients may be written at any time.
-            self._pool.retire(self._written.values())
+        if error is not None and not reason:
+            self.abandon()
         return reason == _UNKNOWN_REGION and self._pool is not None
+
+    def abandon(self) -> None:
+        """Gives up a call that nobody said is over: its gradients may be written at any time."""
+        if self._pool is not None:
+            self._pool.retire(self._written.values())
 
     def after_loss(self) -> "Storage":
         """Returns where to try again: the same memory, passed anew, or at last the messages alone."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -13,10 +13,20 @@ from lossd_client._arrays import Array
 from lossd_client._calls import Call
 from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
-from lossd_client._requests import Gradients, assign_call, info_call, loss_batch
+from lossd_client._requests import (
+    WINDOW,
+    Gradients,
+    assign_call,
+    assign_request,
+    assign_stream,
+    info_call,
+    loss_batch,
+    loss_stream,
+)
 from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
 from lossd_client._sharing import Sharing, allocated
 from lossd_client._storage import Storage
+from lossd_client._stream_tasks import StreamOfTasks
 
 if TYPE_CHECKING:
     from lossd_client._shared_memory.pool import Pool
@@ -132,10 +142,66 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> DenseTargets | SparseTargets:
         """Assigns targets; see `Client.assign_targets`."""
-        call = assign_call(
+        request = assign_request(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return await self._call(call, timeout)
+        return await self._call(assign_call(request), timeout)
+
+    def compute_loss_stream(
+        self,
+        loss: LossConfig,
+        items: Iterable[Sequence[Any]] | AsyncIterable[Sequence[Any]],
+        *,
+        gradients: Gradients = False,
+        gradient_dtype: Any = None,
+        component_gradients: bool = False,
+        normalizer: float | None = None,
+        strict: bool = False,
+        window: int = WINDOW,
+        return_exceptions: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Any]:
+        """Evaluates a loss on one input after the other; see `Client.compute_loss_stream`.
+
+        Items may come from an ordinary iterable or an asynchronous one, in a task of their own. Only
+        `contextlib.aclosing` ends the call at once when the loop is left early.
+        """
+        stream = loss_stream(
+            loss,
+            gradients=gradients,
+            gradient_dtype=gradient_dtype,
+            component_gradients=component_gradients,
+            normalizer=normalizer,
+            strict=strict,
+            window=window,
+            return_exceptions=return_exceptions,
+        )
+        made = StreamOfTasks(stream, items, self._message_limit, self._pool)
+        return made.results(self._channel(), timeout)
+
+    def assign_targets_stream(
+        self,
+        assigner: FCOSAssigner,
+        batches: Iterable[Sequence[Mapping[str, Any]]] | AsyncIterable[Sequence[Mapping[str, Any]]],
+        *,
+        image_size: tuple[int, int] | None = None,
+        feature_sizes: Sequence[tuple[int, int]] | None = None,
+        sparse: bool = False,
+        window: int = WINDOW,
+        return_exceptions: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Any]:
+        """Assigns targets to one batch of images after the other; see `compute_loss_stream`."""
+        stream = assign_stream(
+            assigner,
+            image_size=image_size,
+            feature_sizes=feature_sizes,
+            sparse=sparse,
+            window=window,
+            return_exceptions=return_exceptions,
+        )
+        made = StreamOfTasks(stream, batches, self._message_limit, _no_pool)
+        return made.results(self._channel(), timeout)
 
     async def server_info(
         self,
@@ -182,3 +248,7 @@ class AsyncClient:
 def _home() -> tuple[int, asyncio.AbstractEventLoop]:
     """Where a channel may be used: this process and this loop."""
     return os.getpid(), asyncio.get_running_loop()
+
+
+async def _no_pool() -> None:
+    """Returns the shared memory of calls whose tensors are not worth it."""

@@ -1,7 +1,7 @@
 """The client for ordinary code."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -11,10 +11,20 @@ from lossd_client._arrays import Array
 from lossd_client._calls import Call
 from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
-from lossd_client._requests import Gradients, assign_call, info_call, loss_batch
+from lossd_client._requests import (
+    WINDOW,
+    Gradients,
+    assign_call,
+    assign_request,
+    assign_stream,
+    info_call,
+    loss_batch,
+    loss_stream,
+)
 from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
 from lossd_client._sharing import Sharing, allocated
 from lossd_client._storage import Storage
+from lossd_client._stream_threads import StreamOfThreads
 
 if TYPE_CHECKING:
     from lossd_client._shared_memory.pool import Pool
@@ -191,10 +201,97 @@ class Client:
         Raises:
             LossdError: As for `compute_loss`.
         """
-        call = assign_call(
+        request = assign_request(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return self._call(call, timeout)
+        return self._call(assign_call(request), timeout)
+
+    def compute_loss_stream(
+        self,
+        loss: LossConfig,
+        items: Iterable[Sequence[Any]],
+        *,
+        gradients: Gradients = False,
+        gradient_dtype: Any = None,
+        component_gradients: bool = False,
+        normalizer: float | None = None,
+        strict: bool = False,
+        window: int = WINDOW,
+        return_exceptions: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Evaluates a loss on one input after the other, many of them on their way at a time.
+
+        Results come in the order of the items. Items are taken as there is room, the next when a result
+        has been, and none before the first result is asked for. Leaving the loop early ends the call.
+
+        Args:
+            loss: Which loss, with its settings.
+            items: The arguments of each evaluation; taken on a thread of their own. What they raise is
+                raised here after the last result.
+            gradients: See `compute_loss`.
+            gradient_dtype: See `compute_loss`.
+            component_gradients: See `compute_loss`.
+            normalizer: See `compute_loss`; the same for all items.
+            strict: See `compute_loss`.
+            window: Most items that are sent and whose results have not been taken.
+            return_exceptions: Whether the result of a refused item is its `LossdError`, and the stream
+                goes on; otherwise that is raised in its turn and ends the stream.
+            timeout: Seconds for the whole stream; None for no end.
+
+        Raises:
+            LossdError: As for `compute_loss`; the field counts items from the first: `items[17].focal`.
+        """
+        stream = loss_stream(
+            loss,
+            gradients=gradients,
+            gradient_dtype=gradient_dtype,
+            component_gradients=component_gradients,
+            normalizer=normalizer,
+            strict=strict,
+            window=window,
+            return_exceptions=return_exceptions,
+        )
+        made = StreamOfThreads(stream, items, self._message_limit, self._pool)
+        return made.results(self._channel(), timeout)
+
+    def assign_targets_stream(
+        self,
+        assigner: FCOSAssigner,
+        batches: Iterable[Sequence[Mapping[str, Any]]],
+        *,
+        image_size: tuple[int, int] | None = None,
+        feature_sizes: Sequence[tuple[int, int]] | None = None,
+        sparse: bool = False,
+        window: int = WINDOW,
+        return_exceptions: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Assigns targets to one batch of images after the other; a stream like `compute_loss_stream`.
+
+        Args:
+            assigner: The rules.
+            batches: The ground truth of each batch; see `assign_targets`.
+            image_size: See `assign_targets`; the same for all.
+            feature_sizes: See `assign_targets`; the same for all.
+            sparse: See `assign_targets`.
+            window: See `compute_loss_stream`.
+            return_exceptions: See `compute_loss_stream`.
+            timeout: See `compute_loss_stream`.
+
+        Raises:
+            LossdError: As for `compute_loss_stream`.
+        """
+        stream = assign_stream(
+            assigner,
+            image_size=image_size,
+            feature_sizes=feature_sizes,
+            sparse=sparse,
+            window=window,
+            return_exceptions=return_exceptions,
+        )
+        made = StreamOfThreads(stream, batches, self._message_limit, lambda: None)
+        return made.results(self._channel(), timeout)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns what the server says of itself.

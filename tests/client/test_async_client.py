@@ -54,7 +54,9 @@ def test_both_clients_have_the_same_methods():
     assert public == {name for name in vars(AsyncClient) if not name.startswith("_")}
     for name in public - {"close"}:
         sync, other = getattr(Client, name), getattr(AsyncClient, name)
-        assert sync.__annotations__ == other.__annotations__, name
+        assert sync.__annotations__.keys() == other.__annotations__.keys(), name
+        if not name.endswith("_stream"):  # items and results of a stream may be asynchronous
+            assert sync.__annotations__ == other.__annotations__, name
         assert (sync.__defaults__, sync.__kwdefaults__) == (other.__defaults__, other.__kwdefaults__), name
 
 

@@ -521,3 +521,58 @@ def test_a_whole_head_goes_through_shared_memory(client, inline):
     results = [c.compute_loss(loss, *heads, truth, gradients=True) for c in (client, inline)]
     assert_same(*results)
     assert all(is_shared(client, level) for level in results[0].gradients["cls_preds"] if level.size)
+
+
+def test_a_stream_goes_through_shared_memory(client, inline):
+    inputs = [LOGITS * scale for scale in (0.5, 1.0, 1.5, 2.0, 2.5)]
+    results = []
+    for result in client.compute_loss_stream(
+        FocalLoss(), ((x, LABELS) for x in inputs), gradients=True, window=3
+    ):
+        assert is_shared(client, result.gradients["inputs"])
+        results.append(result)
+    for result, logits in zip(results, inputs, strict=True):
+        assert_same(result, inline.compute_loss(FocalLoss(), logits, LABELS, gradients=True))
+    assert not any(region.is_retired for region in client._sharing.pool()._regions)
+
+
+def test_what_is_refused_on_a_stream_gives_its_memory_back(client):
+    items = [(LOGITS, LABELS + (77 if i % 2 else 0)) for i in range(20)]
+    outcomes = list(client.compute_loss_stream(FocalLoss(), items, gradients=True, return_exceptions=True))
+    assert [isinstance(outcome, InvalidInputError) for outcome in outcomes] == [False, True] * 10
+    assert outcomes[3].field == "items[3].focal.targets"
+    del outcomes
+    client.allocate(())
+    (region,) = client._sharing.pool()._regions
+    assert (len(region.stretches._used), region.is_retired) == (1, False)
+
+
+def test_a_stream_that_is_left_keeps_off_its_memory(client, held):
+    items = [(FocalLoss(), LOGITS)] * 3
+    stream = client.compute_loss_stream(
+        CustomLoss("Held"), ([{"pred": x}] for _, x in items), gradients=True, timeout=1
+    )
+    with pytest.raises(DeadlineError):
+        next(stream)
+    assert custom_modules.entered.is_set()
+    regions = list(client._sharing.pool()._regions)
+    assert all(region.is_retired for region in regions)
+    custom_modules.release.set()
+    client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
+    gc.collect()
+    client.allocate(())
+    assert not set(regions) & set(client._sharing.pool()._regions)
+
+
+def test_asyncio_a_stream_goes_through_shared_memory(target, inline):
+    inputs = [LOGITS * scale for scale in (0.5, 1.0, 1.5, 2.0)]
+
+    async def run():
+        async with AsyncClient(target) as client:
+            stream = client.compute_loss_stream(FocalLoss(), [(x, LABELS) for x in inputs], gradients=True)
+            results = [result async for result in stream]
+            assert all(is_shared(client, result.gradients["inputs"]) for result in results)
+            return results
+
+    for result, logits in zip(asyncio.run(run()), inputs, strict=True):
+        assert_same(result, inline.compute_loss(FocalLoss(), logits, LABELS, gradients=True))

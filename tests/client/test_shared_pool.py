@@ -192,20 +192,17 @@ def test_retired_memory_is_not_used_again_and_goes_when_it_is_free(shared, held)
     assert held.count == 1
 
 
-def test_a_server_that_comes_back_is_given_the_regions_anew(shared, listening, held):
+def test_regions_that_the_server_lost_are_passed_anew(shared, held):
     array = allocate(shared, 100)
     array[:] = 3
     before = shared.find(array).region_id
-    listening.stop()
-    again = started(listening.path, held)
+    held._mappings.clear()
     assert shared.renew([before])
     after = shared.find(array)
     assert after.region_id != before
     assert np.array_equal(seen_by_server(held, after), array)
     assert shared.renew([before])  # another thread was sooner
     assert shared.find(array).region_id == after.region_id
-    shared.close()
-    again.stop()
 
 
 def test_a_server_that_is_gone_takes_nothing(shared, listening):
@@ -216,6 +213,18 @@ def test_a_server_that_is_gone_takes_nothing(shared, listening):
     assert shared.find(array) is None
     assert array.sum() == 300
     assert allocate(shared, 100) is None
+
+
+def test_a_restart_is_noticed_before_the_next_call(shared, listening, held):
+    array = allocate(shared, 100)
+    before = shared.find(array).region_id
+    listening.stop()
+    again = started(listening.path, held)
+    after = shared.find(array)
+    assert after.region_id != before
+    assert len(held.find(after.region_id)) == MEBIBYTE
+    shared.close()
+    again.stop()
 
 
 def test_a_closed_pool_leaves_its_arrays(shared, held):

@@ -1,6 +1,8 @@
 """The bidirectional streams: answers by id, refusals that end nothing, and a bounded number."""
 
+import collections
 import queue
+import threading
 import time
 
 import grpc
@@ -9,6 +11,9 @@ import pytest
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
+from lossd_server.rpc.pipeline import WIDTH
+from tests.service import custom_modules
+from tests.service.metrics import eventually, value
 from tests.service.support import (
     CASES,
     connect,
@@ -25,6 +30,12 @@ def loss_envelope(mark, request):
     return pb.ComputeLossStreamRequest(id=mark, request=request)
 
 
+def held_envelope(mark):
+    """A request that holds the device until `custom_modules.release` is set."""
+    pred = {"pred": np.ones(2, np.float32)}
+    return loss_envelope(mark, loss_request(losses_pb2.CustomLoss(name="Held"), [pred]))
+
+
 class OpenStream:
     """A stream that the test feeds one request at a time, and keeps open."""
 
@@ -33,12 +44,29 @@ class OpenStream:
         self.answers = method(iter(self._requests.get, None), timeout=60)
 
     def ask(self, request):
-        self._requests.put(request)
+        self.send(request)
         return next(self.answers)
 
+    def send(self, *requests):
+        for request in requests:
+            self._requests.put(request)
+
     def half_close(self):
-        self._requests.put(None)
+        self.send(None)
         return list(self.answers)
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == "lossd-reader"]
+
+
+@pytest.fixture
+def device_held():
+    """Lets `Held` go at the end, whatever happens."""
+    custom_modules.entered.clear()
+    custom_modules.release.clear()
+    yield custom_modules.entered
+    custom_modules.release.set()
 
 
 @pytest.fixture
@@ -111,7 +139,8 @@ def test_a_refused_request_does_not_end_its_stream(stub):
 def test_an_envelope_without_request_is_refused_and_the_stream_goes_on(stub):
     envelopes = [pb.AssignTargetsStreamRequest(id=1), pb.AssignTargetsStreamRequest(id=2)]
     envelopes[1].request.CopyFrom(good_assign_request())
-    refused, answered = stub.AssignTargetsStream(iter(envelopes))
+    answers = {answer.id: answer for answer in stub.AssignTargetsStream(iter(envelopes))}
+    refused, answered = answers[1], answers[2]
     assert (refused.id, refused.error.reason, refused.error.field) == (
         1,
         pb.ERROR_REASON_MISSING_FIELD,
@@ -196,3 +225,76 @@ def test_a_caller_that_never_reads_frees_its_place_when_it_goes(small_stub):
         for answers in streams:
             answers.cancel()
         wait_for_a_place(small_stub)
+
+
+def test_a_request_is_answered_while_an_earlier_one_is_computed(fresh, device_held):
+    with connect(fresh) as stub:
+        stream = OpenStream(stub.ComputeLossStream)
+        stream.send(held_envelope(1))
+        assert device_held.wait(30)
+        assert stream.ask(pb.ComputeLossStreamRequest(id=2)).error.reason == pb.ERROR_REASON_MISSING_FIELD
+        custom_modules.release.set()
+        (last,) = stream.half_close()
+        assert (last.id, last.WhichOneof("outcome")) == (1, "response")
+
+
+def test_no_more_requests_are_read_than_there_are_places(fresh, device_held):
+    with connect(fresh) as stub:
+        stream = OpenStream(stub.ComputeLossStream)
+        stream.send(*(held_envelope(mark) for mark in range(3 * WIDTH)))
+        received = {"grpc_method": "ComputeLossStream"}
+        eventually(lambda: value(fresh, "grpc_server_msg_received_total", **received) == WIDTH)
+        assert value(fresh, "lossd_in_flight", method="ComputeLoss") == WIDTH
+        custom_modules.release.set()
+        assert sorted(answer.id for answer in stream.half_close()) == list(range(3 * WIDTH))
+        assert fresh._handlers.in_flight.wait_until_none(30)
+
+
+def test_what_was_read_before_a_malformed_envelope_is_answered(server):
+    data = loss_envelope(7, good_loss_request()).SerializeToString()
+    with grpc.insecure_channel(server.addresses[0]) as channel:
+        method = channel.stream_stream("/lossd.v1.LossService/ComputeLossStream")
+        answers = method(iter([data, data, b"\xff\xff junk"]))
+        found = [pb.ComputeLossStreamResponse.FromString(next(answers)) for _ in range(2)]
+        assert [answer.id for answer in found] == [7, 7]
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+    assert refusal_of(caught.value).reason == "MALFORMED_REQUEST"
+
+
+def test_a_stopping_server_answers_what_it_read_and_ends_the_stream(device_held):
+    server = make_server(load=("tests.service.custom_modules:Held",), drain_seconds=60)
+    server.start()
+    with connect(server) as stub:
+        stream = OpenStream(stub.ComputeLossStream)
+        stream.send(held_envelope(1))
+        assert device_held.wait(30)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        eventually(server._engine._draining.is_set)
+        stream.send(*(loss_envelope(mark, good_loss_request()) for mark in range(2, 40)))
+        custom_modules.release.set()
+        answers = []
+        with pytest.raises(grpc.RpcError) as caught:
+            collections.deque(map(answers.append, stream.answers), maxlen=0)
+        stopping.join(60)
+        assert not stopping.is_alive()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert refusal_of(caught.value).reason == "DRAINING"
+    outcomes = {answer.id: answer for answer in answers}
+    assert outcomes.pop(1).WhichOneof("outcome") == "response"
+    assert all(answer.error.reason == pb.ERROR_REASON_DRAINING for answer in outcomes.values())
+    eventually(lambda: not readers())
+
+
+def test_a_cancelled_stream_leaves_nothing_behind(fresh, device_held):
+    with connect(fresh) as stub:
+        for _ in range(3):
+            stream = OpenStream(stub.ComputeLossStream)
+            stream.send(*(held_envelope(mark) for mark in range(2 * WIDTH)))
+            eventually(lambda: value(fresh, "lossd_in_flight", method="ComputeLoss") >= WIDTH)
+            stream.answers.cancel()
+        custom_modules.release.set()
+        assert fresh._handlers.in_flight.wait_until_none(30)
+        eventually(lambda: not readers())
+        assert stub.ComputeLoss(good_loss_request(), timeout=30).results

@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import select
 import socket
 import weakref
 
@@ -57,6 +58,12 @@ class Connection:
     def release(self, region_id: bytes) -> None:
         """Tells the server to forget a region; raises `OSError` when the connection has ended."""
         self._ask(Frame(code=Request.RELEASE, region_id=region_id), [])
+
+    def has_ended(self) -> bool:
+        """Whether the server ended it, which is all that it says unasked."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Ends the connection; so does the end of this object."""

@@ -60,6 +60,7 @@ class Pool:
         length = math.prod(shape) * dtype.itemsize
         with self._lock:
             self._bury()
+            self._notice_end()
             found = self._cut(length)
             if found is None:
                 return None
@@ -74,6 +75,7 @@ class Pool:
         if not array.flags.c_contiguous:
             return None
         with self._lock:
+            self._notice_end()
             for region in self._regions:
                 offset = address - region.address
                 if offset >= 0 and offset + length <= region.size:
@@ -169,6 +171,12 @@ class Pool:
             region.stretches.free(offset)
             if region.is_retired and region.stretches.is_unused and region in self._regions:
                 self._release([region])
+
+    def _notice_end(self) -> None:
+        """Connects anew where the server has ended the connection, most likely by a restart."""
+        if self._connection is not None and self._connection.has_ended():
+            self._disconnect()
+            self._connect()
 
     def _connect(self) -> bool:
         """Connects and passes every region there is; returns whether there is a connection."""

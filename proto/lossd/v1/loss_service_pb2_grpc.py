@@ -83,8 +83,9 @@ class LossServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ComputeLossStream(self, request_iterator, context):
-        """`ComputeLoss` for many requests on one stream. A refused request is answered
-        with its error, and the stream goes on.
+        """`ComputeLoss` for many requests on one stream. Several are worked on at a
+        time; answers come as they are done, in any order. A refused request is
+        answered with its error, and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,7 +99,8 @@ class LossServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AssignTargetsStream(self, request_iterator, context):
-        """`AssignTargets` for many requests on one stream. A refused request is
+        """`AssignTargets` for many requests on one stream. Several are worked on at a
+        time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -43,13 +43,15 @@ class LossServiceStub:
     succeeds, or the call fails and names the first that did not.
     """
     ComputeLossStream: _grpc.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossStreamRequest, _loss_service_pb2.ComputeLossStreamResponse]
-    """`ComputeLoss` for many requests on one stream. A refused request is answered
-    with its error, and the stream goes on.
+    """`ComputeLoss` for many requests on one stream. Several are worked on at a
+    time; answers come as they are done, in any order. A refused request is
+    answered with its error, and the stream goes on.
     """
     AssignTargets: _grpc.UnaryUnaryMultiCallable[_loss_service_pb2.AssignTargetsRequest, _loss_service_pb2.AssignTargetsResponse]
     """Assigns FCOS targets to a batch of items."""
     AssignTargetsStream: _grpc.StreamStreamMultiCallable[_loss_service_pb2.AssignTargetsStreamRequest, _loss_service_pb2.AssignTargetsStreamResponse]
-    """`AssignTargets` for many requests on one stream. A refused request is
+    """`AssignTargets` for many requests on one stream. Several are worked on at a
+    time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_loss_service_pb2.GetServerInfoRequest, _loss_service_pb2.GetServerInfoResponse]
@@ -70,13 +72,15 @@ class LossServiceAsyncStub(LossServiceStub):
     succeeds, or the call fails and names the first that did not.
     """
     ComputeLossStream: _aio.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossStreamRequest, _loss_service_pb2.ComputeLossStreamResponse]  # type: ignore[assignment]
-    """`ComputeLoss` for many requests on one stream. A refused request is answered
-    with its error, and the stream goes on.
+    """`ComputeLoss` for many requests on one stream. Several are worked on at a
+    time; answers come as they are done, in any order. A refused request is
+    answered with its error, and the stream goes on.
     """
     AssignTargets: _aio.UnaryUnaryMultiCallable[_loss_service_pb2.AssignTargetsRequest, _loss_service_pb2.AssignTargetsResponse]  # type: ignore[assignment]
     """Assigns FCOS targets to a batch of items."""
     AssignTargetsStream: _aio.StreamStreamMultiCallable[_loss_service_pb2.AssignTargetsStreamRequest, _loss_service_pb2.AssignTargetsStreamResponse]  # type: ignore[assignment]
-    """`AssignTargets` for many requests on one stream. A refused request is
+    """`AssignTargets` for many requests on one stream. Several are worked on at a
+    time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_loss_service_pb2.GetServerInfoRequest, _loss_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -106,8 +110,9 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_loss_service_pb2.ComputeLossStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_loss_service_pb2.ComputeLossStreamResponse], _abc.AsyncIterator[_loss_service_pb2.ComputeLossStreamResponse]]:
-        """`ComputeLoss` for many requests on one stream. A refused request is answered
-        with its error, and the stream goes on.
+        """`ComputeLoss` for many requests on one stream. Several are worked on at a
+        time; answers come as they are done, in any order. A refused request is
+        answered with its error, and the stream goes on.
         """
 
     @_abc_1.abstractmethod
@@ -124,7 +129,8 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_loss_service_pb2.AssignTargetsStreamRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_loss_service_pb2.AssignTargetsStreamResponse], _abc.AsyncIterator[_loss_service_pb2.AssignTargetsStreamResponse]]:
-        """`AssignTargets` for many requests on one stream. A refused request is
+        """`AssignTargets` for many requests on one stream. Several are worked on at a
+        time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
         """
 

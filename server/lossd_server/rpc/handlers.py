@@ -7,8 +7,10 @@ large request is gone before its answer is there.
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -22,6 +24,7 @@ from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.decode import parse
 from lossd_server.rpc.in_flight import InFlight
 from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.pipeline import WIDTH, Pipeline
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
 from lossd_server.rpc.status import code_of, status_of, stream_error
@@ -77,6 +80,9 @@ class Handlers:
         self._metrics = metrics
         self._max_streams = max_streams
         self._stream_places = threading.BoundedSemaphore(max_streams)
+        # As many threads as there can be requests: on a stream too, none waits behind another's.
+        self._stream_pool = ThreadPoolExecutor(max_streams * WIDTH, thread_name_prefix="lossd-stream")
+        self._draining = threading.Event()
         compute = _Method(name="ComputeLoss", request=pb.ComputeLossRequest, answer=service.compute_loss)
         assign = _Method(name="AssignTargets", request=pb.AssignTargetsRequest, answer=service.assign_targets)
         info = _Method(name="GetServerInfo", request=pb.GetServerInfoRequest, answer=service.get_server_info)
@@ -99,6 +105,14 @@ class Handlers:
         """Returns what a `grpc.Server` takes."""
         return grpc.method_handlers_generic_handler(SERVICE_NAME, self._handlers)
 
+    def drain(self) -> None:
+        """Reads no further request from any stream; those that were read are answered, then it ends."""
+        self._draining.set()
+
+    def close(self) -> None:
+        """Lets the threads of streams go."""
+        self._stream_pool.shutdown(wait=False, cancel_futures=True)
+
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
         def handle(body: _Body, call: grpc.ServicerContext) -> bytes:
             self.in_flight.begin()  # until the answer is sent,
@@ -116,10 +130,11 @@ class Handlers:
         def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             if not self._stream_places.acquire(blocking=False):
                 self._abort(stream.method, self._too_many_streams(), call)
+            tasks = (partial(self._answer_on_stream, stream, body, call) for body in bodies)
             try:
-                for body in bodies:
-                    with self.in_flight:
-                        yield self._answer_on_stream(stream, body, call)
+                yield from Pipeline(self._stream_pool, self.in_flight, self._refuse_when_draining).answers(
+                    tasks
+                )
             except LossdError as error:
                 self._abort(stream.method, error, call)
             finally:
@@ -183,6 +198,10 @@ class Handlers:
             message=error.message,
             peer=call.peer(),
         )
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining.is_set():
+            raise UnavailableError(Reason.DRAINING, "the server is stopping")
 
     def _too_many_streams(self) -> UnavailableError:
         return UnavailableError(

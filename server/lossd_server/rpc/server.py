@@ -104,6 +104,7 @@ class Server:
         grace = self._config.drain_seconds if grace is None else grace
         self._set_health(_NOT_SERVING)
         self._engine.drain()
+        self._handlers.drain()
         drained = self._shut_down(grace)
         _log.info("stopped", drained=drained)
 
@@ -115,6 +116,7 @@ class Server:
         self._grpc.stop(None)
         stopped.wait(_CLOSE_SECONDS)
         self._engine.close()
+        self._handlers.close()
         if self._sharing is not None:
             self._sharing.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)

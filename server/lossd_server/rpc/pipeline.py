@@ -1,0 +1,101 @@
+"""The requests of one stream, several at a time: the next is read while others are computed or sent."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+
+from lossd_server.errors import LossdError
+from lossd_server.rpc.in_flight import InFlight
+
+WIDTH = 4
+"""Requests of a stream that are worked on or sent at a time; no more are read, and so the caller waits."""
+
+Task = Callable[[], bytes]
+"""Answers one request."""
+
+
+class Pipeline:
+    """Answers the requests of one stream, each as soon as it is done.
+
+    Args:
+        pool: Works on them.
+        in_flight: Counts each from when it was read until its answer is sent.
+        check: Called before a request is read; raises a `LossdError` where none is to be.
+    """
+
+    def __init__(self, pool: Executor, in_flight: InFlight, check: Callable[[], None]) -> None:
+        self._pool = pool
+        self._in_flight = in_flight
+        self._check = check
+        self._places = threading.Semaphore(WIDTH)
+        self._done: SimpleQueue[Future[bytes] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: set[Future[bytes]] = set()
+        self._ended = False
+        self._failure: BaseException | None = None
+
+    def answers(self, tasks: Iterator[Task]) -> Iterator[bytes]:
+        """Yields the answers. What ends the stream is raised once everything that was read is answered.
+
+        Args:
+            tasks: One for each request, read by a thread of their own. What one raises ends the stream.
+        """
+        reader = threading.Thread(target=self._read, args=(tasks,), name="lossd-reader", daemon=True)
+        reader.start()
+        try:
+            while not self._ended or self._open:
+                done = self._done.get()
+                if done is None:  # the reader has ended
+                    continue
+                error = done.exception()
+                if error is None:
+                    yield done.result()
+                else:
+                    self._failure, self._ended = self._failure or error, True
+                self._finish(done)
+        finally:
+            self._close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _read(self, tasks: Iterator[Task]) -> None:
+        """Reads requests as long as there are places; whatever ends that, the answers go on."""
+        try:
+            while self._places.acquire():
+                self._check()
+                task = next(tasks, None)
+                if task is None or not self._begin(task):
+                    break
+        except LossdError as error:
+            self._failure = self._failure or error
+        except Exception:  # noqa: BLE001, S110  # the call is gone, or the server
+            pass
+        finally:
+            self._ended = True
+            self._done.put(None)
+
+    def _begin(self, task: Task) -> bool:
+        with self._lock:
+            if self._ended:
+                return False
+            future = self._pool.submit(task)
+            self._open.add(future)
+            self._in_flight.begin()
+        future.add_done_callback(self._done.put)
+        return True
+
+    def _finish(self, future: Future[bytes]) -> None:
+        with self._lock:
+            self._open.discard(future)
+        self._in_flight.end()
+        self._places.release()
+
+    def _close(self) -> None:
+        """Lets the reader go, and what nobody waits for any more: that ends when its work does."""
+        with self._lock:
+            self._ended = True
+        self._places.release()
+        for future in self._open:
+            future.cancel()
+            future.add_done_callback(lambda _: self._in_flight.end())
