@@ -272,12 +272,12 @@ class Client:
         Args:
             assigner: The rules.
             batches: The ground truth of each batch; see `assign_targets`.
-            image_size: See `assign_targets`; the same for all.
-            feature_sizes: See `assign_targets`; the same for all.
+            image_size: See `assign_targets`; the same for all, as the next two.
+            feature_sizes: See `assign_targets`.
             sparse: See `assign_targets`.
-            window: See `compute_loss_stream`.
-            return_exceptions: See `compute_loss_stream`.
-            timeout: See `compute_loss_stream`.
+            window: See `compute_loss_stream`, as for the next two.
+            return_exceptions: Whether errors are results.
+            timeout: Seconds for the whole stream.
 
         Raises:
             LossdError: As for `compute_loss_stream`.

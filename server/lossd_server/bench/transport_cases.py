@@ -1,5 +1,6 @@
 """The cases of the transports: the same focal loss in this process and in another."""
 
+import collections
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -20,6 +21,8 @@ from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.losses import EvaluationOptions, FocalLoss
 
+_CALLS = 100
+
 
 def transport_cases() -> list[CaseSpec]:
     """Returns the cases of the transports, small ones first."""
@@ -33,6 +36,33 @@ def transport_cases() -> list[CaseSpec]:
         for gradients in (True, False)
         for size, shape in inputs.SHAPES.items()
     ]
+
+
+def stream_cases() -> list[CaseSpec]:
+    """Returns the cases of many calls in a row."""
+    return [
+        CaseSpec(
+            name="stream-M",
+            title=f"{_CALLS} focal losses by call, {list(inputs.SHAPES['M'])}, value and gradient",
+            build=_stream_or_calls,
+            large=True,
+        )
+    ]
+
+
+def _stream_or_calls(bench: Workbench) -> Case:
+    logits, labels = (tensor.numpy() for tensor in inputs.logits_and_labels(inputs.SHAPES["M"]))
+    client = bench.resources.enter_context(Client(bench.child().address))
+    loss, items = FocalConfig(), [(logits, labels)] * _CALLS
+
+    def calls() -> None:
+        for item in items:
+            client.compute_loss(loss, *item, gradients=True)
+
+    def stream() -> None:
+        collections.deque(client.compute_loss_stream(loss, items, gradients=True), maxlen=0)
+
+    return Case(paths=(Path(name="calls", call=calls), Path(name="stream", call=stream)), base="calls")
 
 
 def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Case:

@@ -72,7 +72,7 @@ class Handlers:
     """The gRPC handlers of a service.
 
     Attributes:
-        in_flight: The requests that are not answered yet.
+        in_flight: The calls that are not answered yet.
     """
 
     def __init__(self, service: LossService, metrics: Metrics, *, max_streams: int) -> None:
@@ -82,6 +82,7 @@ class Handlers:
         self._stream_places = threading.BoundedSemaphore(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
         self._stream_pool = ThreadPoolExecutor(max_streams * WIDTH, thread_name_prefix="lossd-stream")
+        self._pipelines: set[Pipeline] = set()
         self._draining = threading.Event()
         compute = _Method(name="ComputeLoss", request=pb.ComputeLossRequest, answer=service.compute_loss)
         assign = _Method(name="AssignTargets", request=pb.AssignTargetsRequest, answer=service.assign_targets)
@@ -108,6 +109,8 @@ class Handlers:
     def drain(self) -> None:
         """Reads no further request from any stream; those that were read are answered, then it ends."""
         self._draining.set()
+        for pipeline in list(self._pipelines):
+            pipeline.wake()
 
     def close(self) -> None:
         """Lets the threads of streams go."""
@@ -115,9 +118,7 @@ class Handlers:
 
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
         def handle(body: _Body, call: grpc.ServicerContext) -> bytes:
-            self.in_flight.begin()  # until the answer is sent,
-            if not call.add_callback(self.in_flight.end):
-                self.in_flight.end()  # or at once, where the caller is gone,
+            self._count_until_answered(call)
             try:
                 with self.in_flight:  # and until the work is done
                     return self._answer(method, body, call)
@@ -128,19 +129,26 @@ class Handlers:
 
     def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[_Body, bytes]":
         def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> Iterator[bytes]:
+            self._count_until_answered(call)
             if not self._stream_places.acquire(blocking=False):
                 self._abort(stream.method, self._too_many_streams(), call)
             tasks = (partial(self._answer_on_stream, stream, body, call) for body in bodies)
+            pipeline = Pipeline(self._stream_pool, self.in_flight, self._refuse_when_draining)
+            self._pipelines.add(pipeline)
             try:
-                yield from Pipeline(self._stream_pool, self.in_flight, self._refuse_when_draining).answers(
-                    tasks
-                )
+                yield from pipeline.answers(tasks)
             except LossdError as error:
                 self._abort(stream.method, error, call)
             finally:
+                self._pipelines.discard(pipeline)
                 self._stream_places.release()
 
         return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=_Body)
+
+    def _count_until_answered(self, call: grpc.ServicerContext) -> None:
+        self.in_flight.begin()
+        if not call.add_callback(self.in_flight.end):
+            self.in_flight.end()  # at once, where the caller is gone
 
     def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext) -> bytes:
         with self._observed(method, len(body)) as stages:

@@ -1,14 +1,14 @@
-"""Which requests are still being worked on or answered: what a stopping server waits for."""
+"""Which calls are still being worked on or answered: what a stopping server waits for."""
 
 import threading
 from types import TracebackType
 
 
 class InFlight:
-    """Counts requests from their arrival until their work is done and their answers are sent.
+    """Counts calls from their arrival until they are answered, and requests until their work is done.
 
-    Open streams without a request, and watchers of health, do not count: they would hold up a stop
-    for no one's sake.
+    A stream is answered when it has ended, to which a stopping server sees. Watchers of health do not
+    count: they would hold up a stop for no one's sake.
     """
 
     def __init__(self) -> None:
@@ -27,17 +27,17 @@ class InFlight:
         self.end()
 
     def begin(self) -> None:
-        """Counts a request."""
+        """Counts one more."""
         with self._changed:
             self._count += 1
 
     def end(self) -> None:
-        """Counts its answer."""
+        """Counts one less."""
         with self._changed:
             self._count -= 1
             self._changed.notify_all()
 
     def wait_until_none(self, timeout: float) -> bool:
-        """Waits until every request is answered; returns whether that came within the time."""
+        """Waits until none is left; returns whether that came within the time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._count == 0, timeout)

@@ -20,7 +20,7 @@ class Pipeline:
 
     Args:
         pool: Works on them.
-        in_flight: Counts each from when it was read until its answer is sent.
+        in_flight: Counts each until its work is done.
         check: Called before a request is read; raises a `LossdError` where none is to be.
     """
 
@@ -46,18 +46,35 @@ class Pipeline:
         try:
             while not self._ended or self._open:
                 done = self._done.get()
-                if done is None:  # the reader has ended
+                if done is None:
+                    self._look_up()
                     continue
                 error = done.exception()
                 if error is None:
                     yield done.result()
                 else:
-                    self._failure, self._ended = self._failure or error, True
+                    self._end(error)
                 self._finish(done)
         finally:
             self._close()
         if self._failure is not None:
             raise self._failure
+
+    def wake(self) -> None:
+        """Has the check made even where no request comes."""
+        self._done.put(None)
+
+    def _look_up(self) -> None:
+        """Ends the stream where the check says so; nothing to do where its caller ended it."""
+        if not self._ended:
+            try:
+                self._check()
+            except LossdError as error:
+                self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._ended = True
 
     def _read(self, tasks: Iterator[Task]) -> None:
         """Reads requests as long as there are places; whatever ends that, the answers go on."""
@@ -68,12 +85,12 @@ class Pipeline:
                 if task is None or not self._begin(task):
                     break
         except LossdError as error:
-            self._failure = self._failure or error
+            self._end(error)
         except Exception:  # noqa: BLE001, S110  # the call is gone, or the server
             pass
         finally:
             self._ended = True
-            self._done.put(None)
+            self.wake()
 
     def _begin(self, task: Task) -> bool:
         with self._lock:
@@ -81,21 +98,20 @@ class Pipeline:
                 return False
             future = self._pool.submit(task)
             self._open.add(future)
-            self._in_flight.begin()
+        self._in_flight.begin()
+        future.add_done_callback(lambda _: self._in_flight.end())
         future.add_done_callback(self._done.put)
         return True
 
     def _finish(self, future: Future[bytes]) -> None:
         with self._lock:
             self._open.discard(future)
-        self._in_flight.end()
         self._places.release()
 
     def _close(self) -> None:
-        """Lets the reader go, and what nobody waits for any more: that ends when its work does."""
+        """Lets the reader go, and what nobody waits for any more."""
         with self._lock:
             self._ended = True
         self._places.release()
         for future in self._open:
             future.cancel()
-            future.add_done_callback(lambda _: self._in_flight.end())
