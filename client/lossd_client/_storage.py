@@ -19,8 +19,11 @@ from lossd_client._errors import LossdError, ServerError
 if TYPE_CHECKING:
     from lossd_client._shared_memory.pool import Pool, Slice
 
-LEAST_BYTES = 32 << 10
-"""Smaller tensors are sent sooner than they are placed."""
+LEAST_BYTES = 64 << 10
+"""Smaller tensors are sent sooner than they are placed.
+
+A call with gradient took 1.15 ms sent and 1.21 placed at 16 kB, 1.45 and 1.41 at 64, 2.3 and 1.5 at 256.
+"""
 
 FLOAT_TYPES = frozenset(data_type_of(np.dtype(name)) for name in ("f2", "f4", "f8", ml_dtypes.bfloat16))
 """The types that an input with a gradient may have."""

@@ -36,6 +36,8 @@ DTYPES: dict["pb.DataType.ValueType", np.dtype[Any]] = {
 DATA_TYPES: dict[str, "pb.DataType.ValueType"] = {dtype.name: enum for enum, dtype in DTYPES.items()}
 """The contract's element type by numpy's name for it."""
 
+_BY_DTYPE = {dtype: enum for enum, dtype in DTYPES.items()}  # numpy spells a name out every time it is asked
+
 MAX_DIMENSIONS = 32
 """Most dimensions of a tensor; numpy holds 64, torch's CUDA kernels fewer."""
 
@@ -143,7 +145,7 @@ def data_type_of(dtype: np.dtype[Any]) -> "pb.DataType.ValueType":
     Raises:
         TensorError: The contract has none.
     """
-    data_type = DATA_TYPES.get(dtype.name)
+    data_type = _BY_DTYPE.get(dtype) or DATA_TYPES.get(dtype.name)
     if data_type is None:
         known = ", ".join(sorted(DATA_TYPES))
         raise TensorError("INVALID_DTYPE", f"dtype is {dtype}, want one of {known}", dtype=dtype)
