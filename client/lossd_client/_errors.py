@@ -137,12 +137,16 @@ def error_of_answer(error: pb.Error) -> LossdError:
     return _BY_CODE.get(code, ServerError)(
         code,
         error.message,
-        reason=pb.ErrorReason.Name(error.reason).removeprefix("ERROR_REASON_")
-        if error.reason in pb.ErrorReason.values()
-        else str(error.reason),
+        reason=_reason_name(error.reason),
         field=error.field,
         metadata={key: value for key, value in error.metadata.items() if key != "field"},
     )
+
+
+def _reason_name(reason: int) -> str:
+    """Returns the name of a reason without its prefix, or its number when this client does not know it."""
+    value = pb.ErrorReason.DESCRIPTOR.values_by_number.get(reason)
+    return str(reason) if value is None else value.name.removeprefix("ERROR_REASON_")
 
 
 def at_item(error: LossdError, first_item: int) -> LossdError:
@@ -161,7 +165,7 @@ def refused_here(
     reason: "pb.ErrorReason.ValueType", message: str, *, field: str, **values: object
 ) -> LossdError:
     """Returns the error of a request that is refused before it is sent."""
-    name = pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+    name = _reason_name(reason)
     too_large = reason == pb.ERROR_REASON_MESSAGE_TOO_LARGE
     code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INVALID_ARGUMENT
     return _BY_CODE[code](

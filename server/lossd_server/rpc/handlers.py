@@ -137,7 +137,7 @@ class Handlers:
             self._pipelines.add(pipeline)
             try:
                 yield from pipeline.answers(tasks)
-            except LossdError as error:
+            except Exception as error:  # noqa: BLE001  # as above
                 self._abort(stream.method, error, call)
             finally:
                 self._pipelines.discard(pipeline)

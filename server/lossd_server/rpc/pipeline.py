@@ -73,8 +73,9 @@ class Pipeline:
                 self._end(error)
 
     def _end(self, error: BaseException) -> None:
-        self._failure = self._failure or error
-        self._ended = True
+        with self._lock:
+            self._failure = self._failure or error
+            self._ended = True
 
     def _read(self, tasks: Iterator[Task]) -> None:
         """Reads requests as long as there are places; whatever ends that, the answers go on."""
