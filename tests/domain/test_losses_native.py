@@ -1,7 +1,6 @@
 """The compiled kernel gives what torch gives, only sooner; and without it nothing is missing."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -10,13 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lossd_server.kernels import load_library
 from lossd_server.losses import EvaluationOptions, FocalLoss
-from lossd_server.losses.native import load_library
-from tests.domain.support import evaluated, without_kernels
+from tests.domain.support import evaluated, needs_a_compiler, without_kernels
 
-COMPILERS = ("cc", "gcc", "clang")
-
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"none of {COMPILERS} is here")
+pytestmark = needs_a_compiler
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +190,7 @@ def run(program, **environment):
     )
 
 
-LOAD = "from lossd_server.losses.native import load_library; assert load_library()"
+LOAD = "from lossd_server.kernels import load_library; assert load_library()"
 
 
 USE = """

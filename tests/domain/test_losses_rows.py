@@ -1,21 +1,17 @@
 """The compiled kernel of boxes and centerness gives what torch gives, in every layout and type."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lossd_server.kernels import load_library
 from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, GIoULoss
-from lossd_server.losses.native import load_library
 from tests.domain import oracle_losses as oracle
-from tests.domain.support import evaluated, without_kernels
+from tests.domain.support import evaluated, needs_a_compiler, without_kernels
 
-COMPILERS = ("cc", "gcc", "clang")
-
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"none of {COMPILERS} is here")
+pytestmark = needs_a_compiler
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from lossd_server.bench.report import (
 from lossd_server.bench.tables import print_line, print_report, seconds_text
 from lossd_server.bench.timing import FULL, QUICK, Effort, Timing, measure
 from lossd_server.engine import keep_freed_memory, resolve_device
-from lossd_server.losses.native import load_library
+from lossd_server.kernels import load_library
 
 
 def run(

@@ -36,6 +36,7 @@ from lossd_server.errors import (
     UnavailableError,
     errors_within,
 )
+from lossd_server.kernels import load_library
 from lossd_server.losses import (
     CenternessLoss,
     Evaluation,
@@ -46,7 +47,6 @@ from lossd_server.losses import (
     LossModule,
 )
 from lossd_server.losses.evaluation import find_non_finite
-from lossd_server.losses.native import load_library
 
 _HOST = torch.device("cpu")
 

@@ -4,11 +4,11 @@ import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
+from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 from lossd_server.losses.row_reduction import reduce_rows, total_weight

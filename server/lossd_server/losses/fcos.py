@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, Numbers, as_tensor
 from lossd_server.losses.fcos_arguments import (
     COMPONENTS,
@@ -35,7 +36,6 @@ from lossd_server.losses.focal_grid import FocalConstants
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.locations import LevelTargets, from_assignment
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
-from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
 

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, as_tensor
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 

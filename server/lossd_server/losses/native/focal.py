@@ -7,8 +7,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from lossd_server.kernels import loaded_library
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
-from lossd_server.losses.native.library import loaded_library
 from lossd_server.losses.native.numbers import FLOAT_TYPES, address, thread_count
 
 _LARGEST_GAMMA = 4

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lossd_server.kernels import loaded_library
 from lossd_server.losses.formulas import RowFormula
-from lossd_server.losses.native.library import loaded_library
 from lossd_server.losses.native.numbers import FLOAT_TYPES, WIDE_TYPES, address, thread_count
 from lossd_server.losses.row_group import RowGroup, RowSums
 

@@ -12,7 +12,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-_UNITS = tuple(Path(__file__).with_name(name) for name in ("focal.c", "rows.c"))
+_UNITS = tuple(Path(__file__).with_name(name) for name in ("focal.c", "rows.c", "paint.c"))
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("arithmetic.h", "tasks.h"))
 
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
@@ -37,8 +37,16 @@ def load_library() -> ctypes.CDLL | None:
     """Returns the kernels, compiled now if need be; None, and one `RuntimeWarning`, where that fails."""
     with _lock:
         if not _loaded and (library := _find_or_compile()) is not None:
+            _declare(library)
             _loaded.append(library)
     return loaded_library()
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Says what comes back, where that is not an int."""
+    library.lossd_pairs.restype = ctypes.c_int64
+    library.lossd_paint.restype = ctypes.c_int64
+    library.lossd_positives.restype = None
 
 
 @lru_cache(maxsize=1)
