@@ -50,8 +50,9 @@ INLINE float power_of(float x, int gamma) {
 
 /* f(z) = sigmoid(z)^gamma * softplus(z), and its derivative times a factor, from e = exp(-|z|).
  *
- * e and 1 / (1 + e) enter the derivative more than once, so that what rounding takes from them would add
- * up: it is gathered, relative to the result, and put back at the end. */
+ * The derivative is a multiple of (1 / (1 + e))^(gamma + 1), and for negative z nearly one of e^(gamma + 1),
+ * so that what rounding takes from these two would add up. It is gathered, relative to the result, and put
+ * back at the end. */
 INLINE float focal_terms(float z, float e, float e_rest, int gamma, factor by, float *slope) {
     int negative = z < 0.0f;
     float large = 1.0f / (1.0f + e);
@@ -62,8 +63,8 @@ INLINE float focal_terms(float z, float e, float e_rest, int gamma, factor by, f
     float power = power_of(large, gamma) * (negative ? power_of(e, gamma) : 1.0f);
     float share = fmaf((float)gamma * q, softplus, p);
     float rounded = power * share * by.rounded;
-    float rest = fmaf((float)(gamma + 1), negative ? e_rest : 0.0f, by.rest);
-    *slope = fmaf(rounded, fmaf((float)gamma, large_rest, rest), rounded);
+    float rest = fmaf((float)(gamma + 1), large_rest + (negative ? e_rest : 0.0f), by.rest);
+    *slope = fmaf(rounded, rest, rounded);
     return softplus * power;
 }
 
