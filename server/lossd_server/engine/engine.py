@@ -43,6 +43,7 @@ from lossd_server.losses import (
     LossModule,
 )
 from lossd_server.losses.evaluation import find_non_finite
+from lossd_server.losses.gpu import compile_programs
 from lossd_server.losses.native import load_library
 
 _HOST = torch.device("cpu")
@@ -108,11 +109,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Loads or compiles the kernels and evaluates every loss once: no caller pays for first-time work."""
-        if self.device.type == "cpu":
-            with warnings.catch_warnings(record=True) as caught:
-                load_library()
-            for warning in caught:
-                _log.warning(str(warning.message))
+        with warnings.catch_warnings(record=True) as caught:
+            load_library() if self.device.type == "cpu" else compile_programs(self.device)
+        for warning in caught:
+            _log.warning(str(warning.message))
         for loss, arguments in _samples():
             options = EvaluationOptions(gradients=loss.differentiable)
             item = LossItem(path="warm-up", arguments=loss.prepare(arguments), options=options)

@@ -28,10 +28,10 @@ from lossd_server.losses.fcos_terms import (
 )
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_grid import FocalConstants
+from lossd_server.losses.focal_kernel import load_kernels
 from lossd_server.losses.formulas import entropy
 from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
-from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
 
@@ -144,7 +144,7 @@ class FCOSLoss(LossModule):
             InvalidInputError: Levels, shapes or types that do not go together, a label out of range,
                 a refused box.
         """
-        load_library()
+        load_kernels()
         arguments = arguments_by_name(
             cls_preds,
             reg_preds,

@@ -7,9 +7,8 @@ from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, empty_gradient, grid
-from lossd_server.losses.focal_kernel import focal_sums
+from lossd_server.losses.focal_kernel import focal_sums, load_kernels
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import load_library
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
@@ -60,7 +59,7 @@ class FocalLoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or a label out of range.
         """
-        load_library()
+        load_kernels()
         arguments = {"inputs": inputs, "targets": targets}
         evaluation = self.evaluate_for_autograd(arguments)
 

@@ -1,6 +1,6 @@
 """Focal loss and its gradient over grids of logits, in one go.
 
-By the compiled kernel where there is one for the case, otherwise by torch in cache-sized portions.
+By a compiled kernel where there is one for the case, otherwise by torch in cache-sized portions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,8 @@ from torch import Tensor
 from lossd_server.losses.evaluation import fixed_order_sum
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
 from lossd_server.losses.formulas import focal_terms
-from lossd_server.losses.native import focal_sums_natively
+from lossd_server.losses.gpu import focal_sums_on_gpu, load_programs
+from lossd_server.losses.native import focal_sums_natively, load_library
 
 _PORTION = 1 << 17
 """Logits that torch looks at together on a CPU: the half-dozen temporaries stay in the cache."""
@@ -20,9 +21,17 @@ _PORTION_OF_GPU = 1 << 24
 """The same on a GPU, where a launch costs more than memory."""
 
 
+def load_kernels() -> None:
+    """Loads what computes here, compiled now if need be: for the CPU, and for the GPU once one is in use."""
+    load_library()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        load_programs(torch.device("cuda", torch.cuda.current_device()))
+
+
 def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> Tensor:
     """Returns the summed focal loss of each grid, `[len(grids)]` float64, and writes gradients and rows."""
-    compiled = focal_sums_natively(grids, constants)
+    on_gpu = any(grid.logits.is_cuda for grid in grids)
+    compiled = focal_sums_on_gpu(grids, constants) if on_gpu else focal_sums_natively(grids, constants)
     if compiled is not None:
         return compiled
     return torch.stack([_sum_by_torch(grid, constants) for grid in grids])

@@ -1,0 +1,520 @@
+"""The GPU's programs against the definitions: on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, formulas
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, empty_gradient, grid
+from lossd_server.losses.focal_kernel import focal_sums
+from lossd_server.losses.gpu import (
+    PositiveTerms,
+    compile_programs,
+    focal_sums_on_gpu,
+    head_sums_on_gpu,
+    library,
+    load_programs,
+)
+from tests.domain import oracle_losses as oracle
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, and by nothing else
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.7.1")
+
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU here")
+
+HALVES = (torch.float16, torch.bfloat16)
+PRECISION = {torch.float32: 4e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Of one number; the interpreter cuts bfloat16 off where a GPU rounds it."""
+SMALLEST = {torch.float32: oracle.TINY, torch.float16: 6e-8, torch.bfloat16: oracle.TINY}
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "some of the images": lambda x: torch.cat([x, x]).as_strided(x.shape, (2 * x.stride(0), *x.stride()[1:])),
+    "transposed maps": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other column": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "not on 16 bytes": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].reshape(x.shape),
+}
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch):
+    if not HAS_GPU:
+        fuse(monkeypatch)
+    assert load_programs(DEVICE) is not None
+
+
+def fuse(monkeypatch):
+    """Lets the interpreter round a fused multiply-add once, as a GPU does; it rounds twice."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(_self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
+
+
+def logits_and_labels(shape, *, scale=4.0, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    batch, classes, height, width = shape
+    logits = torch.randn(*shape, generator=made) * scale
+    return logits.to(DEVICE), torch.randint(-1, classes, (batch, height, width), generator=made).to(DEVICE)
+
+
+def problem(logits, labels, *, scale=0.3, dtype=None, rows=False, ignored=None, **settings):
+    """Returns a grid whose results are to be written over what is there."""
+    gradient = empty_gradient(logits, dtype).fill_(7)
+    return FocalGrid(
+        logits=grid(logits),
+        labels=labels.flatten(1),
+        gradient=grid(gradient),
+        scale=torch.tensor([scale], dtype=torch.float64, device=DEVICE),
+        rows=torch.full_like(labels.flatten(1), 7, dtype=torch.float32) if rows else None,
+        ignored=None if ignored is None else ignored.flatten(1),
+        **settings,
+    )
+
+
+def solve(grids, *, alpha=0.25, gamma=2.0):
+    sums = focal_sums_on_gpu(grids, FocalConstants(alpha=alpha, gamma=gamma))
+    assert sums is not None
+    return sums.cpu()
+
+
+def check(given, *, alpha=0.25, gamma=2.0, scale=0.3):
+    """Solves a problem, and compares everything with the definition."""
+    (total,) = solve([given], alpha=alpha, gamma=gamma)
+    rows, slopes = oracle.focal(
+        oracle.numpy_of(given.logits.cpu()),
+        given.labels.cpu(),
+        alpha=alpha,
+        gamma=gamma,
+        background=given.background,
+    )
+    taking_part = given.taking_part().cpu().numpy() | (given.labels.cpu().numpy() >= 0)
+    rows, slopes = rows * taking_part, slopes * taking_part[:, None]
+    oracle.assert_close(float(total), rows.sum(), rtol=2e-7)
+    dtype = given.gradient.dtype
+    precision = max(PRECISION[dtype], (gamma + 1) * 8e-8)  # a power multiplies the rounding of exp(-|x|)
+    oracle.assert_close(given.gradient.cpu(), scale * slopes, rtol=precision, atol=SMALLEST[dtype])
+    if given.rows is not None:
+        oracle.assert_close(given.rows.cpu(), rows, rtol=5e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_every_layout_and_type(layout, dtype):
+    logits, labels = logits_and_labels((2, 8, 8, 9))
+    check(problem(LAYOUTS[layout](logits.to(dtype)), labels, background=True, rows=True))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (3, 1, 5, 1), (1, 40, 1, 3), (2, 17, 13, 5), (1, 2, 8, 8), (2, 5, 9, 15)]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_every_shape(shape, layout):
+    logits, labels = logits_and_labels(shape)
+    check(problem(LAYOUTS[layout](logits), labels))
+
+
+@pytest.mark.parametrize(
+    ("gamma", "alpha"), [*product((*oracle.GAMMAS, 3.0, 4.0, 6.0), (0.25,)), *product((2.0,), oracle.ALPHAS)]
+)
+def test_every_constant(gamma, alpha):
+    logits, labels = logits_and_labels((1, 5, 6, 7))
+    check(problem(logits, labels, background=True), gamma=gamma, alpha=alpha)
+
+
+@pytest.mark.parametrize("layout", ["rows", "classes"])
+def test_rows_of_logits(layout):
+    logits = torch.randn(150, 21, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    logits = logits if layout == "rows" else logits.t().contiguous().t()
+    labels = torch.randint(-1, 21, (150,), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    check(problem(logits, labels.unsqueeze(0)))
+
+
+LABELS = {
+    "all of them": lambda labels: labels.clamp(min=0),
+    "none": lambda labels: torch.full_like(labels, -1),
+    "a few": lambda labels: labels.where(
+        torch.arange(labels[0].numel()).reshape(labels[0].shape) % 50 == 7, -1
+    ),
+    "some": lambda labels: labels,
+}
+
+
+@pytest.mark.parametrize("pattern", LABELS)
+@pytest.mark.parametrize("kind", ["positives", "background", "ignored"])
+@pytest.mark.parametrize("width", [torch.int64, torch.int32])
+def test_every_pattern_of_labels(pattern, kind, width):
+    logits, labels = logits_and_labels((2, 6, 10, 12))
+    labels = LABELS[pattern](labels.cpu()).to(DEVICE, width)
+    ignored = (labels < 0) & (torch.rand(labels.shape, device=DEVICE) < 0.5) if kind == "ignored" else None
+    check(problem(logits, labels, background=kind != "positives", ignored=ignored, rows=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_is_computed_in_float32(dtype):
+    logits, labels = logits_and_labels((1, 6, 8, 8))
+    half = problem(logits.to(dtype), labels, dtype=torch.float32)
+    wide = problem(logits.to(dtype).float(), labels)
+    assert torch.equal(solve([half]), solve([wide]))
+    assert torch.equal(half.gradient, wide.gradient)
+
+
+def test_value_alone_is_the_same():
+    logits, labels = logits_and_labels((2, 6, 8, 8))
+    alone = FocalGrid(logits=grid(logits), labels=labels.flatten(1))
+    assert torch.equal(solve([alone]), solve([problem(logits, labels)]))
+
+
+def test_extreme_logits_stay_finite_and_nan_stays_in_its_cell():
+    logits = torch.tensor([[300.0, -300.0, 3e38, -3e38, 1e-40, float("nan")]], device=DEVICE).repeat(2, 1)
+    given = problem(logits, torch.tensor([[0, 1]], device=DEVICE))
+    solve([given])
+    assert torch.isfinite(given.gradient[:, :5]).all()
+    assert given.gradient[:, 5].isnan().all()
+
+
+def test_what_a_location_without_a_part_holds_does_not_matter():
+    logits, labels = logits_and_labels((1, 4, 8, 8))
+    spoiled = logits.where((labels >= 0).unsqueeze(1), torch.tensor(float("nan")))
+    clean, odd = problem(logits, labels, rows=True), problem(spoiled, labels, rows=True)
+    assert torch.equal(solve([clean]), solve([odd]))
+    assert torch.equal(clean.gradient, odd.gradient)
+    assert torch.equal(clean.rows, odd.rows)
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 10.0, 60.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_magnitude_loses_digits(magnitude, sign):
+    logits = sign * magnitude * (1 + torch.rand(1, 5, 8, 8, generator=torch.Generator().manual_seed(5)))
+    labels = torch.randint(-1, 5, (1, 8, 8), generator=torch.Generator().manual_seed(6))
+    check(problem(logits.to(DEVICE), labels.to(DEVICE), background=True))
+
+
+def test_never_less_accurate_than_plain_float32():
+    logits, labels = logits_and_labels((1, 80, 13, 13), scale=2.0)
+    logits -= 2
+    exact, plain = (problem(logits.to(dtype), labels) for dtype in (torch.float64, torch.float32))
+    ours = problem(logits, labels)
+    solve([ours])
+    for each in (exact, plain):
+        focal_sums([each], FocalConstants(alpha=0.25, gamma=2.0))
+    error = [torch.linalg.vector_norm(each.gradient - exact.gradient) for each in (ours, plain)]
+    assert error[0] <= 7e-8 * torch.linalg.vector_norm(exact.gradient)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 2, 2)])
+def test_empty_grids_are_zero(shape):
+    given = FocalGrid(
+        logits=torch.zeros(shape, device=DEVICE).flatten(2)
+        if shape[1]
+        else torch.zeros(2, 0, 4, device=DEVICE),
+        labels=torch.full((shape[0], shape[2] * shape[3]), -1, device=DEVICE),
+        rows=torch.full((shape[0], shape[2] * shape[3]), 7.0, device=DEVICE),
+        background=True,
+    )
+    full = problem(*logits_and_labels((1, 3, 2, 2)))
+    sums = solve([given, full, given])
+    assert sums[0] == sums[2] == 0
+    assert sums[1] == solve([full])[0]
+    assert not given.rows.any()
+
+
+def launches(monkeypatch, call):
+    """Returns how often programs were launched."""
+    from lossd_server.losses.gpu import programs
+
+    names = []
+    for name in ("focal_program", "positives_program", "totals_program"):
+        program = getattr(programs, name)
+
+        class Counted:
+            def __init__(self, name, program):
+                self.name, self.program = name, program
+
+            def __getitem__(self, count):
+                names.append(self.name)
+                return self.program[count]
+
+        monkeypatch.setattr(programs, name, Counted(name, program))
+    call()
+    return names
+
+
+def test_levels_go_together_and_come_out_as_if_alone(monkeypatch):
+    shapes = [(2, 20, 8, 12), (2, 20, 5, 7), (2, 20, 0, 3), (2, 20, 1, 2), (2, 20, 16, 16)]
+    grids = [problem(*logits_and_labels(shape, seed=i), background=True) for i, shape in enumerate(shapes)]
+    each = torch.cat([solve([level]) for level in grids])
+    alone = [level.gradient.clone() for level in grids]
+    found = []
+    assert launches(monkeypatch, lambda: found.append(solve(grids))) == ["focal_program", "totals_program"]
+    assert torch.equal(found[0], each)
+    assert all(torch.equal(level.gradient, its) for level, its in zip(grids, alone, strict=True))
+
+
+def test_grids_of_many_kinds_come_out_in_their_order():
+    kinds = [(dtype, layout) for dtype in PRECISION for layout in ("contiguous", "channels last")]
+    grids = [
+        problem(
+            LAYOUTS[layout](logits_and_labels((1, 4, 2, 2), seed=i)[0].to(dtype)),
+            logits_and_labels((1, 4, 2, 2))[1],
+        )
+        for i, (dtype, layout) in enumerate(kinds)
+    ]
+    grids += [problem(*logits_and_labels((1, 4, 2, 2), seed=i)) for i in range(34)]
+    assert torch.equal(solve(grids), torch.cat([solve([each]) for each in grids]))
+
+
+def test_same_bits_every_time():
+    given = [problem(*logits_and_labels((2, 17, 9, 9), seed=i)) for i in range(2)]
+    first, gradient = solve(given), given[0].gradient.clone()
+    for _ in range(2):
+        assert torch.equal(solve(given), first)
+        assert torch.equal(given[0].gradient, gradient)
+
+
+def test_float64_and_odd_types_are_left_to_torch():
+    logits, labels = logits_and_labels((1, 3, 2, 2))
+    constants = FocalConstants(alpha=0.25, gamma=2.0)
+    for given in (problem(logits.double(), labels), problem(logits, labels, dtype=torch.float16)):
+        assert focal_sums_on_gpu([given], constants) is None
+    assert focal_sums_on_gpu([], constants) is None
+
+
+SIZES = ((6, 10), (3, 5), (1, 2))
+
+
+def head(dtype, *, share=0.7, layout="contiguous", seed=0):
+    """Returns maps, and where the positives lie with what they are to be."""
+    made = torch.Generator().manual_seed(seed)
+    reg = [torch.rand(2, 4, *size, generator=made) * 20 - 1 for size in SIZES]
+    centerness = [torch.randn(2, 1, *size, generator=made) * 3 for size in SIZES]
+    starts = np.cumsum([0, *(height * width for height, width in SIZES)]).tolist()
+    image, location = torch.nonzero(torch.rand(2, starts[-1], generator=made) < share, as_tuple=True)
+    count = len(image)
+    ltrb, target = torch.rand(count, 4, generator=made) * 20, torch.rand(count, generator=made)
+    target[: count // 4] = 0
+    target[count // 4 : count // 2] = 1
+    return {
+        "reg_preds": [LAYOUTS[layout](level.to(DEVICE, dtype)) for level in reg],
+        "centerness_preds": [LAYOUTS[layout](level.to(DEVICE, dtype)) for level in centerness],
+        "starts": starts,
+        "image": image.to(DEVICE),
+        "location": location.to(DEVICE),
+        "ltrb": ltrb.to(DEVICE),
+        "centerness": target.to(DEVICE),
+    }
+
+
+def at(maps, terms):
+    flat = torch.cat([level.flatten(2) for level in maps], dim=2)
+    return flat[terms.image, :, terms.location].double()
+
+
+@pytest.mark.parametrize("giou", [True, False])
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "every other column"])
+def test_positives_of_a_head(giou, dtype, wide, layout):
+    maps = head(dtype, layout=layout)
+    kind = torch.float32 if wide else dtype
+    gradients = [
+        [torch.zeros_like(level, dtype=kind) for level in maps[name]]
+        for name in ("reg_preds", "centerness_preds")
+    ]
+    factors = torch.tensor([0.5, 0.25, 3.0], dtype=torch.float64, device=DEVICE)
+    terms = PositiveTerms(
+        **maps,
+        giou=giou,
+        reg_gradients=gradients[0],
+        centerness_gradients=gradients[1],
+        reg_scales=factors,
+        centerness_scales=[2.0, 3.0, 4.0],
+    )
+    sums = head_sums_on_gpu([], FocalConstants(alpha=0.25, gamma=2.0), terms)
+    level = torch.bucketize(terms.location, torch.tensor(terms.starts[1:], device=DEVICE), right=True)
+
+    def by_level(rows):
+        return torch.stack([rows[level == i].double().sum() for i in range(len(SIZES))])
+
+    box = formulas.giou_loss_of_ltrb if giou else formulas.log_iou_loss_of_ltrb
+    pred, target = at(terms.reg_preds, terms), terms.centerness.double()
+    box_rows, box_slopes = box(pred, terms.ltrb.double())
+    rows, slopes = formulas.centerness_terms(at(terms.centerness_preds, terms).squeeze(1), target)
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(sums.reg, by_level(box_rows), **exact)
+    torch.testing.assert_close(sums.centerness, by_level(rows), **exact)
+    torch.testing.assert_close(sums.centerness_floor, by_level(formulas.entropy(target)), **exact)
+    torch.testing.assert_close(sums.centerness_target, by_level(target), **exact)
+    assert torch.equal(sums.positive_count, by_level(torch.ones_like(rows)))
+    assert torch.equal(sums.negative_side_count, by_level((pred < 0).any(dim=1)))
+    tolerance = {"rtol": PRECISION[kind], "atol": SMALLEST[kind]}
+    scaled = box_slopes * factors[level].unsqueeze(1), slopes * (2.0 + level)
+    torch.testing.assert_close(at(gradients[0], terms), scaled[0], **tolerance)
+    torch.testing.assert_close(at(gradients[1], terms).squeeze(1), scaled[1], **tolerance)
+    written = sum(int(level.count_nonzero()) for level in gradients[1])
+    assert written <= len(terms.image)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_head_in_three_launches(monkeypatch, share):
+    terms = PositiveTerms(**head(torch.float32, share=share), giou=True)
+    grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
+    found = []
+
+    def call():
+        found.append(head_sums_on_gpu(grids, FocalConstants(alpha=0.25, gamma=2.0), terms))
+
+    names = launches(monkeypatch, call)
+    assert names == ["focal_program", *["positives_program"] * bool(share), "totals_program"]
+    assert torch.equal(found[0].cls.cpu(), solve(grids))
+    assert found[0].positive_count.sum() == len(terms.image)
+
+
+def test_heads_of_other_types_are_left_to_torch():
+    constants = FocalConstants(alpha=0.25, gamma=2.0)
+    mixed = head(torch.float32)
+    mixed["centerness_preds"] = [level.half() for level in mixed["centerness_preds"]]
+    wide = head(torch.float32)
+    wide["ltrb"] = wide["ltrb"].double()
+    for maps in (head(torch.float64), mixed, wide):
+        assert head_sums_on_gpu([], constants, PositiveTerms(**maps, giou=True)) is None
+
+
+def test_every_program_can_be_compiled_ahead():
+    compile_programs(DEVICE)
+    assert library.loaded_programs() is not None
+
+
+def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch):
+    from lossd_server.losses.gpu import programs
+
+    class Broken:
+        def __getitem__(self, _count):
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(library, "_loaded", [programs])
+    monkeypatch.setattr(programs, "focal_program", Broken())
+    with pytest.warns(RuntimeWarning, match="no GPU kernels, slower ones are used: no compiler"):
+        compile_programs(DEVICE)
+    assert library.loaded_programs() is None
+    assert (
+        focal_sums_on_gpu([problem(*logits_and_labels((1, 2, 2, 2)))], FocalConstants(alpha=0.25, gamma=2.0))
+        is None
+    )
+
+
+WITHOUT_TRITON = """
+import sys, warnings
+sys.modules["triton"] = None
+import torch
+from lossd_server.losses.gpu import load_programs
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert load_programs(torch.device("cpu")) is None
+    assert load_programs(torch.device("cpu")) is None
+print(len(caught), caught[0].message)
+"""
+
+SHAPES_ON_A_GPU_THAT_IS_NOT_THERE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+run = JITFunction.run
+JITFunction.run = lambda self, *args, warmup, **constants: run(self, *args, warmup=True, **constants)
+
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
+from lossd_server.losses.gpu import focal_sums_on_gpu, load_programs
+
+programs = load_programs(torch.device("cpu"))
+for shape in ((1, 80, 169), (2, 80, 10000), (3, 1, 1), (16, 8, 64), (1, 7, 13)):
+    for labels in (torch.int32, torch.int64):
+        logits = torch.zeros(shape)
+        where = torch.zeros(shape[0], shape[2], dtype=labels)
+        for rows, ignored in ((None, None), (torch.zeros(where.shape), where.bool())):
+            grid = FocalGrid(logits=logits, labels=where, background=True, rows=rows, ignored=ignored)
+            assert focal_sums_on_gpu([grid] * len(shape), FocalConstants(alpha=None, gamma=2.0)) is not None
+kernels = [kernel for cache in programs.focal_program.device_caches.values() for kernel in cache[0].values()]
+print(len(kernels), "cubin" in kernels[0].asm)
+"""
+
+
+def run(program, **environment):
+    """Runs a program in a process of its own, where Triton is not interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    environment.pop("TRITON_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_without_triton_it_is_said_once():
+    assert run(WITHOUT_TRITON).startswith("1 no GPU kernels, slower ones are used")
+
+
+def test_no_shape_is_compiled_for_and_the_cache_is_where_ours_is(tmp_path):
+    assert run(SHAPES_ON_A_GPU_THAT_IS_NOT_THERE, LOSSD_CACHE_DIR=str(tmp_path)) == "1 True"
+    assert list((tmp_path / "lossd" / "triton").rglob("*.cubin"))
+
+
+@needs_gpu
+def test_losses_on_the_gpu_are_those_on_the_cpu():
+    logits, labels = logits_and_labels((2, 80, 13, 17))
+    options = EvaluationOptions(gradients=("inputs",))
+    loss = FocalLoss()
+    gpu, cpu = (
+        loss.evaluate({"inputs": logits.to(place), "targets": labels.to(place)}, options)
+        for place in (DEVICE, "cpu")
+    )
+    torch.testing.assert_close(gpu.loss.cpu(), cpu.loss, rtol=2e-7, atol=0)
+    torch.testing.assert_close(gpu.gradients["inputs"].cpu(), cpu.gradients["inputs"], rtol=1e-6, atol=1e-38)
+
+
+@needs_gpu
+def test_nothing_waits_for_the_gpu():
+    grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
+    terms = PositiveTerms(**head(torch.float32), giou=True)
+    constants = FocalConstants(alpha=0.25, gamma=2.0)
+    head_sums_on_gpu(grids, constants, terms)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head_sums_on_gpu(grids, constants, terms)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_head_on_the_gpu_is_that_on_the_cpu():
+    rng = np.random.default_rng(0)
+    preds = oracle.head(rng, SIZES, requires_grad=False)
+    targets = oracle.dense_targets(rng, SIZES)
+    values = [
+        FCOSLoss(3)(*([[level.to(place) for level in maps] for maps in (*preds, *targets)]))["loss"].cpu()
+        for place in (DEVICE, "cpu")
+    ]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=0)
