@@ -78,19 +78,24 @@ def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> 
     if programs is None or not grids or not all(applies(grid, constants) for grid in grids):
         return None
     launches, order = focal_launches(grids, constants, programs)
-    totals = run(launches, grids[0].logits.device, programs)
-    return totals if order == sorted(order) else totals[np.argsort(order)]
+    return in_order(run(launches, grids[0].logits.device, programs), order)
 
 
 def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
     """Whether there is a program for the grid."""
     return (
         variant_of(grid, constants) in FOCAL_VARIANTS
-        and grid.labels.dtype in {torch.int64, torch.int32}
         and (grid.rows is None or grid.rows.dtype == torch.float32)
         and grid.logits.numel() < 1 << 40  # programs are numbered by an int32
         and max(grid.logits.shape) < 1 << 31
     )
+
+
+def in_order(totals: Tensor, order: Sequence[int]) -> Tensor:
+    """Returns totals, which are of the grids that `order` names, in the order of the grids."""
+    if list(order) == sorted(order):
+        return totals
+    return totals[torch.from_numpy(np.argsort(order)).to(totals.device, non_blocking=True)]
 
 
 def variant_of(grid: FocalGrid, constants: FocalConstants) -> FocalVariant:
@@ -136,14 +141,21 @@ def _launch(
     ends = np.cumsum([0, *counts]).tolist()
     firsts = [*ends[:-1], *[FREE] * (MOST_GRIDS - len(grids))]
     header = [*map(bits_of, (constants.gamma, constants.negative_weight, constants.positive_weight)), 0]
-    fields = [_fields(grid, variant, share) for grid, share in zip(grids, shares, strict=True)]
+    labels = [_labels(grid) for grid in grids]
+    fields = list(map(_fields, grids, labels, [variant] * len(grids), shares))
     return Launch(
         program="focal_program",
         words=np.concatenate([np.array([*header, *firsts], np.int64), *fields]),
         program_count=ends[-1],
         spans=list(pairwise(ends)),
         constants=variant.constants(programs),
+        tensors=labels,
     )
+
+
+def _labels(grid: FocalGrid) -> Tensor:
+    """Returns the labels as the program reads them: int32 or int64."""
+    return grid.labels if grid.labels.dtype in {torch.int32, torch.int64} else grid.labels.to(torch.int32)
 
 
 def _shares(grid: FocalGrid) -> tuple[int, int, int]:
@@ -159,24 +171,24 @@ def _shares(grid: FocalGrid) -> tuple[int, int, int]:
     return width, blocks, max(-(-classes // width), 1)
 
 
-def _fields(grid: FocalGrid, variant: FocalVariant, shares: tuple[int, int, int]) -> Words:
+def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: tuple[int, int, int]) -> Words:
     """Returns the grid's words; the program knows them by their places."""
     gradient = grid.logits if grid.gradient is None else grid.gradient
-    ignored = grid.labels if grid.ignored is None else grid.ignored
-    rows = grid.labels if grid.rows is None else grid.rows
+    ignored = labels if grid.ignored is None else grid.ignored
+    rows = labels if grid.rows is None else grid.rows
     width, blocks, parts = shares
     address, bits = scale_words(grid.scale)
     return np.array(
         [
-            *map(address_of, (grid.logits, grid.gradient, grid.labels, grid.ignored, grid.rows)),
+            *map(address_of, (grid.logits, grid.gradient, labels, grid.ignored, grid.rows)),
             address,
             *grid.logits.shape[1:],
             *grid.logits.stride(),
             *gradient.stride(),
-            *grid.labels.stride(),
+            *labels.stride(),
             *ignored.stride(),
             *rows.stride(),
-            grid.labels.dtype == torch.int64,
+            labels.dtype == torch.int64,
             grid.background,
             _aligned(grid.logits, variant) and _aligned(gradient, variant),
             width,

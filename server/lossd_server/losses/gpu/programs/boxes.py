@@ -1,10 +1,9 @@
-"""The box terms of an FCOS head and its centerness term in float64, row by row, as in `formulas.py`."""
+"""Box losses and the centerness loss of single rows, in float64, as in `formulas.py`."""
 
 import triton
 import triton.language as tl
 
 _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
-_LEAST_AREA = tl.constexpr(1e-7)
 
 
 @triton.jit
@@ -18,31 +17,25 @@ def _largest(a, b):
 
 
 @triton.jit
-def _floored(area):
-    # Written as a number, the constant would be a float32.
-    return _largest(area, tl.full(area.shape, 1e-7, tl.float64))
-
-
-@triton.jit
 def _share_above(a, b):
     """The share of a in the derivative of max(a, b)."""
     return tl.where(a > b, 1.0, tl.where(a < b, 0.0, 0.5))
 
 
 @triton.jit
-def giou_terms(l, t, r, b, left, top, right, bottom):
-    """`1 - GIoU` of distances from one place, and its derivatives by the predicted ones."""
+def giou_terms(l, t, r, b, left, top, right, bottom, floor):
+    """`1 - GIoU` of distances from one place, areas floored, and its derivatives by the predicted ones."""
     width, height = l + r, t + b
     across, down = _least(l, left) + _least(r, right), _least(t, top) + _least(b, bottom)
     inside_across, inside_down = _largest(across, 0.0), _largest(down, 0.0)
     hull_across, hull_down = _largest(l, left) + _largest(r, right), _largest(t, top) + _largest(b, bottom)
     intersection, hull = inside_across * inside_down, hull_across * hull_down
     union = width * height + (left + right) * (top + bottom) - intersection
-    floored_union, floored_hull = _floored(union), _floored(hull)
+    floored_union, floored_hull = _largest(union, floor), _largest(hull, floor)
     iou, wasted = intersection / floored_union, (hull - union) / floored_hull
-    by_area = tl.where(union >= _LEAST_AREA, iou / floored_union, 0.0) - 1.0 / floored_hull
+    by_area = tl.where(union >= floor, iou / floored_union, 0.0) - 1.0 / floored_hull
     by_intersection = -1.0 / floored_union - by_area
-    by_hull = (1.0 - tl.where(hull >= _LEAST_AREA, wasted, 0.0)) / floored_hull
+    by_hull = (1.0 - tl.where(hull >= floor, wasted, 0.0)) / floored_hull
     by_across = tl.where(across >= 0.0, by_intersection * inside_down, 0.0)
     by_down = tl.where(down >= 0.0, by_intersection * inside_across, 0.0)
     by_width, by_height = by_area * height, by_area * width
@@ -57,21 +50,21 @@ def giou_terms(l, t, r, b, left, top, right, bottom):
 
 
 @triton.jit
-def log_iou_terms(l, t, r, b, left, top, right, bottom):
-    """`-log(IoU)` of distances from one place, floored at 1e-7, and its derivatives."""
+def log_iou_terms(l, t, r, b, left, top, right, bottom, floor):
+    """`-log(IoU)` of distances from one place, union and IoU floored, and its derivatives."""
     width, height = l + r, t + b
     across, down = _least(l, left) + _least(r, right), _least(t, top) + _least(b, bottom)
     intersection = across * down
     union = width * height + (left + right) * (top + bottom) - intersection
-    floored_union = _floored(union)
+    floored_union = _largest(union, floor)
     iou = intersection / floored_union
-    by_iou = tl.where(iou >= _LEAST_AREA, -1.0 / iou, 0.0)
-    union_share = tl.where(union >= _LEAST_AREA, iou / floored_union, 0.0)
+    by_iou = tl.where(iou >= floor, -1.0 / iou, 0.0)
+    union_share = tl.where(union >= floor, iou / floored_union, 0.0)
     by_area = -by_iou * union_share
     by_intersection = by_iou * (1.0 / floored_union + union_share)
     by_across, by_down = by_intersection * down, by_intersection * across
     return (
-        -tl.log(_floored(iou)),
+        -tl.log(_largest(iou, floor)),
         _by_side(l, left, by_area * height, by_across, 0.0),
         _by_side(t, top, by_area * width, by_down, 0.0),
         _by_side(r, right, by_area * height, by_across, 0.0),
