@@ -55,7 +55,7 @@ def run(
     earlier = None if compare is None else from_json(compare.read_text(encoding="utf-8"))
     place = resolve_device(device)
     tuned = keep_freed_memory()
-    load_kernels()
+    load_kernels(place)
     environment = describe_environment(place, quick=quick, tuned_malloc=tuned)
     cases = []
     with Workbench(place) as bench:

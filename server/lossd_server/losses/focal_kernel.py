@@ -21,11 +21,13 @@ _PORTION_OF_GPU = 1 << 24
 """The same on a GPU, where a launch costs more than memory."""
 
 
-def load_kernels() -> None:
-    """Loads what computes here, compiled now if need be: for the CPU, and for the GPU once one is in use."""
+def load_kernels(device: torch.device | None = None) -> None:
+    """Loads what computes on the CPU and on a GPU, compiled now if need be; None means a GPU in use."""
     load_library()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        load_programs(torch.device("cuda", torch.cuda.current_device()))
+    if device is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device is not None and device.type == "cuda":
+        load_programs(device)
 
 
 def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> Tensor:

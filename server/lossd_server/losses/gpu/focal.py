@@ -1,9 +1,9 @@
 """The focal program, called with tensors."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ _REGISTERS = 128
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FocalVariant:
+class FocalVariant(NamedTuple):
     """What the focal program is compiled for; everything else is read as it runs.
 
     Attributes:
@@ -138,14 +137,14 @@ def _launch(
     counts = [
         grid.logits.shape[0] * blocks * parts for grid, (_, blocks, parts) in zip(grids, shares, strict=True)
     ]
-    ends = np.cumsum([0, *counts]).tolist()
+    ends = [0, *accumulate(counts)]
     firsts = [*ends[:-1], *[FREE] * (MOST_GRIDS - len(grids))]
     header = [*map(bits_of, (constants.gamma, constants.negative_weight, constants.positive_weight)), 0]
     labels = [_labels(grid) for grid in grids]
     fields = list(map(_fields, grids, labels, [variant] * len(grids), shares))
     return Launch(
         program="focal_program",
-        words=np.concatenate([np.array([*header, *firsts], np.int64), *fields]),
+        words=[*header, *firsts, *chain.from_iterable(fields)],
         program_count=ends[-1],
         spans=list(pairwise(ends)),
         constants=variant.constants(programs),
@@ -178,26 +177,23 @@ def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: tupl
     rows = labels if grid.rows is None else grid.rows
     width, blocks, parts = shares
     address, bits = scale_words(grid.scale)
-    return np.array(
-        [
-            *map(address_of, (grid.logits, grid.gradient, labels, grid.ignored, grid.rows)),
-            address,
-            *grid.logits.shape[1:],
-            *grid.logits.stride(),
-            *gradient.stride(),
-            *labels.stride(),
-            *ignored.stride(),
-            *rows.stride(),
-            labels.dtype == torch.int64,
-            grid.background,
-            _aligned(grid.logits, variant) and _aligned(gradient, variant),
-            width,
-            blocks,
-            parts,
-            bits,
-        ],
-        np.int64,
-    )
+    return [
+        *map(address_of, (grid.logits, grid.gradient, labels, grid.ignored, grid.rows)),
+        address,
+        *grid.logits.shape[1:],
+        *grid.logits.stride(),
+        *gradient.stride(),
+        *labels.stride(),
+        *ignored.stride(),
+        *rows.stride(),
+        labels.dtype == torch.int64,
+        grid.background,
+        _aligned(grid.logits, variant) and _aligned(gradient, variant),
+        width,
+        blocks,
+        parts,
+        bits,
+    ]
 
 
 def _aligned(tensor: Tensor, variant: FocalVariant) -> bool:

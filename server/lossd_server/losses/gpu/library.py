@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 
 from lossd_server.losses.gpu.launch import Launch, run
@@ -48,9 +47,7 @@ def _find(device: torch.device) -> ModuleType | None:
         _require_nvidia()
         from lossd_server.losses.gpu import programs  # noqa: PLC0415  # needs Triton
 
-        nothing = Launch(
-            program="", words=np.zeros(0, np.int64), program_count=0, spans=[(0, 0)], constants={}
-        )
+        nothing = Launch(program="", words=[], program_count=0, spans=[(0, 0)], constants={})
         run([nothing], device, programs)  # builds Triton's launcher, which takes a C compiler
     except Exception as error:  # noqa: BLE001  # whatever a compiler may raise
         _warn(error)

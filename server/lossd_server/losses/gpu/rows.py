@@ -1,8 +1,7 @@
 """The program of row losses, called with tensors."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -76,8 +75,7 @@ class RowTotals(NamedTuple):
     extras: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowsVariant:
+class RowsVariant(NamedTuple):
     """What the program of rows is compiled for; everything else is read as it runs.
 
     Attributes:
@@ -158,7 +156,7 @@ def _chunks(problems: Sequence[Problem]) -> Iterator[tuple[RowsVariant, list[int
 
 
 def _launch(problems: Sequence[Problem], floor: float, variant: RowsVariant, programs: ModuleType) -> Launch:
-    ends = np.cumsum([0, *(-(-len(group.targets) // _ROWS) for group, _ in problems)]).tolist()
+    ends = [0, *accumulate(-(-len(group.targets) // _ROWS) for group, _ in problems)]
     count = ends[-1]
     firsts = [*ends[:-1], *[FREE] * (MOST_GROUPS - len(problems))]
     targets = [_targets(group) for group, _ in problems]
@@ -166,7 +164,7 @@ def _launch(problems: Sequence[Problem], floor: float, variant: RowsVariant, pro
     spans = [span for a, b in pairwise(ends) for span in ((a, b), (count + a, count + b))]
     return Launch(
         program="rows_program",
-        words=np.concatenate([np.array(firsts, np.int64), *fields]),
+        words=[*firsts, *chain.from_iterable(fields)],
         program_count=count,
         spans=spans,
         constants={
@@ -188,16 +186,13 @@ def _fields(group: Rows, formula: str, targets: Tensor, floor: float) -> Words:
     """Returns the group's words; the program knows them by their places."""
     gradient = group.preds if group.gradient is None else group.gradient
     addresses = (group.preds, group.gradient, targets, group.images, group.cells, group.factors, group.rows)
-    return np.array(
-        [
-            *map(address_of, addresses),
-            len(targets),
-            *group.preds.stride(),
-            *gradient.stride(),
-            bits_of(group.scale),
-            bits_of(floor),
-            FORMULAS.index(formula),
-            targets.dtype == torch.float64,
-        ],
-        np.int64,
-    )
+    return [
+        *map(address_of, addresses),
+        len(targets),
+        *group.preds.stride(),
+        *gradient.stride(),
+        bits_of(group.scale),
+        bits_of(floor),
+        FORMULAS.index(formula),
+        targets.dtype == torch.float64,
+    ]
