@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import to_device, to_host
+from lossd_server.engine.transfer import all_to_host, to_device, to_host
 from lossd_server.engine.work import (
     AssignJob,
     AssignResults,
@@ -179,7 +179,7 @@ def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
         loss=to_host(evaluation.loss),
         components=[(c.name, float(c.value), c.weight) for c in evaluation.components],
         gradients={
-            name: [to_host(g) for g in (gradient if isinstance(gradient, list) else [gradient])]
+            name: all_to_host(gradient if isinstance(gradient, list) else [gradient])
             for name, gradient in gradients.items()
         },
         raw_sums=[dict(zip(names, level, strict=True)) for level in levels],
