@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import product
+from threading import Event
 
 import numpy as np
 import pytest
@@ -459,10 +460,11 @@ def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch):
             raise RuntimeError("no compiler")
 
     monkeypatch.setattr(library, "_loaded", [programs])
+    monkeypatch.setattr(library, "_given_up", Event())
     monkeypatch.setattr(programs, "focal_program", Broken())
     with pytest.warns(RuntimeWarning, match="no GPU kernels, slower ones are used: no compiler"):
         compile_programs(DEVICE)
-    assert library.loaded_programs() is None
+    assert load_programs(DEVICE) is None
     assert (
         focal_sums_on_gpu([problem(*logits_and_labels((1, 2, 2, 2)))], FocalConstants(alpha=0.25, gamma=2.0))
         is None

@@ -4,15 +4,16 @@ import os
 import threading
 import warnings
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from lossd_server.losses.gpu.launch import Launch, run
+from lossd_server.losses.native.library import cache_directory
 
 _lock = threading.Lock()
 _loaded: list[ModuleType] = []
+_given_up = threading.Event()
 
 
 def loaded_programs() -> ModuleType | None:
@@ -27,22 +28,22 @@ def load_programs(device: torch.device) -> ModuleType | None:
     None, and one `RuntimeWarning`, where Triton is missing or cannot compile.
     """
     with _lock:
-        if not _loaded and (programs := _find(device)) is not None:
+        if not _loaded and not _given_up.is_set() and (programs := _find(device)) is not None:
             _loaded.append(programs)
     return loaded_programs()
 
 
 def give_up(error: Exception) -> None:
-    """Goes on without programs, and says so."""
+    """Goes on without programs from now on, and says so."""
+    _given_up.set()
     _loaded.clear()
     _warn(error)
 
 
 @lru_cache(maxsize=1)
 def _find(device: torch.device) -> ModuleType | None:
-    base = os.environ.get("LOSSD_CACHE_DIR")
-    if base:
-        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(base) / "lossd" / "triton"))
+    if "LOSSD_CACHE_DIR" in os.environ:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
     try:
         _require_nvidia()
         from lossd_server.losses.gpu import programs  # noqa: PLC0415  # needs Triton

@@ -4,11 +4,13 @@ Numbers named `x` and `x_low` stand for x + x_low: a float32, and what rounding 
 here is fused but what says so: the launches switch contraction off.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 
-_HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+_HAS_PTX = tl.constexpr(torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
@@ -90,19 +92,19 @@ def power_of(p, p_low, gamma):
 def focal_terms(z, gamma, SQUARE: tl.constexpr):
     """f(z) = sigmoid(z)^gamma · softplus(z), and its derivative, from e = exp(-|z|); gamma is 2 if SQUARE.
 
-    What rounding takes from 1 / (1 + e) and from the power is carried along: each enters the result
-    more than once, and their errors would add up.
+    What rounding takes from the power, and what 1 / (1 + e) lacks, is carried along: each enters the
+    result more than once, and their errors would add up.
     """
     e = exp_of_minus(tl.abs(z))
     large = reciprocal(1.0 + e)
-    # A step of Newton's, with e itself: 1 + e was rounded, and the division may be approximate.
-    large_low = large * tl.fma(minus(large), e, 1.0 - large)
+    # It should be large · (1 + lack): 1 + e was rounded, and the division is approximate.
+    lack = tl.fma(minus(large), e, 1.0 - large)
     small = e * large
-    small_low = tl.fma(e, large_low, tl.fma(e, large, minus(small)))
+    small_low = tl.fma(e, large, minus(small))
     softplus = log_of_one_plus(e) + tl.maximum(z, 0.0)
     positive = z >= 0.0
     p = tl.where(positive, large, small)
-    p_low = tl.where(positive, large_low, small_low)
+    p_low = tl.where(positive, 0.0, small_low)
     q = tl.where(positive, small, large)
     if SQUARE:
         gamma_of_slope = 2.0
@@ -111,5 +113,7 @@ def focal_terms(z, gamma, SQUARE: tl.constexpr):
         gamma_of_slope = gamma.to(tl.float32)
         power, power_low = power_of(p, p_low, gamma)
     share = tl.fma(gamma_of_slope * q, softplus, p)
+    # p and q are multiples of large: the power lacks gamma times as much, the share once.
+    power_low = tl.fma(gamma_of_slope * lack, power, power_low)
     loss = tl.fma(softplus, power, softplus * power_low)
-    return loss, tl.fma(share, power, share * power_low)
+    return loss, tl.fma(share, power, share * tl.fma(lack, power, power_low))
