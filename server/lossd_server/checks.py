@@ -6,6 +6,7 @@ values are only read where a check is about values, on the host.
 
 import numbers
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,15 +35,23 @@ class ArrayLike(Protocol):
 
 def host_array(array: Any) -> NDArray[Any]:
     """Returns the values of an array or tensor as numpy, bfloat16 widened to float32."""
+    name = dtype_name(array)
     if isinstance(array, np.ndarray):
-        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        return array.astype(np.float32) if name == "bfloat16" else array
     tensor = array.detach().cpu()
-    return host_array((tensor.float() if dtype_name(tensor) == "bfloat16" else tensor).numpy())
+    values: NDArray[Any] = (tensor.float() if name == "bfloat16" else tensor).numpy()
+    return values
 
 
 def dtype_name(array: ArrayLike) -> str:
     """Returns numpy's name of the element type, `bfloat16` included."""
-    return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
+    return _name_of(array.dtype)
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype: Any) -> str:
+    """Returns the name of a numpy or torch dtype; numpy makes it anew each time, and takes long."""
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
 def require_dtype(field: str, array: ArrayLike, allowed: Sequence[str]) -> None:
@@ -126,14 +135,21 @@ def require_labels(field: str, labels: Any, *, num_classes: int | None, lowest: 
         )
 
 
-def require_unit_interval(field: str, values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> None:
-    """Raises `VALUE_OUT_OF_RANGE` at the first value outside 0..1, NaN included, among those `where`."""
+def require_unit_interval(
+    field: str, values: NDArray[Any], positions: NDArray[np.int64] | None = None
+) -> None:
+    """Raises `VALUE_OUT_OF_RANGE` at the first value outside 0..1, NaN included.
+
+    Args:
+        field: Name of the field.
+        values: Of any shape; or `[P]`, some values of the field.
+        positions: Where those stand in the field, `[P, D]`.
+    """
     outside = ~((values >= 0) & (values <= 1))
-    if where is not None:
-        outside &= where
     if outside.any():
-        position = first_position(outside)
-        value = float(values[tuple(position)])
+        first = first_position(outside)
+        position = first if positions is None else positions[first[0]].tolist()
+        value = float(values[tuple(first)])
         raise InvalidInputError(
             Reason.VALUE_OUT_OF_RANGE,
             f"value at {position} is {value}, want 0..1",
@@ -158,20 +174,19 @@ def require_upright_boxes(field: str, boxes: NDArray[Any]) -> None:
         )
 
 
-def require_upright_distances(field: str, ltrb: NDArray[Any], where: NDArray[np.bool_]) -> None:
-    """Raises `INVERTED_BOX` at the first location, among those `where`, with l + r or t + b below 0.
+def require_upright_distances(field: str, ltrb: NDArray[Any], positions: NDArray[np.int64]) -> None:
+    """Raises `INVERTED_BOX` at the first distances with l + r or t + b below 0.
 
     Args:
         field: Name of the field.
-        ltrb: Distances `[B, 4, H, W]`; NaN is refused too.
-        where: `[B, H, W]`.
+        ltrb: Distances `[P, 4]`; NaN is refused too.
+        positions: Image, row and column of each, `[P, 3]`.
     """
     extents = np.add(ltrb[:, :2], ltrb[:, 2:], dtype=np.float64)
-    inverted = ~(extents >= 0).all(axis=1) & where
+    inverted = ~(extents >= 0).all(axis=1)
     if inverted.any():
-        position = first_position(inverted)
-        image, row, column = position
-        value = ltrb[image, :, row, column].tolist()
+        first = int(inverted.argmax())
+        position, value = positions[first].tolist(), ltrb[first].tolist()
         raise InvalidInputError(
             Reason.INVERTED_BOX,
             f"distances at {position} are {value} (l, t, r, b), want l + r and t + b at least 0",

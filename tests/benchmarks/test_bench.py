@@ -163,12 +163,20 @@ def test_names_of_cases():
     names = [spec.name for spec in CASES]
     assert len(set(names)) == len(names)
     assert {spec.name for spec in select(["focal"], quick=False)} == {
-        f"focal{kind}-{size}" for kind in ("", "-value") for size in "SML"
+        "focal-images",
+        *(f"focal{kind}-{size}" for kind in ("", "-value") for size in "SML"),
     }
     assert not any(spec.large for spec in select([], quick=True))
     assert [spec.name for spec in select(["focal-L"], quick=True)] == ["focal-L"]
     with pytest.raises(InvalidInputError, match="focal-XL"):
         select(["focal-XL"], quick=False)
+
+
+def test_real_objects_are_measured_where_there_are_some():
+    assert "assign-coco" not in {spec.name for spec in select(["assign"], quick=False)}
+    assert "assign-coco" in {spec.name for spec in select(["assign"], quick=False, coco=True)}
+    with pytest.raises(InvalidInputError, match="assign-coco needs --coco"):
+        select(["assign-coco"], quick=False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"format": 99})])

@@ -8,6 +8,7 @@ import torch
 
 from lossd_server.losses import EvaluationOptions, GIoULoss
 from tests.domain import oracle_losses as oracle
+from tests.domain.support import evaluated
 
 UNIT = [0.0, 0.0, 10.0, 10.0]
 
@@ -52,7 +53,7 @@ def test_value_and_gradient_are_those_of_the_oracle(dtype, weighted, reduction):
         factors = factors / factors.sum()
     arguments = {"pred_boxes": pred, "target_boxes": target, "weights": weights}
     options = EvaluationOptions(gradients=("pred_boxes",), gradient_dtype=torch.float64)
-    evaluation = GIoULoss(reduction).evaluate(arguments, options)
+    evaluation = evaluated(GIoULoss(reduction), arguments, options)
     value = rows * factors if reduction == "none" else (rows * factors).sum()
     oracle.assert_close(evaluation.loss, value)
     oracle.assert_close(evaluation.gradients["pred_boxes"], slopes * factors[:, None], atol=1e-10)
@@ -66,8 +67,10 @@ def test_forward_attaches_the_gradient_that_evaluate_gives(reduction):
     loss = module(pred, target)
     upstream = torch.rand(loss.shape)
     loss.backward(upstream)
-    evaluation = module.evaluate(
-        {"pred_boxes": pred.detach(), "target_boxes": target}, EvaluationOptions(gradients=("pred_boxes",))
+    evaluation = evaluated(
+        module,
+        {"pred_boxes": pred.detach(), "target_boxes": target},
+        EvaluationOptions(gradients=("pred_boxes",)),
     )
     factor = upstream.unsqueeze(-1) if reduction == "none" else upstream
     assert loss.equal(evaluation.loss)

@@ -8,6 +8,7 @@ import torch
 
 from lossd_server.losses import CenternessLoss, EvaluationOptions
 from tests.domain import oracle_losses as oracle
+from tests.domain.support import evaluated
 
 EXTREMES = [80.0, -80.0, 40.0, -40.0, 16.0, -16.0, 0.5, 0.0]
 TARGETS = [0.0, 1.0, 0.5, 0.25, 1e-6]
@@ -38,7 +39,7 @@ def test_value_and_gradient_are_those_of_the_oracle(dtype, weighted, reduction):
         factors = factors / factors.sum()
     arguments = {"pred": pred, "target": target, "weights": weights}
     options = EvaluationOptions(gradients=("pred",), gradient_dtype=torch.float32)
-    evaluation = CenternessLoss(reduction).evaluate(arguments, options)
+    evaluation = evaluated(CenternessLoss(reduction), arguments, options)
     oracle.assert_close(
         evaluation.loss, values * factors if reduction == "none" else (values * factors).sum()
     )
@@ -76,8 +77,10 @@ def test_strides_do_not_matter():
 @pytest.mark.parametrize("target", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_a_perfect_prediction_is_worth_the_entropy_of_its_target(target):
     pred = torch.tensor([math.log(target / (1 - target)) if 0 < target < 1 else 100 * (2 * target - 1)])
-    evaluation = CenternessLoss().evaluate(
-        {"pred": pred, "target": torch.tensor([target])}, EvaluationOptions(gradients=("pred",))
+    evaluation = evaluated(
+        CenternessLoss(),
+        {"pred": pred, "target": torch.tensor([target])},
+        EvaluationOptions(gradients=("pred",)),
     )
     values = {component.name: component.value.item() for component in evaluation.components}
     assert values["centerness_floor"] == pytest.approx(oracle.entropy(target), rel=1e-6, abs=1e-12)
@@ -89,7 +92,8 @@ def test_a_perfect_prediction_is_worth_the_entropy_of_its_target(target):
 @pytest.mark.parametrize("weights", [None, [1.0, 0.0, 3.0]])
 def test_the_floor_is_reduced_and_weighted_like_the_loss_and_adds_nothing_to_it(weights, reduction):
     targets = [0.5, 0.2, 0.9]
-    evaluation = CenternessLoss(reduction).evaluate(
+    evaluation = evaluated(
+        CenternessLoss(reduction),
         {
             "pred": torch.zeros(3),
             "target": torch.tensor(targets),

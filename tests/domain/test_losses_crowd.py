@@ -5,6 +5,7 @@ import torch
 
 from lossd_server.errors import InvalidInputError
 from lossd_server.losses import EvaluationOptions, FCOSLoss
+from tests.domain.support import evaluated
 
 OBJECTS = [
     {
@@ -43,7 +44,7 @@ def test_ignored_locations_have_no_gradient_and_the_others_do(head):
     loss = FCOSLoss(2, strides=(8,), regress_ranges=((-1, 1000),), preset="documented")
     dense, (ignored,) = dense_targets(loss, (8, 8))
     arguments = {**head, **dense, "ignored_targets": [ignored]}
-    evaluation = loss.evaluate(arguments, EvaluationOptions(gradients=("cls_preds",)))
+    evaluation = evaluated(loss, arguments, EvaluationOptions(gradients=("cls_preds",)))
     (gradient,) = evaluation.gradients["cls_preds"]
     assert ignored.any()
     assert torch.equal((gradient == 0).all(dim=1), ignored)

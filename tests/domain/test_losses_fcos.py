@@ -8,6 +8,7 @@ import torch
 
 from lossd_server.losses import EvaluationOptions, FCOSLoss
 from tests.domain import oracle_losses as oracle
+from tests.domain.support import evaluated
 
 STRIDES = (8, 16, 32)
 RANGES = ((-1.0, 32.0), (32.0, 64.0), (64.0, math.inf))
@@ -93,7 +94,7 @@ def test_half_precision_heads_are_computed_in_float32(preset, dtype):
         zip((*NAMES, "cls_targets", "reg_targets", "centerness_targets"), [*preds, *targets], strict=True)
     )
     options = EvaluationOptions(gradients=NAMES, gradient_dtype=torch.float32)
-    evaluation = module(preset).evaluate(arguments, options)
+    evaluation = evaluated(module(preset), arguments, options)
     expected, gradients = oracle.fcos(
         as_arrays(preds), as_arrays(targets), preset=preset, strides=STRIDES, weights=WEIGHTS
     )
@@ -225,9 +226,7 @@ def test_boxes_of_any_type_are_taken_and_large_ones_get_positives(dtype):
     loss_fn = FCOSLoss(1, strides=(100,), regress_ranges=((-1, math.inf),))
     arguments = dict(zip(NAMES, preds, strict=True))
     image = {"boxes": torch.tensor([WIDE_BOX]).to(dtype), "labels": torch.zeros(1, dtype=torch.uint8)}
-    evaluation = loss_fn.evaluate(
-        loss_fn.prepare({**arguments, "ground_truth": [image]}), EvaluationOptions()
-    )
+    evaluation = evaluated(loss_fn, {**arguments, "ground_truth": [image]}, EvaluationOptions())
     assert evaluation.raw_sums["positive_count"].tolist() == [9]
 
 

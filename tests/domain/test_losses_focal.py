@@ -8,6 +8,7 @@ import torch
 
 from lossd_server.losses import EvaluationOptions, FocalLoss
 from tests.domain import oracle_losses as oracle
+from tests.domain.support import evaluated
 
 EXTREMES = [80.0, -80.0, 40.0, -40.0, 20.0, -20.0, 16.0, -16.0, 1.0, -1.0, 1e-6, 0.0]
 
@@ -88,7 +89,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype, gamma):
     module = FocalLoss(gamma=gamma)
     value, gradient = oracle.focal_loss(oracle.numpy_of(inputs), targets, "mean", gamma=gamma)
     options = EvaluationOptions(gradients=("inputs",), gradient_dtype=torch.float32)
-    evaluation = module.evaluate({"inputs": inputs, "targets": targets}, options)
+    evaluation = evaluated(module, {"inputs": inputs, "targets": targets}, options)
     assert evaluation.loss.dtype == torch.float32
     oracle.assert_close(evaluation.loss, value)
     oracle.assert_close(evaluation.gradients["inputs"], gradient)
@@ -200,8 +201,8 @@ def test_an_ignored_row_has_no_say_even_if_it_is_infinite():
 def test_none_comes_with_the_rows_it_kept():
     targets = torch.tensor([[[1, -1], [-1, 0]], [[-1, -1], [2, -1]]])
     inputs = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    evaluation = FocalLoss(reduction="none").evaluate(
-        {"inputs": inputs, "targets": targets}, EvaluationOptions()
+    evaluation = evaluated(
+        FocalLoss(reduction="none"), {"inputs": inputs, "targets": targets}, EvaluationOptions()
     )
     assert evaluation.kept_rows.tolist() == [0, 3, 6]
     rows, _ = oracle.focal(inputs, targets)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import product
 from threading import Event
 
@@ -13,6 +12,7 @@ import torch
 
 from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
+from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import (
     compile_programs,
     focal_sums_on_gpu,
@@ -21,6 +21,7 @@ from lossd_server.losses.gpu import (
     load_programs,
     row_sums_on_gpu,
 )
+from lossd_server.losses.row_group import RowGroup
 from tests.domain import oracle_losses as oracle
 
 HAS_GPU = torch.cuda.is_available()
@@ -89,7 +90,7 @@ def problem(logits, labels, *, scale=0.3, dtype=None, rows=False, ignored=None, 
 def solve(grids, *, alpha=0.25, gamma=2.0):
     sums = focal_sums_on_gpu(grids, FocalConstants(alpha=alpha, gamma=gamma))
     assert sums is not None
-    return sums.cpu()
+    return sums.losses.cpu()
 
 
 def check(given, *, alpha=0.25, gamma=2.0, scale=0.3):
@@ -303,20 +304,6 @@ def test_float64_and_odd_types_are_left_to_torch():
 SIZES = ((6, 10), (3, 5), (1, 2))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows as the product has them; its own class asks for no GPU to be tested."""
-
-    preds: torch.Tensor
-    targets: torch.Tensor
-    images: torch.Tensor | None = None
-    cells: torch.Tensor | None = None
-    factors: torch.Tensor | None = None
-    gradient: torch.Tensor | None = None
-    scale: float = 1.0
-    rows: torch.Tensor | None = None
-
-
 def distances(made, *shape):
     """Returns distances of which few are negative, in no two rows the same."""
     return torch.rand(*shape, generator=made, dtype=torch.float64) * 20 - 1
@@ -327,15 +314,15 @@ def positives(formula, size, *, dtype=torch.float32, wide=None, share=0.7, layou
     made = torch.Generator().manual_seed(seed)
     cells = size[0] * size[1]
     images, places = torch.nonzero(torch.rand(2, cells, generator=made) < share, as_tuple=True)
-    count, width = len(images), 1 if formula == "CENTERNESS" else 4
+    count, width = len(images), 1 if formula == RowFormula.CENTERNESS else 4
     preds, targets = distances(made, 2, width, *size), distances(made, count, width)
-    if formula == "CENTERNESS":
+    if formula == RowFormula.CENTERNESS:
         preds, targets = preds - 9, (targets / 19).clamp(0, 1)
-    if formula == "GIOU":  # from the lower corner to the upper one
+    if formula == RowFormula.GIOU:  # from the lower corner to the upper one
         preds[:, 2:] += preds[:, :2] + 2
         targets[:, 2:] += targets[:, :2] + 2
     preds = LAYOUTS[layout](preds.to(dtype))
-    return Rows(
+    return RowGroup(
         preds=grid(preds).to(DEVICE),
         targets=targets.to(DEVICE, torch.float32),
         images=images.to(DEVICE),
@@ -349,15 +336,15 @@ def positives(formula, size, *, dtype=torch.float32, wide=None, share=0.7, layou
 
 def row_by_definition(formula, pred, target):
     """Returns loss, slopes and extra of one row."""
-    if formula == "CENTERNESS":
+    if formula == RowFormula.CENTERNESS:
         loss, slope = oracle.bce(pred[0], target[0])
         return loss, [slope], oracle.entropy(target[0])
     loss = {
-        "GIOU": oracle.giou_loss,
-        "GIOU_OF_LTRB": oracle.at_location(oracle.giou_loss, 2, 3, 8),
-        "LOG_IOU_OF_LTRB": oracle.log_iou_loss,
+        RowFormula.GIOU: oracle.giou_loss,
+        RowFormula.GIOU_OF_LTRB: oracle.at_location(oracle.giou_loss, 2, 3, 8),
+        RowFormula.LOG_IOU_OF_LTRB: oracle.log_iou_loss,
     }[formula]
-    extra = float(min(pred) < 0) if formula != "GIOU" else 0.0
+    extra = float(min(pred) < 0) if formula != RowFormula.GIOU else 0.0
     return loss(pred, target), oracle.slope_of(loss, pred, target), extra
 
 
@@ -381,7 +368,7 @@ def check_rows(problems):
             oracle.assert_close(group.gradient.cpu(), expected, rtol=precision, atol=1e-7)
 
 
-FORMULAS = ("GIOU", "GIOU_OF_LTRB", "LOG_IOU_OF_LTRB", "CENTERNESS")
+FORMULAS = tuple(RowFormula)
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
@@ -400,7 +387,7 @@ def test_rows_of_every_formula_type_and_layout(formula, dtype, wide, layout):
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_rows_without_places_factors_or_gradients(formula):
     given = positives(formula, (20, 20), share=1.0)
-    bare = Rows(preds=given.preds[:1], targets=given.targets[:400].double())
+    bare = RowGroup(preds=given.preds[:1], targets=given.targets[:400].double())
     check_rows([(formula, bare, *(each[0] for each in row_sums_on_gpu([bare], formula, 1e-7)))])
 
 
@@ -409,7 +396,7 @@ def test_a_head_in_three_launches(monkeypatch, share):
     grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
     problems = [
         (positives(formula, size, share=share), formula)
-        for formula in ("GIOU_OF_LTRB", "CENTERNESS")
+        for formula in (RowFormula.GIOU_OF_LTRB, RowFormula.CENTERNESS)
         for size in SIZES
     ]
     constants = FocalConstants(alpha=0.25, gamma=2.0)
@@ -424,9 +411,18 @@ def test_a_head_in_three_launches(monkeypatch, share):
 
 def test_groups_of_many_kinds_come_out_in_their_order():
     kinds = [(torch.float32, None), (torch.float16, torch.float32), (torch.float16, None)] * 2
-    groups = [positives("CENTERNESS", (1, 3), dtype=d, wide=w, seed=i) for i, (d, w) in enumerate(kinds)]
-    groups += [positives("CENTERNESS", (1, 3), seed=i) for i in range(34)]
-    check_rows(zip(["CENTERNESS"] * 40, groups, *row_sums_on_gpu(groups, "CENTERNESS", 1e-7), strict=True))
+    groups = [
+        positives(RowFormula.CENTERNESS, (1, 3), dtype=d, wide=w, seed=i) for i, (d, w) in enumerate(kinds)
+    ]
+    groups += [positives(RowFormula.CENTERNESS, (1, 3), seed=i) for i in range(34)]
+    check_rows(
+        zip(
+            [RowFormula.CENTERNESS] * 40,
+            groups,
+            *row_sums_on_gpu(groups, RowFormula.CENTERNESS, 1e-7),
+            strict=True,
+        )
+    )
 
 
 def test_nan_in_a_row_is_seen_in_its_loss():
@@ -434,17 +430,17 @@ def test_nan_in_a_row_is_seen_in_its_loss():
     for formula in FORMULAS[:3]:
         rows = torch.zeros(2, dtype=torch.float64, device=DEVICE)
         row_sums_on_gpu(
-            [Rows(preds=preds, targets=torch.ones(2, 4, device=DEVICE), rows=rows)], formula, 1e-7
+            [RowGroup(preds=preds, targets=torch.ones(2, 4, device=DEVICE), rows=rows)], formula, 1e-7
         )
         assert rows.isnan().tolist() == [False, True]
 
 
 def test_rows_of_float64_are_left_to_torch():
-    group = positives("GIOU", (2, 2), dtype=torch.float64)
-    assert row_sums_on_gpu([group], "GIOU", 1e-7) is None
-    assert row_sums_on_gpu([], "GIOU", 1e-7) is None
+    group = positives(RowFormula.GIOU, (2, 2), dtype=torch.float64)
+    assert row_sums_on_gpu([group], RowFormula.GIOU, 1e-7) is None
+    assert row_sums_on_gpu([], RowFormula.GIOU, 1e-7) is None
     logits = [problem(*logits_and_labels((1, 2, 2, 2)))]
-    assert head_sums_on_gpu(logits, FocalConstants(alpha=0.25, gamma=2.0), [(group, "GIOU")]) is None
+    assert head_sums_on_gpu(logits, FocalConstants(alpha=0.25, gamma=2.0), [(group, RowFormula.GIOU)]) is None
 
 
 def test_every_program_can_be_compiled_ahead():
@@ -497,8 +493,9 @@ triton.runtime.driver.set_active(Driver())
 run = JITFunction.run
 JITFunction.run = lambda self, *args, warmup, **constants: run(self, *args, warmup=True, **constants)
 
-from types import SimpleNamespace
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
+from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.row_group import RowGroup
 from lossd_server.losses.gpu import focal_sums_on_gpu, load_programs, row_sums_on_gpu
 
 programs = load_programs(torch.device("cpu"))
@@ -513,11 +510,10 @@ for shape in ((1, 80, 169), (2, 80, 10000), (3, 1, 1), (16, 8, 64), (1, 7, 13)):
             for gamma in (2.0, 0.0, 1.5):
                 constants = FocalConstants(alpha=None, gamma=gamma)
                 assert focal_sums_on_gpu([grid] * len(shape), constants) is not None
-    for width, formula in ((4, "GIOU"), (4, "LOG_IOU_OF_LTRB"), (1, "CENTERNESS")):
+    for width, formula in ((4, RowFormula.GIOU), (4, RowFormula.LOG_IOU_OF_LTRB), (1, RowFormula.CENTERNESS)):
         preds = torch.zeros(1, width, shape[2])
-        group = SimpleNamespace(
-            preds=preds, targets=torch.zeros(shape[2], width), images=None, cells=None,
-            factors=None, gradient=torch.zeros_like(preds), scale=1.0, rows=None,
+        group = RowGroup(
+            preds=preds, targets=torch.zeros(shape[2], width), gradient=torch.zeros_like(preds)
         )
         assert row_sums_on_gpu([group], formula, 1e-7) is not None
 for program in (programs.focal_program, programs.rows_program, programs.totals_program):
@@ -570,7 +566,7 @@ def test_losses_on_the_gpu_are_those_on_the_cpu():
 @needs_gpu
 def test_nothing_waits_for_the_gpu():
     grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
-    problems = [(positives("GIOU_OF_LTRB", size), "GIOU_OF_LTRB") for size in SIZES]
+    problems = [(positives(RowFormula.GIOU_OF_LTRB, size), RowFormula.GIOU_OF_LTRB) for size in SIZES]
     constants = FocalConstants(alpha=0.25, gamma=2.0)
     head_sums_on_gpu(grids, constants, problems)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,7 +1,6 @@
 """The compiled kernel gives what torch gives, only sooner; and without it nothing is missing."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -10,12 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lossd_server.kernels import load_library
 from lossd_server.losses import EvaluationOptions, FocalLoss
-from lossd_server.losses.native import library, load_library
+from tests.domain.support import evaluated, needs_a_compiler, without_kernels
 
-COMPILERS = ("cc", "gcc", "clang")
-
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason=f"none of {COMPILERS} is here")
+pytestmark = needs_a_compiler
 
 
 @pytest.fixture(autouse=True)
@@ -23,21 +21,9 @@ def _kernel():
     assert load_library() is not None
 
 
-@pytest.fixture
-def without_kernel(monkeypatch):
-    """Calls a function as on a machine without a compiler."""
-
-    def call(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(library, "_loaded", [])
-            return function()
-
-    return call
-
-
 def evaluate(logits, targets, *, normalizer=None, dtype=None, **settings):
     options = EvaluationOptions(gradients=("inputs",), normalizer=normalizer, gradient_dtype=dtype)
-    return FocalLoss(**settings).evaluate({"inputs": logits, "targets": targets}, options)
+    return evaluated(FocalLoss(**settings), {"inputs": logits, "targets": targets}, options)
 
 
 def grid(batch=2, classes=7, height=9, width=13, scale=4.0, seed=0):
@@ -57,21 +43,21 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("gamma", [0, 1, 2, 3, 4, 1.5])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_agrees_with_torch(without_kernel, layout, gamma):
+def test_it_agrees_with_torch(layout, gamma):
     logits, targets = grid()
     logits = LAYOUTS[layout](logits)
     ours = evaluate(logits, targets, gamma=gamma)
-    torchs = without_kernel(lambda: evaluate(logits, targets, gamma=gamma))
+    torchs = without_kernels(lambda: evaluate(logits, targets, gamma=gamma))
     torch.testing.assert_close(ours.loss, torchs.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.gradients["inputs"], torchs.gradients["inputs"], rtol=2e-6, atol=1e-38)
 
 
 @pytest.mark.parametrize("layout", ["rows", "classes"])
-def test_it_agrees_with_torch_on_rows(without_kernel, layout):
+def test_it_agrees_with_torch_on_rows(layout):
     logits = torch.randn(300, 21)
     logits = logits if layout == "rows" else logits.t().contiguous().t()
     targets = torch.randint(-1, 21, (300,))
-    ours, torchs = evaluate(logits, targets), without_kernel(lambda: evaluate(logits, targets))
+    ours, torchs = evaluate(logits, targets), without_kernels(lambda: evaluate(logits, targets))
     torch.testing.assert_close(ours.gradients["inputs"], torchs.gradients["inputs"], rtol=2e-6, atol=1e-38)
 
 
@@ -141,6 +127,52 @@ def test_extreme_logits_stay_finite_and_nan_stays_in_its_cell():
     assert gradient[:, 5].isnan().all()
 
 
+def test_nan_of_any_bits_stays_in_its_cell():
+    bits = torch.tensor([[0x7F800001, 0x7FFFFFFF, -1, 0x7FC00000]], dtype=torch.int32)
+    gradient = evaluate(bits.view(torch.float32), torch.tensor([0])).gradients["inputs"]
+    assert gradient.isnan().all()
+
+
+LABEL_TYPES = [
+    torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", LABEL_TYPES)
+def test_labels_of_every_integer_type_are_read_as_they_lie(dtype):
+    classes = 127 if dtype is torch.int8 else 250  # beyond the sign of a byte
+    logits = torch.randn(1, classes, 8, 9)
+    targets = torch.arange(72).reshape(1, 8, 9) * (classes - 1) // 71
+    ours, wide = evaluate(logits, targets.to(dtype)), evaluate(logits, targets)
+    assert torch.equal(ours.loss, wide.loss)
+    assert torch.equal(ours.gradients["inputs"], wide.gradients["inputs"])
+
+
+@pytest.mark.parametrize("share", ["few", "most"])
+@pytest.mark.parametrize("stray", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_it_sees_nan_and_infinity_wherever_they_are(layout, stray, share):
+    """Also where no row takes part, and in tasks that compute few of their cells."""
+    logits, targets = grid(2, 7, 50, 60)
+    targets[:] = -1
+    targets[0, 0, : 20 if share == "few" else 60] = 1
+    if share == "most":
+        targets[:] = 1
+        targets[1, 20] = -1
+    assert evaluate(LAYOUTS[layout](logits), targets).finite_inputs == {"inputs"}
+    logits[1, 6, 20, 30] = stray
+    assert not evaluate(LAYOUTS[layout](logits), targets).finite_inputs
+
+
+def test_a_gradient_goes_where_the_caller_wants_it():
+    logits, targets = grid()
+    place = torch.full_like(logits, 7.0)
+    options = EvaluationOptions(gradients=("inputs",), outputs={"inputs": [place]})
+    evaluation = evaluated(FocalLoss(), {"inputs": logits, "targets": targets}, options)
+    assert evaluation.gradients["inputs"] is place
+    assert torch.equal(place, evaluate(logits, targets).gradients["inputs"])
+
+
 def test_the_mode_of_the_processor_is_left_as_it_was():
     evaluate(*grid())
     assert torch.tensor([1e-40]).mul(2).item() > 0
@@ -158,7 +190,7 @@ def run(program, **environment):
     )
 
 
-LOAD = "from lossd_server.losses.native import load_library; assert load_library()"
+LOAD = "from lossd_server.kernels import load_library; assert load_library()"
 
 
 USE = """

@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as arrays
 
 from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss
 from tests.domain import oracle_losses as oracle
+from tests.domain.support import evaluated
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 LOGITS = st.floats(-1e4, 1e4, width=32)
@@ -62,8 +63,10 @@ def test_permuting_rows_permutes_what_none_returns(case, seed):
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs)))
     results = []
     for rows in (torch.arange(len(inputs)), order):
-        evaluation = FocalLoss(reduction="none").evaluate(
-            {"inputs": inputs[rows], "targets": targets[rows]}, EvaluationOptions()
+        evaluation = evaluated(
+            FocalLoss(reduction="none"),
+            {"inputs": inputs[rows], "targets": targets[rows]},
+            EvaluationOptions(),
         )
         losses = torch.zeros(len(inputs))
         losses[rows[evaluation.kept_rows]] = evaluation.loss
@@ -115,8 +118,10 @@ def test_permuting_boxes_permutes_their_losses(a, b, seed):
     arrays.arrays(np.float32, 5, elements=st.floats(0, 1, width=32)),
 )
 def test_centerness_loss_is_never_below_its_floor(pred, target):
-    evaluation = CenternessLoss("sum").evaluate(
-        {"pred": torch.from_numpy(pred), "target": torch.from_numpy(target)}, EvaluationOptions()
+    evaluation = evaluated(
+        CenternessLoss("sum"),
+        {"pred": torch.from_numpy(pred), "target": torch.from_numpy(target)},
+        EvaluationOptions(),
     )
     loss, floor = (component.value.item() for component in evaluation.components)
     assert loss >= floor - 1e-12
@@ -134,6 +139,6 @@ def test_documented_loss_of_a_batch_is_the_sum_over_its_images(seed, normalizer)
 
     def loss(images):
         arguments = {name: [lv[images] for lv in term] for name, term in zip(names, terms, strict=True)}
-        return module.evaluate(arguments, options).loss.item()
+        return evaluated(module, arguments, options).loss.item()
 
     oracle.assert_close(np.array(loss(slice(0, 1)) + loss(slice(1, 2))), loss(slice(0, 2)))

@@ -11,6 +11,7 @@ from lossd_server.errors import InvalidInputError
 from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss
 from lossd_server.losses.evaluation import find_non_finite
 from tests.domain import oracle_losses as oracle
+from tests.domain.support import evaluated
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -110,7 +111,7 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_are_computed_only_when_wanted(name):
     module, arguments = MODULES[name]
-    assert not module.evaluate(arguments, EvaluationOptions()).gradients
+    assert not evaluated(module, arguments, EvaluationOptions()).gradients
     assert not module(**arguments).requires_grad
     (prediction,) = module.differentiable
     arguments = {**arguments, prediction: arguments[prediction].clone().requires_grad_()}
@@ -143,7 +144,7 @@ def test_a_target_that_requires_a_gradient_is_refused(name):
 def test_inputs_are_left_as_they_were(name):
     module, arguments = MODULES[name]
     before = {key: tensor.clone() for key, tensor in arguments.items()}
-    module.evaluate(arguments, EvaluationOptions(gradients=module.differentiable))
+    evaluated(module, arguments, EvaluationOptions(gradients=module.differentiable))
     assert all(arguments[key].equal(tensor) for key, tensor in before.items())
 
 

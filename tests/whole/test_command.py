@@ -134,3 +134,17 @@ def test_without_torch_the_command_says_what_to_install():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "pip install 'lossd[server]'" in done.stderr
+
+
+def test_a_benchmark_of_real_objects(coco_file):
+    done = run("bench", "assign-coco", "--quick", "--coco", str(coco_file))
+    assert done.returncode == 0, done.stderr
+    assert "real objects, images: 8" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["assign-coco"], ["assign-coco", "--coco", "README.md"]])
+def test_a_benchmark_that_cannot_be_says_so_in_one_line(arguments):
+    done = run("bench", "--quick", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lossd: ")
+    assert done.stderr.count("\n") == 1

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path as FilePath
 from typing import Any, Self
 
 import torch
@@ -54,12 +55,14 @@ class CaseSpec:
         title: What is measured, in words.
         build: Makes inputs and paths.
         large: Whether a quick run leaves it out.
+        needs_coco: Whether it takes objects from the workbench's annotation file.
     """
 
     name: str
     title: str
     build: "Callable[[Workbench], Case]"
     large: bool = False
+    needs_coco: bool = False
 
 
 class Workbench:
@@ -67,11 +70,13 @@ class Workbench:
 
     Attributes:
         device: Where losses are evaluated.
+        coco: A COCO annotation file, or None.
         resources: Closes what a case opens.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, coco: FilePath | None = None) -> None:
         self.device = device
+        self.coco = coco
         self.resources = ExitStack()
         self._child: Child | None = None
 

@@ -12,16 +12,17 @@ CASES: tuple[CaseSpec, ...] = (*loss_cases(), *assign_cases(), *transport_cases(
 """Every case, in the order in which they run."""
 
 
-def select(names: Sequence[str], *, quick: bool) -> list[CaseSpec]:
+def select(names: Sequence[str], *, quick: bool, coco: bool = False) -> list[CaseSpec]:
     """Returns the cases that are asked for.
 
     Args:
         names: Whole names, or their beginnings up to a dash: `focal` is every focal case. None at
             all means all cases.
         quick: Leaves out the large ones that are not named in full.
+        coco: Whether there is an annotation file; without one, the cases that need it are left out.
 
     Raises:
-        InvalidInputError: A name is of no case.
+        InvalidInputError: A name is of no case, or of one that needs an annotation file.
     """
     for name in names:
         if not any(_goes_by(spec, name) for spec in CASES):
@@ -32,6 +33,12 @@ def select(names: Sequence[str], *, quick: bool) -> list[CaseSpec]:
                 value=name,
             )
     chosen = [spec for spec in CASES if not names or any(_goes_by(spec, name) for name in names)]
+    for spec in chosen:
+        if spec.needs_coco and spec.name in names and not coco:
+            raise InvalidInputError(
+                Reason.INVALID_OPTION, f"{spec.name} needs --coco", field="names", value=spec.name
+            )
+    chosen = [spec for spec in chosen if coco or not spec.needs_coco]
     return [spec for spec in chosen if not (quick and spec.large) or spec.name in names]
 
 

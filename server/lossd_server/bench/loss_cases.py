@@ -37,9 +37,16 @@ def loss_cases() -> list[CaseSpec]:
         for gradients in (True, False)
         for size, shape in inputs.SHAPES.items()
     ]
+    images, *one_image = inputs.SHAPES["L"]
     head = f"FCOS head, {_HEAD_IMAGE[0]}x{_HEAD_IMAGE[1]}, batch {_HEAD_BATCH}, 80 classes"
     return [
         *focal,
+        CaseSpec(
+            name="focal-images",
+            title=f"focal loss, {images} images of {one_image}, one by one and together",
+            build=_focal_images,
+            large=True,
+        ),
         CaseSpec(name="giou", title=f"GIoU loss, {_ROWS} boxes, value and gradient", build=_giou),
         CaseSpec(
             name="centerness",
@@ -81,6 +88,25 @@ def _focal(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Case:
         lambda leaf: loss(leaf, labels),
         gradients=gradients,
     )
+
+
+def _focal_images(bench: Workbench) -> Case:
+    logits, labels = (tensor.to(bench.device) for tensor in inputs.logits_and_labels(inputs.SHAPES["L"]))
+    loss = FocalLoss(reduction="sum")
+    images = [
+        {"inputs": image, "targets": classes}
+        for image, classes in zip(logits.unsqueeze(1), labels.unsqueeze(1), strict=True)
+    ]
+
+    def one_by_one() -> None:
+        for image in images:
+            evaluate(loss, image, gradients=True)
+
+    def together() -> None:
+        evaluate(loss, {"inputs": logits, "targets": labels}, gradients=True)
+
+    paths = (Path(name="one by one", call=one_by_one), Path(name="together", call=together))
+    return Case(paths=(*paths, copy_path([logits])), base="one by one")
 
 
 def _giou(bench: Workbench) -> Case:

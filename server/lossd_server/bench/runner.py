@@ -24,7 +24,7 @@ from lossd_server.bench.report import (
 from lossd_server.bench.tables import print_line, print_report, seconds_text
 from lossd_server.bench.timing import FULL, QUICK, Effort, Timing, measure
 from lossd_server.engine import keep_freed_memory, resolve_device
-from lossd_server.losses.focal_kernel import load_kernels
+from lossd_server.losses.gpu import load_kernels
 
 
 def run(
@@ -35,6 +35,7 @@ def run(
     console: Console,
     json_path: FilePath | None = None,
     compare: FilePath | None = None,
+    coco: FilePath | None = None,
 ) -> None:
     """Measures, prints tables, and writes JSON.
 
@@ -45,20 +46,22 @@ def run(
         console: Where to print; plain lines where it is no terminal.
         json_path: Where to write the report as JSON.
         compare: An earlier report, to be set beside this one.
+        coco: A COCO annotation file; without one, cases of real objects are left out.
 
     Raises:
-        InvalidInputError: There is no case of that name, or the earlier report is none.
+        InvalidInputError: There is no case of that name, or the earlier report is none, or the
+            annotation file holds too little.
         ConfigurationError: There is no such device.
         OSError: The earlier report cannot be read, or this one not be written.
     """
-    specs = select(names, quick=quick)
+    specs = select(names, quick=quick, coco=coco is not None)
     earlier = None if compare is None else from_json(compare.read_text(encoding="utf-8"))
     place = resolve_device(device)
     tuned = keep_freed_memory()
     load_kernels(place)
     environment = describe_environment(place, quick=quick, tuned_malloc=tuned)
     cases = []
-    with Workbench(place) as bench:
+    with Workbench(place, coco) as bench:
         for index, spec in enumerate(specs):
             with _progress(console, f"{spec.name} ({index + 1} of {len(specs)})"):
                 result = run_case(spec, bench, QUICK if quick else FULL)

@@ -1,6 +1,7 @@
 """The commands; what each needs is imported when it runs, so that `lossd info` needs no torch."""
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from lossd import __version__
 from lossd_server.cli.settings import read_settings, server_option
+from lossd_server.errors import LossdError
 
 _OPTIONAL = {"torch", "prometheus_client", "structlog", "grpc_health", "grpc_reflection"}
 
@@ -115,18 +117,33 @@ def info(target: str) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Figures of an earlier run to set beside these.",
 )
+@click.option(
+    "--coco",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A COCO annotation file, to assign targets to real objects.",
+)
 def bench(
-    names: tuple[str, ...], *, quick: bool, device: str, json_path: Path | None, compare: Path | None
+    names: tuple[str, ...],
+    *,
+    quick: bool,
+    device: str,
+    json_path: Path | None,
+    compare: Path | None,
+    coco: Path | None,
 ) -> None:
     """Measure losses, targets and transport side by side; NAMES pick some cases by how they begin."""
     from lossd_server import bench as benchmark  # noqa: PLC0415
     from lossd_server.engine import resolve_device  # noqa: PLC0415
 
-    benchmark.run(
-        names=names,
-        quick=quick,
-        device=str(resolve_device(device)),
-        console=Console(highlight=False),
-        json_path=json_path,
-        compare=compare,
-    )
+    try:
+        benchmark.run(
+            names=names,
+            quick=quick,
+            device=str(resolve_device(device)),
+            console=Console(highlight=False),
+            json_path=json_path,
+            compare=compare,
+            coco=coco,
+        )
+    except (LossdError, OSError) as error:
+        sys.exit(f"lossd: {error}")

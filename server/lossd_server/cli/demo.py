@@ -15,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from lossd_client import Client, FCOSAssigner, FCOSLoss, LossResult
-from lossd_server.cli.scenes import NUM_CLASSES, Scene, make_scenes, read_scenes
 from lossd_server.config import ServerConfig
 from lossd_server.engine import keep_freed_memory
 from lossd_server.errors import LossdError
 from lossd_server.rpc import Server
+from lossd_server.scenes import NUM_CLASSES, Scene, make_scenes, read_scenes
 
 IMAGE_SIZE = (800, 1024)
 BATCH_SIZE = 2

@@ -13,8 +13,9 @@ import numpy as np
 import structlog
 import torch
 
+from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import all_to_host, to_device, to_host
+from lossd_server.engine.transfer import all_to_host, numbers_to_host, to_device, to_host
 from lossd_server.engine.work import (
     AssignJob,
     AssignResults,
@@ -33,6 +34,7 @@ from lossd_server.errors import (
     UnavailableError,
     errors_within,
 )
+from lossd_server.kernels import load_library
 from lossd_server.losses import (
     CenternessLoss,
     Evaluation,
@@ -44,9 +46,11 @@ from lossd_server.losses import (
 )
 from lossd_server.losses.evaluation import find_non_finite
 from lossd_server.losses.gpu import compile_programs
-from lossd_server.losses.native import load_library
 
 _HOST = torch.device("cpu")
+
+_MAX_IDLE_BYTES = 1 << 30
+"""Most memory that is kept for the gradients of later requests."""
 
 _log = structlog.get_logger()
 
@@ -64,6 +68,7 @@ class Engine:
         self.custom_losses = dict(custom_losses or {})
         # One thread evaluates: torch keeps a team of helpers for every thread that ever called it.
         self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
+        self._buffers = BufferPool(_MAX_IDLE_BYTES)
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
             loss.to(device)
@@ -142,9 +147,11 @@ class Engine:
             if job.strict:
                 _refuse_non_finite(item.arguments)
             arguments = {name: to_device(value, self.device) for name, value in item.arguments.items()}
-            non_finite = [] if job.strict else find_non_finite(arguments)
             with torch.no_grad():
-                evaluation = job.loss.evaluate(arguments, item.options)
+                evaluation = job.loss.evaluate(
+                    arguments, replace(item.options, allocate=self._buffers.allocate)
+                )
+            non_finite = [] if job.strict else find_non_finite(arguments, evaluation.finite_inputs)
             if evaluation.preset is None:  # a custom loss may make NaN of finite inputs
                 non_finite += find_non_finite({"loss": evaluation.loss})
                 if job.strict and non_finite:
@@ -171,21 +178,32 @@ def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
 
 def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
     """Returns the evaluation on the host, with the gradients in the order in which they were asked for."""
+    components = evaluation.components
+    numbers = numbers_to_host(
+        [
+            *(component.value for component in components),
+            *evaluation.raw_sums.values(),
+            evaluation.negative_side_count,
+        ]
+    )
+    values, sums, (negative_sides,) = (
+        numbers[: len(components)],
+        numbers[len(components) : -1],
+        numbers[-1],
+    )
+    levels = zip(*(row.tolist() for row in sums), strict=True)
     gradients = {name: evaluation.gradients[name] for name in wanted}
-    names = list(evaluation.raw_sums)
-    sums = [evaluation.raw_sums[name].double() for name in names]
-    levels = torch.stack(sums, dim=1).tolist() if sums else []
     return LossOutcome(
         loss=to_host(evaluation.loss),
-        components=[(c.name, float(c.value), c.weight) for c in evaluation.components],
+        components=[(c.name, float(v[0]), c.weight) for c, v in zip(components, values, strict=True)],
         gradients={
             name: all_to_host(gradient if isinstance(gradient, list) else [gradient])
             for name, gradient in gradients.items()
         },
-        raw_sums=[dict(zip(names, level, strict=True)) for level in levels],
+        raw_sums=[dict(zip(evaluation.raw_sums, level, strict=True)) for level in levels],
         preset=evaluation.preset,
         kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
-        negative_side_count=int(evaluation.negative_side_count or 0),
+        negative_side_count=int(negative_sides),
     )
 
 

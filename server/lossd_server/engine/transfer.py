@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd_server.losses.evaluation import Numbers
+
 # Requests are read-only views of received bytes, and nothing of ours writes to its inputs. Torch warns
 # of such arrays once a process: here, and unheard.
 with warnings.catch_warnings():
@@ -55,6 +57,14 @@ def _array(tensor: Tensor) -> NDArray[Any]:
         return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()
     return array
+
+
+def numbers_to_host(numbers: Sequence[float | Numbers]) -> list[NDArray[np.float64]]:
+    """Returns numbers and rows of them as float64 rows; from a GPU in one copy, and so with one wait."""
+    tensors = [number.double().flatten() for number in numbers if isinstance(number, Tensor)]
+    ends = np.cumsum([len(tensor) for tensor in tensors])[:-1]
+    fetched = iter(np.split(to_host(torch.cat(tensors)), ends) if tensors else ())
+    return [next(fetched) if isinstance(n, Tensor) else np.atleast_1d(n) for n in numbers]
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -1,14 +1,17 @@
 """Binary cross-entropy on centerness logits."""
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
-from lossd_server.losses.formulas import centerness_terms, entropy
+from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.gpu import load_kernels
+from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
-from lossd_server.losses.reduction import Reduction, reduce_rows
+from lossd_server.losses.reduction import Reduction
+from lossd_server.losses.row_reduction import reduce_rows, total_weight
 
 _LEAST_WEIGHT = 1e-7
 
@@ -48,6 +51,7 @@ class CenternessLoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or a target outside 0..1.
         """
+        load_kernels()
         arguments = {"pred": pred, "target": target, "weights": weights}
         evaluation = self.evaluate_for_autograd(arguments)
 
@@ -68,35 +72,42 @@ class CenternessLoss(LossModule):
             checks.require_dtype("weights", weights, checks.FLOATS)
             checks.require_same_rows("weights", weights, "pred", pred)
 
+    def prepare(self, arguments: Arguments) -> Arguments:
+        """Checks arguments, numpy or torch, and returns them with the sums of targets and weights."""
+        self.check(arguments)
+        target = checks.host_array(arguments["target"])
+        return {
+            **arguments,
+            "target_sum": float(target.sum(dtype=np.float64)),
+            "weight": total_weight(arguments.get("weights"), target.size),
+        }
+
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared logits; see `LossModule.evaluate`."""
         pred: Tensor = arguments["pred"]
-        target = arguments["target"].flatten().double()
-        weights: Tensor | None = arguments.get("weights")
-        weights = None if weights is None else weights.flatten()
-        rows, slopes = centerness_terms(pred.flatten().double(), target)
+        weight, weights = arguments["weight"], arguments.get("weights")
+        gradients = gradient_buffers(options, "pred", [pred])
         reduced = reduce_rows(
-            rows,
-            weights,
-            self.reduction,
-            least_weight=_LEAST_WEIGHT,
-            normalizer=options.normalizer,
+            RowFormula.CENTERNESS,
+            pred.reshape(1, -1),
+            arguments["target"].reshape(-1, 1),
+            None if weights is None else weights.flatten(),
+            reduction=self.reduction,
+            divisor=self.reduction.divisor(weight, least=_LEAST_WEIGHT, normalizer=options.normalizer),
+            gradient=None if gradients is None else gradients[0].view(1, -1),
         )
-        floor = (entropy(target) * reduced.row_factors).sum()
-        gradient = (slopes * reduced.row_factors).reshape(pred.shape)
-        wanted = "pred" in options.gradients
         return Evaluation(
-            loss=reduced.loss.to(torch.promote_types(pred.dtype, torch.float32)),
+            loss=reduced.loss,
             components=(
-                Component(name="centerness_loss", value=reduced.loss.sum(), weight=1.0),
-                Component(name="centerness_floor", value=floor, weight=0.0),
+                Component(name="centerness_loss", value=reduced.loss.double().sum(), weight=1.0),
+                Component(name="centerness_floor", value=reduced.extra, weight=0.0),
             ),
-            gradients={"pred": gradient.to(options.gradient_dtype or pred.dtype)} if wanted else {},
+            gradients={} if gradients is None else {"pred": gradients[0]},
             raw_sums={
-                "centerness_loss": reduced.total[None],
-                "centerness_target": target.sum()[None],
-                "weight": reduced.weight[None],
-                "positive_count": rows.new_tensor([len(rows)]),
+                "centerness_loss": reduced.total,
+                "centerness_target": np.array([arguments["target_sum"]]),
+                "weight": np.array([weight]),
+                "positive_count": np.array([float(pred.numel())]),
             },
             preset=LossPreset.AUTOTIMM,
         )

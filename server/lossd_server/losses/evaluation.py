@@ -1,17 +1,21 @@
 """What evaluating a loss gives: the value, its gradients, and the sums it came from."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.losses.presets import LossPreset
 
 TensorOrLevels = Tensor | list[Tensor]
 """One tensor, or one for each pyramid level."""
+
+Numbers = NDArray[np.float64] | Tensor
+"""A few float64 numbers: numpy's on the host, on a GPU a tensor, so that nobody waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +28,18 @@ class EvaluationOptions:
         component_gradients: If true, gradients are of the component that the input feeds, before the
             component's weight; if false, of the loss.
         normalizer: What a mean is divided by in place of the item's own count.
+        outputs: Tensors that gradients are written to, by input name: dense, in the shape of the
+            input, one or one a level. Where there is none, a new one is made.
+        allocate: Makes a new one on the host: takes a number of bytes, and returns as many as an
+            uninitialised uint8 tensor. None means torch's own.
     """
 
     gradients: tuple[str, ...] = ()
     gradient_dtype: torch.dtype | None = None
     component_gradients: bool = False
     normalizer: float | None = None
+    outputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    allocate: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +47,7 @@ class Component:
     """One term of a loss: `loss = Σ weight · value`; weight 0 is only reported."""
 
     name: str
-    value: Tensor
+    value: float | Tensor
     weight: float
 
 
@@ -58,19 +68,21 @@ class Evaluation:
         loss: 0-d, or `[rows]` under the reduction `none`; float64 for float64 inputs, else float32.
         components: The terms of the loss; empty where it has just one.
         gradients: By input name, in the shape of the input.
-        raw_sums: By the contract's name, `[levels]` float64: sums before weights and division.
+        raw_sums: By the contract's name, `[levels]` each: sums before weights and division.
         preset: Whose numbers these are; None for a custom loss.
         kept_rows: Which flattened target positions `loss` is of, where some are left out.
-        negative_side_count: Positives whose predicted distances have a negative side, 0-d.
+        negative_side_count: Positives whose predicted distances have a negative side.
+        finite_inputs: Inputs that were seen to hold neither NaN nor infinity, as `name` or `name[level]`.
     """
 
     loss: Tensor
     components: tuple[Component, ...] = ()
     gradients: Mapping[str, TensorOrLevels] = field(default_factory=dict)
-    raw_sums: Mapping[str, Tensor] = field(default_factory=dict)
+    raw_sums: Mapping[str, Numbers] = field(default_factory=dict)
     preset: LossPreset | None = None
     kept_rows: Tensor | None = None
-    negative_side_count: Tensor | None = None
+    negative_side_count: float | Tensor = 0
+    finite_inputs: frozenset[str] = frozenset()
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:
@@ -80,36 +92,64 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     return torch.tensor(values.numpy().sum(dtype=np.float64), dtype=torch.float64)
 
 
-def find_non_finite(arguments: Mapping[str, object]) -> list[NonFinite]:
+def stacked(sums: Sequence[Tensor]) -> Numbers:
+    """Returns 0-d sums as `Numbers`, `[len(sums)]`."""
+    together = torch.stack(list(sums))
+    return together if together.is_cuda else together.numpy()
+
+
+def as_tensor(number: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns one of `Numbers`, or a sum of them, as a 0-d tensor where another one lies."""
+    if isinstance(number, Tensor):
+        return number.to(dtype)
+    return torch.scalar_tensor(number, dtype=dtype, device=like.device)
+
+
+def find_non_finite(
+    arguments: Mapping[str, object], finite_inputs: frozenset[str] = frozenset()
+) -> list[NonFinite]:
     """Returns the floating-point arguments that hold NaN or infinity, in order.
 
     Args:
         arguments: Tensors, and lists of tensors, by name; anything else is passed over.
+        finite_inputs: Those that need not be looked at, as in `Evaluation`.
     """
     named = [
-        (name if index is None else f"{name}[{index}]", tensor)
+        (path, tensor)
         for name, value in arguments.items()
-        for index, tensor in _tensors_in(value)
-        if tensor.is_floating_point() and tensor.numel()
+        for path, tensor in _tensors_in(name, value)
+        if tensor.is_floating_point() and tensor.numel() and path not in finite_inputs
     ]
     if not named:
         return []
-    # NaN and infinity survive a sum, so one pass without a mask clears the ordinary case, and one wait
-    # all tensors. Numbers whose sum is beyond float32 look the same, and are cleared by a second look.
-    sums = torch.stack([tensor.sum(dtype=_sum_dtype(tensor)).double() for _, tensor in named])
-    suspects = [pair for pair, total in zip(named, sums.tolist(), strict=True) if not math.isfinite(total)]
+    # NaN and infinity survive a sum, so one pass without a mask clears the ordinary case. Numbers whose
+    # sum is beyond float32 look the same, and are cleared by a second look.
+    totals = _totals([tensor for _, tensor in named])
+    suspects = [pair for pair, total in zip(named, totals, strict=True) if not math.isfinite(total)]
     return [found for name, tensor in suspects if (found := _non_finite(name, tensor)) is not None]
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _totals(tensors: Sequence[Tensor]) -> list[float]:
+    """Returns the sum of each tensor; from a GPU in one copy, and so with one wait."""
+    if tensors[0].is_cuda:
+        totals: list[float] = torch.stack([_wide_sum(tensor).double() for tensor in tensors]).tolist()
+        return totals
+    with np.errstate(over="ignore", invalid="ignore"):
+        return [
+            float(t.numpy().sum() if t.dtype in {torch.float32, torch.float64} else _wide_sum(t))
+            for t in tensors
+        ]
 
 
-def _tensors_in(value: object) -> Sequence[tuple[int | None, Tensor]]:
+def _wide_sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _tensors_in(name: str, value: object) -> Sequence[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        return [(None, value)]
+        return [(name, value)]
     if isinstance(value, list):
-        return [(i, entry) for i, entry in enumerate(value) if isinstance(entry, Tensor)]
+        return [(f"{name}[{i}]", entry) for i, entry in enumerate(value) if isinstance(entry, Tensor)]
     return []
 
 

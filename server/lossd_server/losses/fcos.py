@@ -5,12 +5,14 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
+from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, Numbers, as_tensor
 from lossd_server.losses.fcos_arguments import (
     COMPONENTS,
     DENSE_TARGETS,
@@ -18,19 +20,21 @@ from lossd_server.losses.fcos_arguments import (
     arguments_by_name,
     check_dense_targets,
     check_predictions,
+    read_dense_targets,
 )
 from lossd_server.losses.fcos_terms import (
     GradientRequest,
-    at_positives,
-    centerness_term,
-    classification_term,
-    regression_term,
+    centerness_sums,
+    classification_sums,
+    over,
+    regression_sums,
+    total,
 )
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_grid import FocalConstants
-from lossd_server.losses.focal_kernel import load_kernels
-from lossd_server.losses.formulas import entropy
-from lossd_server.losses.locations import LocationTargets, from_assignment, from_dense
+from lossd_server.losses.gpu import load_kernels
+from lossd_server.losses.gradients import gradient_buffers
+from lossd_server.losses.locations import LevelTargets, from_assignment
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
@@ -159,7 +163,9 @@ class FCOSLoss(LossModule):
         dtype = evaluation.loss.dtype
         terms = [c for c in evaluation.components if c.name in COMPONENTS]
         losses = {
-            term.name: attach_gradients(term.value.to(dtype), arguments, evaluation, [prediction], scalar)
+            term.name: attach_gradients(
+                as_tensor(term.value, evaluation.loss, dtype), arguments, evaluation, [prediction], scalar
+            )
             for term, prediction in zip(terms, PREDICTIONS, strict=True)
         }
         total = torch.stack([losses[term.name] * term.weight for term in terms]).sum()
@@ -172,7 +178,7 @@ class FCOSLoss(LossModule):
         """
         sizes = check_predictions(arguments, self.num_classes)
         if arguments.get("ground_truth") is None:
-            check_dense_targets(arguments, sizes, self.num_classes)
+            check_dense_targets(arguments, sizes)
             return
         for name in (*DENSE_TARGETS, "ignored_targets"):
             if arguments.get(name):
@@ -183,57 +189,55 @@ class FCOSLoss(LossModule):
         checks.require_count("cls_preds", len(sizes), "strides of the assigner", len(strides))
 
     def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns them with the ground truth read."""
+        """Checks arguments, numpy or torch, and returns the predictions and what they should be."""
         self.check(arguments)
+        preds = {name: list(arguments[name]) for name in PREDICTIONS}
         ground_truth = arguments.get("ground_truth")
         if ground_truth is None:
-            return arguments
-        objects = self.assigner.read(ground_truth, num_classes=self.num_classes)
-        return {**arguments, "ground_truth": objects}
+            levels = read_dense_targets(arguments, self.num_classes)
+        else:
+            objects = self.assigner.read(ground_truth, num_classes=self.num_classes)
+            sizes = [(pred.shape[2], pred.shape[3]) for pred in preds["cls_preds"]]
+            levels = from_assignment(self.assigner.for_levels(len(sizes)).assign_objects(objects, sizes))
+        return {**preds, "targets": levels, "preset": self.preset_for(arguments)}
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared predictions; see `LossModule.evaluate`."""
-        targets = self._read_targets(arguments)
-        preset = self.preset_for(arguments)
-        rules = LOSS_RULES[preset]
-        counts = targets.sum_by_level(torch.ones_like(targets.location))
-        valid_counts = targets.background_counts() + counts if rules.background else counts
-        normalizer = counts.sum().clamp(min=1)
-        if options.normalizer is not None:
-            normalizer = torch.full_like(normalizer, options.normalizer)
-        divisors = rules.divisors(valid_counts, counts, normalizer)
-        requests = self._gradient_requests(options, rules, divisors, counts)
-        cls_preds, reg_preds, centerness_preds = (arguments[name] for name in PREDICTIONS)
-        ltrb = at_positives(reg_preds, targets)
-        terms = (
-            classification_term(
-                cls_preds, targets, self.focal, requests.get("cls_preds"), background=rules.background
-            ),
-            regression_term(ltrb, reg_preds, targets, rules.box_terms, requests.get("reg_preds")),
-            centerness_term(centerness_preds, targets, requests.get("centerness_preds")),
+        levels: list[LevelTargets] = arguments["targets"]
+        rules = LOSS_RULES[arguments["preset"]]
+        positives = np.array([float(targets.positive_count) for targets in levels])
+        valid = positives
+        if rules.background:
+            valid = np.array([float(targets.location_count) for targets in levels])
+        normalizer = max(positives.sum(), 1.0) if options.normalizer is None else options.normalizer
+        divisors = rules.divisors(valid, positives, normalizer)
+        cls_preds, reg_preds, centerness_preds = preds = [arguments[name] for name in PREDICTIONS]
+        cls_request, reg_request, centerness_request = requests = self._gradient_requests(
+            preds, options, rules, divisors
         )
-        floor = entropy(targets.centerness.double())
-        components = self._components(
-            [term.sums for term in terms], targets.sum_by_level(floor), divisors, rules
-        )
-        weighted = [c.value * c.weight for c in components if c.name in COMPONENTS]
-        dtype = widest_dtype(pred for name in PREDICTIONS for pred in arguments[name])
+        cls = classification_sums(cls_preds, levels, self.focal, cls_request, background=rules.background)
+        reg = regression_sums(reg_preds, levels, rules.box_formula, reg_request)
+        centerness = centerness_sums(centerness_preds, levels, centerness_request)
+        sums = (cls.losses, reg.losses, centerness.losses)
+        components = self._components(sums, centerness.extras, divisors, rules)
+        dtype = widest_dtype(pred for kind in preds for pred in kind)
         return Evaluation(
-            loss=torch.stack(weighted).sum().to(dtype),
+            loss=as_tensor(_weighted_total(components), cls_preds[0], dtype),
             components=components,
             gradients={
-                name: term.gradients
-                for name, term in zip(PREDICTIONS, terms, strict=True)
-                if term.gradients is not None
+                name: list(request.buffers)
+                for name, request in zip(PREDICTIONS, requests, strict=True)
+                if request is not None
             },
             raw_sums={
-                **{name: term.sums for name, term in zip(COMPONENTS, terms, strict=True)},
-                "centerness_target": targets.sum_by_level(targets.centerness),
-                "valid_count": valid_counts,
-                "positive_count": counts,
+                **dict(zip(COMPONENTS, sums, strict=True)),
+                "centerness_target": np.array([t.centerness.sum(dtype=np.float64) for t in levels]),
+                "valid_count": valid,
+                "positive_count": positives,
             },
-            preset=preset,
-            negative_side_count=(ltrb < 0).any(dim=1).sum(),
+            preset=arguments["preset"],
+            negative_side_count=total(reg.extras),
+            finite_inputs=frozenset(f"cls_preds[{i}]" for i in range(len(levels)) if cls.finite),
         )
 
     def preset_for(self, arguments: Arguments) -> LossPreset:
@@ -243,35 +247,28 @@ class FCOSLoss(LossModule):
         dense = arguments.get("ground_truth") is None
         return LossPreset.AUTOTIMM if dense else LossPreset.DOCUMENTED
 
-    def _read_targets(self, arguments: Arguments) -> LocationTargets:
-        ground_truth = arguments.get("ground_truth")
-        cls_preds = arguments["cls_preds"]
-        if ground_truth is None:
-            cls_targets, reg_targets, centerness_targets = (arguments[name] for name in DENSE_TARGETS)
-            return from_dense(cls_targets, reg_targets, centerness_targets, arguments.get("ignored_targets"))
-        sizes = [(pred.shape[2], pred.shape[3]) for pred in cls_preds]
-        assignment = self.assigner.for_levels(len(sizes)).assign_objects(ground_truth, sizes)
-        return from_assignment(assignment, cls_preds[0].device)
-
     def _gradient_requests(
-        self, options: EvaluationOptions, rules: LossRules, divisors: Divisors, counts: Tensor
-    ) -> dict[str, GradientRequest]:
-        """Returns how the gradient of each wanted input is scaled, level by level."""
+        self,
+        preds: Sequence[Sequence[Tensor]],
+        options: EvaluationOptions,
+        rules: LossRules,
+        divisors: Divisors,
+    ) -> list[GradientRequest | None]:
+        """Returns where the gradients of each kind of prediction go, and how each level is scaled."""
         # A component's gradient leaves the weight out where the component itself does.
         bare = options.component_gradients and not rules.weighted_components
-        return {
-            name: GradientRequest(
-                scale=(1.0 if bare else weight) / divisor.expand_as(counts), dtype=options.gradient_dtype
-            )
-            for name, weight, divisor in zip(PREDICTIONS, self.weights, divisors, strict=True)
-            if name in options.gradients
-        }
+        requests: list[GradientRequest | None] = []
+        for name, kind, weight, divisor in zip(PREDICTIONS, preds, self.weights, divisors, strict=True):
+            buffers = gradient_buffers(options, name, kind)
+            scales = (1.0 if bare else weight) / divisor
+            requests.append(None if buffers is None else GradientRequest(scales=scales, buffers=buffers))
+        return requests
 
     def _components(
-        self, sums: Sequence[Tensor], floor_sums: Tensor, divisors: Divisors, rules: LossRules
+        self, sums: Sequence[Numbers], floor_sums: Numbers, divisors: Divisors, rules: LossRules
     ) -> tuple[Component, ...]:
-        def component(name: str, total: Tensor, divisor: Tensor, weight: float) -> Component:
-            value = (total / divisor).sum()
+        def component(name: str, sums: Numbers, divisor: NDArray[np.float64], weight: float) -> Component:
+            value = total(over(sums, divisor))
             if rules.weighted_components:
                 return Component(name=name, value=value * weight, weight=1.0)
             return Component(name=name, value=value, weight=weight)
@@ -279,6 +276,10 @@ class FCOSLoss(LossModule):
         terms = map(component, COMPONENTS, sums, divisors, self.weights)
         floor = component("centerness_floor", floor_sums, divisors.centerness, self.weights[2])
         return (*terms, replace(floor, weight=0.0))
+
+
+def _weighted_total(components: Sequence[Component]) -> float | Tensor:
+    return sum((c.value * c.weight for c in components if c.weight), start=0.0)
 
 
 def _weight(name: str, value: float | None, alias: str, alias_value: float | None) -> float:

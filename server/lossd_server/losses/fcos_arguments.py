@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.locations import host_levels
+from lossd_server.losses.locations import LevelTargets, from_dense, host_levels
 from lossd_server.losses.module import Arguments
 
 PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
@@ -63,10 +64,8 @@ def check_predictions(arguments: Arguments, num_classes: int) -> list[tuple[int,
     return sizes
 
 
-def check_dense_targets(
-    arguments: Arguments, sizes: Sequence[tuple[int, int, int]], num_classes: int
-) -> None:
-    """Raises `InvalidInputError` unless dense targets fit the levels and say what can be."""
+def check_dense_targets(arguments: Arguments, sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Raises `InvalidInputError` unless dense targets fit the levels."""
     for name in DENSE_TARGETS:
         if arguments.get(name) is None:
             raise InvalidInputError(
@@ -80,13 +79,26 @@ def check_dense_targets(
             field, target = f"{name}[{level}]", arguments[name][level]
             checks.require_dtype(field, target, allowed)
             checks.require_shape(field, target, shape)
-    levels = zip(*(host_levels(arguments[name]) for name in DENSE_TARGETS), strict=True)
-    for level, (classes, ltrb, centerness) in enumerate(levels):
-        checks.require_labels(f"cls_targets[{level}]", classes, num_classes=num_classes)
-        checks.require_upright_distances(f"reg_targets[{level}]", ltrb, classes >= 0)
-        checks.require_unit_interval(f"centerness_targets[{level}]", centerness, classes >= 0)
     if arguments.get("ignored_targets"):
         _check_ignored(arguments["ignored_targets"], sizes)
+
+
+def read_dense_targets(arguments: Arguments, num_classes: int) -> list[LevelTargets]:
+    """Returns what dense targets hold; raises `InvalidInputError` for a value that cannot be.
+
+    Distances and centerness are read at locations with an object, and nowhere else.
+    """
+    cls, reg, centerness = (host_levels(arguments[name]) for name in DENSE_TARGETS)
+    for level, classes in enumerate(cls):
+        checks.require_labels(f"cls_targets[{level}]", classes, num_classes=num_classes)
+    ignored = arguments.get("ignored_targets")
+    levels = from_dense(cls, reg, centerness, host_levels(ignored) if ignored else None)
+    for level, (targets, classes) in enumerate(zip(levels, cls, strict=True)):
+        row, column = np.divmod(targets.cell, max(classes.shape[2], 1))
+        positions = np.stack([targets.image, row, column], axis=1)
+        checks.require_upright_distances(f"reg_targets[{level}]", targets.ltrb, positions)
+        checks.require_unit_interval(f"centerness_targets[{level}]", targets.centerness, positions)
+    return levels
 
 
 def _check_ignored(ignored: Sequence[Any], sizes: Sequence[tuple[int, int, int]]) -> None:

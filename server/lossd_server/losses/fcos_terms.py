@@ -2,27 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, empty_gradient, grid
+from lossd_server.losses.evaluation import Numbers
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, grid
 from lossd_server.losses.focal_kernel import focal_sums
-from lossd_server.losses.formulas import RowFormula, centerness_terms
-from lossd_server.losses.locations import LocationTargets, flat_levels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
-    """One term before weights and division.
-
-    Attributes:
-        sums: Sum of its rows over each level, `[L]` float64.
-        gradients: Of each level's predictions, in their shape; None if not wanted.
-    """
-
-    sums: Tensor
-    gradients: list[Tensor] | None
+from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.gradients import clear
+from lossd_server.losses.locations import LevelTargets
+from lossd_server.losses.row_group import RowGroup, RowSums
+from lossd_server.losses.row_kernel import row_sums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,86 +24,89 @@ class GradientRequest:
     """How a term's gradients are wanted.
 
     Attributes:
-        scale: What the derivative of each level's sum is multiplied by, `[L]` float64.
-        dtype: Type of the gradients; None means that of the predictions.
+        scales: What the derivative of each level's sum is multiplied by, `[L]`.
+        buffers: Where they are written, one tensor a level, like the predictions.
     """
 
-    scale: Tensor
-    dtype: torch.dtype | None
+    scales: NDArray[np.float64]
+    buffers: Sequence[Tensor]
 
 
-def classification_term(
+def classification_sums(
     preds: Sequence[Tensor],
-    targets: LocationTargets,
+    levels: Sequence[LevelTargets],
     constants: FocalConstants,
     request: GradientRequest | None,
     *,
     background: bool,
-) -> Term:
-    """Focal loss over the locations that take part, with or without background."""
-    gradients = None if request is None else [empty_gradient(pred, request.dtype) for pred in preds]
+) -> FocalSums:
+    """Returns the focal loss over the locations of each level that take part, and writes gradients."""
     grids = [
         FocalGrid(
             logits=grid(pred),
-            labels=targets.labels[:, span],
+            labels=_on_device(targets.labels, pred),
             background=background,
-            ignored=None if targets.ignored is None else targets.ignored[:, span],
-            gradient=None if gradients is None else grid(gradients[level]),
-            scale=None if request is None else request.scale[level],
+            ignored=None if targets.ignored is None else _on_device(targets.ignored, pred),
+            gradient=None if request is None else grid(request.buffers[level]),
+            scale=1.0 if request is None else float(request.scales[level]),
         )
-        for level, (pred, span) in enumerate(zip(preds, targets.spans(), strict=True))
+        for level, (pred, targets) in enumerate(zip(preds, levels, strict=True))
     ]
-    return Term(sums=focal_sums(grids, constants), gradients=gradients)
+    return focal_sums(grids, constants)
 
 
-def regression_term(
-    ltrb: Tensor,
+def regression_sums(
     preds: Sequence[Tensor],
-    targets: LocationTargets,
+    levels: Sequence[LevelTargets],
     formula: RowFormula,
     request: GradientRequest | None,
-) -> Term:
-    """Box loss over the positives, whose predicted distances are `ltrb` `[P, 4]`."""
-    rows, slopes = formula(ltrb.double(), targets.ltrb.double())
-    return _term_of_positives(rows, slopes, preds, targets, request)
+) -> RowSums:
+    """Returns the box loss over the positives of each level, and their negative sides."""
+    return _positive_sums(preds, levels, [targets.ltrb for targets in levels], formula, request)
 
 
-def centerness_term(
-    preds: Sequence[Tensor], targets: LocationTargets, request: GradientRequest | None
-) -> Term:
-    """Binary cross-entropy over the positives."""
-    logits = at_positives(preds, targets).squeeze(1)
-    rows, slopes = centerness_terms(logits.double(), targets.centerness.double())
-    return _term_of_positives(rows, slopes.unsqueeze(1), preds, targets, request)
+def centerness_sums(
+    preds: Sequence[Tensor], levels: Sequence[LevelTargets], request: GradientRequest | None
+) -> RowSums:
+    """Returns the cross-entropy over the positives of each level, and the entropy of their targets."""
+    wanted = [targets.centerness[:, None] for targets in levels]
+    return _positive_sums(preds, levels, wanted, RowFormula.CENTERNESS, request)
 
 
-def at_positives(maps: Sequence[Tensor], targets: LocationTargets) -> Tensor:
-    """Returns the values of maps `[B, K, H, W]` at the positives, `[P, K]`."""
-    return flat_levels(maps)[targets.image, :, targets.location]
+def total(values: Numbers) -> float | Tensor:
+    """Returns the sum over levels."""
+    return values.sum() if isinstance(values, Tensor) else float(values.sum())
 
 
-def _term_of_positives(
-    rows: Tensor,
-    slopes: Tensor,
+def over(sums: Numbers, divisors: NDArray[np.float64]) -> Numbers:
+    """Returns the sums of levels, each over its divisor."""
+    return sums / torch.from_numpy(divisors).to(sums.device) if isinstance(sums, Tensor) else sums / divisors
+
+
+def _positive_sums(
     preds: Sequence[Tensor],
-    targets: LocationTargets,
+    levels: Sequence[LevelTargets],
+    wanted: Sequence[NDArray[Any]],
+    formula: RowFormula,
     request: GradientRequest | None,
-) -> Term:
-    gradients = None
-    if request is not None:
-        scaled = slopes * request.scale[targets.level()].unsqueeze(1)
-        gradients = _spread_over_levels(scaled, preds, targets, request.dtype)
-    return Term(sums=targets.sum_by_level(rows), gradients=gradients)
-
-
-def _spread_over_levels(
-    values: Tensor, preds: Sequence[Tensor], targets: LocationTargets, dtype: torch.dtype | None
-) -> list[Tensor]:
-    """Returns maps like `preds` with `values` `[P, K]` at the positives and exact zeros elsewhere."""
-    batch, channels = preds[0].shape[:2]
-    flat = values.new_zeros(batch, channels, targets.starts[-1])
-    flat[targets.image, :, targets.location] = values
-    return [
-        flat[:, :, span].reshape(pred.shape).to(dtype or pred.dtype)
-        for pred, span in zip(preds, targets.spans(), strict=True)
+) -> RowSums:
+    """Evaluates the positives of each level; the gradient of every other location is exactly zero."""
+    for buffer in () if request is None else request.buffers:
+        clear(buffer)
+    groups = [
+        RowGroup(
+            preds=grid(pred),
+            targets=_on_device(wanted[level], pred),
+            images=_on_device(targets.image, pred),
+            cells=_on_device(targets.cell, pred),
+            gradient=None if request is None else grid(request.buffers[level]),
+            scale=1.0 if request is None else float(request.scales[level]),
+        )
+        for level, (pred, targets) in enumerate(zip(preds, levels, strict=True))
     ]
+    return row_sums(groups, formula)
+
+
+def _on_device(array: NDArray[Any], like: Tensor) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array) if array.strides[-1] != array.itemsize else array)
+    return tensor.to(like.device)

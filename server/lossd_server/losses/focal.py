@@ -1,13 +1,16 @@
 """Focal loss for dense classification."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, empty_gradient, grid
-from lossd_server.losses.focal_kernel import focal_sums, load_kernels
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, as_tensor
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
+from lossd_server.losses.focal_kernel import focal_sums
+from lossd_server.losses.gpu import load_kernels
+from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
@@ -73,7 +76,7 @@ class FocalLoss(LossModule):
         return attach_gradients(evaluation.loss, arguments, evaluation, ["inputs"], spread)
 
     def check(self, arguments: Arguments) -> None:
-        """Raises `InvalidInputError` unless logits and labels go together."""
+        """Raises `InvalidInputError` unless logits and labels go together; `prepare` looks at values."""
         inputs, targets = arguments["inputs"], arguments["targets"]
         checks.require_dtype("inputs", inputs, checks.FLOATS)
         checks.require_dtype("targets", targets, checks.INTEGERS)
@@ -84,43 +87,46 @@ class FocalLoss(LossModule):
                 field="inputs",
                 shape=list(inputs.shape),
             )
-        batch, classes, *cells = inputs.shape
+        batch, _, *cells = inputs.shape
         checks.require_shape("targets", targets, [batch, *cells])
-        checks.require_labels("targets", targets, num_classes=classes)
+
+    def prepare(self, arguments: Arguments) -> Arguments:
+        """Checks arguments, numpy or torch, and returns them with the number of rows that count."""
+        self.check(arguments)
+        labels = checks.host_array(arguments["targets"])
+        checks.require_labels("targets", labels, num_classes=arguments["inputs"].shape[1])
+        return {**arguments, "valid_count": int(np.count_nonzero(labels >= 0))}
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared logits and labels; see `LossModule.evaluate`."""
         inputs: Tensor = arguments["inputs"]
         logits = grid(inputs)
-        labels = arguments["targets"].to(torch.int64).reshape(logits.shape[0], logits.shape[2])
-        count = (labels >= 0).sum(dtype=torch.float64).reshape(1)
-        divisor = self._divisor(count, options.normalizer)
-        gradient = rows = None
-        if "inputs" in options.gradients:
-            gradient = empty_gradient(inputs, options.gradient_dtype)
+        labels = arguments["targets"].reshape(logits.shape[0], logits.shape[2])
+        valid = arguments["valid_count"]
+        divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         dtype = torch.promote_types(inputs.dtype, torch.float32)
+        gradients = gradient_buffers(options, "inputs", [inputs])
+        rows = None
         if self.reduction is Reduction.NONE:
             rows = torch.empty(labels.shape, dtype=dtype, device=inputs.device)
         problem = FocalGrid(
             logits=logits,
             labels=labels,
-            gradient=None if gradient is None else grid(gradient),
-            scale=divisor.reciprocal(),
+            gradient=None if gradients is None else grid(gradients[0]),
+            scale=1 / divisor,
             rows=rows,
         )
-        total = focal_sums([problem], self.constants)
+        sums = focal_sums([problem], self.constants)
+        total = sums.losses[0] / divisor
+        count = np.array([float(valid)])
         return Evaluation(
-            loss=(total / divisor).to(dtype).squeeze(0) if rows is None else _kept(rows, labels),
-            gradients={} if gradient is None else {"inputs": gradient},
-            raw_sums={"cls_loss": total, "valid_count": count, "positive_count": count},
+            loss=as_tensor(total, inputs, dtype) if rows is None else _kept(rows, labels),
+            gradients={} if gradients is None else {"inputs": gradients[0]},
+            raw_sums={"cls_loss": sums.losses, "valid_count": count, "positive_count": count},
             preset=LossPreset.AUTOTIMM,
             kept_rows=None if rows is None else (labels >= 0).flatten().nonzero().flatten(),
+            finite_inputs=frozenset({"inputs"} if sums.finite else ()),
         )
-
-    def _divisor(self, count: Tensor, normalizer: float | None) -> Tensor:
-        if self.reduction is not Reduction.MEAN:
-            return torch.ones_like(count)
-        return count.clamp(min=1) if normalizer is None else torch.full_like(count, normalizer)
 
 
 def check_focal_constants(constants: FocalConstants, *, alpha_field: str, gamma_field: str) -> None:

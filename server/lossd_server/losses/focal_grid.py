@@ -1,9 +1,12 @@
 """What the focal kernels work on: a grid of logits with its labels, and the constants."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lossd_server.losses.evaluation import Numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +33,13 @@ class FocalGrid:
 
     Attributes:
         logits: `[B, C, S]`, any float type and any strides.
-        labels: `[B, S]` int64, 0..C-1, or negative for a location without an object.
+        labels: `[B, S]`, any integer type, 0..C-1, or negative for a location without an object.
         background: Whether a location without an object is a negative of every class; if not, it
             takes no part.
         ignored: `[B, S]` bool: locations without an object that take no part all the same; None for none.
         gradient: `[B, C, S]`, written with `scale · ∂loss/∂logit`, exact zeros where a location takes
             no part; None if not wanted.
-        scale: One float64; required with `gradient`.
+        scale: What the gradient is multiplied by.
         rows: `[B, S]`, float64 for float64 logits, otherwise float32: written with the loss of each
             location, summed over classes; None if not wanted.
     """
@@ -46,7 +49,7 @@ class FocalGrid:
     background: bool = False
     ignored: Tensor | None = None
     gradient: Tensor | None = None
-    scale: Tensor | None = None
+    scale: float = 1.0
     rows: Tensor | None = None
 
     def taking_part(self) -> Tensor:
@@ -56,19 +59,18 @@ class FocalGrid:
         return torch.ones_like(self.labels, dtype=torch.bool) if self.ignored is None else ~self.ignored
 
 
+class FocalSums(NamedTuple):
+    """What a kernel found.
+
+    Attributes:
+        losses: Summed loss of each grid, `[G]`.
+        finite: Whether every logit is; None where nobody looked.
+    """
+
+    losses: Numbers
+    finite: bool | None
+
+
 def grid(tensor: Tensor) -> Tensor:
     """Returns `[N, C]` as `[1, C, N]` and `[B, C, H, W]` as `[B, C, H·W]`, a view wherever strides allow."""
     return tensor.t().unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(2)
-
-
-def empty_gradient(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Returns an uninitialised tensor in the shape of `tensor`, of which `grid` is a view."""
-    if tensor.dim() == 2 and tensor.stride(0) == 1 != tensor.stride(1):  # laid out class by class
-        return torch.empty(tensor.shape[::-1], dtype=dtype or tensor.dtype, device=tensor.device).t()
-    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty(
-        tensor.shape,
-        dtype=dtype or tensor.dtype,
-        device=tensor.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )

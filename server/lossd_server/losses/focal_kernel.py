@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lossd_server.losses.evaluation import fixed_order_sum
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
+from lossd_server.losses.evaluation import fixed_order_sum, stacked
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.formulas import focal_terms
-from lossd_server.losses.gpu import focal_sums_on_gpu, load_programs
-from lossd_server.losses.native import focal_sums_natively, load_library
+from lossd_server.losses.gpu import focal_sums_on_gpu
+from lossd_server.losses.native import focal_sums_natively
 
 _PORTION = 1 << 17
 """Logits that torch looks at together on a CPU: the half-dozen temporaries stay in the cache."""
@@ -21,26 +21,18 @@ _PORTION_OF_GPU = 1 << 24
 """The same on a GPU, where a launch costs more than memory."""
 
 
-def load_kernels(device: torch.device | None = None) -> None:
-    """Loads what computes on the CPU and on a GPU, compiled now if need be; None means a GPU in use."""
-    load_library()
-    if device is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device is not None and device.type == "cuda":
-        load_programs(device)
-
-
-def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> Tensor:
-    """Returns the summed focal loss of each grid, `[len(grids)]` float64, and writes gradients and rows."""
+def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums:
+    """Returns the summed focal loss of each grid, and writes gradients and rows."""
     on_gpu = any(grid.logits.is_cuda for grid in grids)
-    compiled = focal_sums_on_gpu(grids, constants) if on_gpu else focal_sums_natively(grids, constants)
+    compiled = (focal_sums_on_gpu if on_gpu else focal_sums_natively)(grids, constants)
     if compiled is not None:
         return compiled
-    return torch.stack([_sum_by_torch(grid, constants) for grid in grids])
+    losses = [_sum_by_torch(grid, constants) for grid in grids]
+    return FocalSums(losses=stacked(losses), finite=None)
 
 
 def _sum_by_torch(grid: FocalGrid, constants: FocalConstants) -> Tensor:
-    logits, labels = grid.logits, grid.labels
+    logits, labels = grid.logits, grid.labels.to(torch.int64)
     rows = grid.rows
     if rows is None:
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -53,7 +45,7 @@ def _sum_by_torch(grid: FocalGrid, constants: FocalConstants) -> Tensor:
         loss, slope = _portion(logits[at], labels[images, cells], constants, rows.dtype)
         idle = ~taking_part[images, cells]
         rows[images, cells] = loss.masked_fill_(idle, 0)
-        if grid.gradient is not None and grid.scale is not None:
+        if grid.gradient is not None:
             grid.gradient[at] = slope.mul_(grid.scale).masked_fill_(idle.unsqueeze(1), 0)
     return fixed_order_sum(rows)
 

@@ -4,7 +4,8 @@ Boxes and centerness are computed in float64: they are few beside the logits, an
 differences cancel badly in float32.
 """
 
-from collections.abc import Callable
+from enum import Enum, auto
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,45 @@ from torch import Tensor
 Terms = tuple[Tensor, Tensor]
 """The loss of each row, and its derivative by that row of the prediction."""
 
-RowFormula = Callable[[Tensor, Tensor], Terms]
-"""Terms from a prediction and a target, `[N, 4]` float64 each."""
+
+class RowFormula(Enum):
+    """What is computed from a row of a prediction and its target."""
+
+    GIOU = auto()
+    """`giou_loss`."""
+    GIOU_OF_LTRB = auto()
+    """`giou_loss_of_ltrb`, and whether a predicted side is negative."""
+    LOG_IOU_OF_LTRB = auto()
+    """`log_iou_loss_of_ltrb`, and whether a predicted side is negative."""
+    CENTERNESS = auto()
+    """`centerness_terms` of `[N, 1]`, and the entropy of the target."""
+
+
+class RowTerms(NamedTuple):
+    """Losses `[N]`, their derivatives `[N, K]`, and what else the formula tells of each row, `[N]`."""
+
+    losses: Tensor
+    slopes: Tensor
+    extras: Tensor
+
+
+def row_terms(formula: RowFormula, pred: Tensor, target: Tensor, floor: float) -> RowTerms:
+    """Returns the terms of rows `[N, K]`, float64 both.
+
+    Args:
+        formula: Which.
+        pred: Predictions.
+        target: What they should be.
+        floor: Least area, square pixels, and least IoU under a logarithm.
+    """
+    if formula is RowFormula.CENTERNESS:
+        losses, slopes = centerness_terms(pred, target)
+        return RowTerms(losses.squeeze(1), slopes, entropy(target).squeeze(1))
+    if formula is RowFormula.GIOU:
+        losses, slopes = giou_loss(pred, target, floor)
+        return RowTerms(losses, slopes, torch.zeros_like(losses))
+    of_ltrb = giou_loss_of_ltrb if formula is RowFormula.GIOU_OF_LTRB else log_iou_loss_of_ltrb
+    return RowTerms(*of_ltrb(pred, target, floor), (pred < 0).any(dim=1).double())
 
 
 def focal_terms(z: Tensor, gamma: float) -> Terms:
@@ -35,7 +73,7 @@ def focal_terms(z: Tensor, gamma: float) -> Terms:
     return modulator.mul_(softplus), slope
 
 
-def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Terms:
+def giou_loss(pred: Tensor, target: Tensor, eps: float) -> Terms:
     """Returns `1 - GIoU` of matching xyxy boxes `[N, 4]` (Rezatofighi et al., 2019, alg. 1).
 
     Union and enclosing area are floored at `eps`. In 0..2 for upright boxes.
@@ -61,36 +99,36 @@ def giou_loss(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Terms:
     return 1 - iou + wasted, torch.cat([by_low, by_high]).t()
 
 
-def giou_loss_of_ltrb(pred: Tensor, target: Tensor) -> Terms:
+def giou_loss_of_ltrb(pred: Tensor, target: Tensor, eps: float) -> Terms:
     """Returns `1 - GIoU` of boxes given as distances from one location, `[N, 4]`.
 
     A GIoU does not change when both boxes move together, so the location itself is not needed.
     """
     signs = pred.new_tensor([-1, -1, 1, 1])
-    rows, slopes = giou_loss(pred * signs, target * signs)
+    rows, slopes = giou_loss(pred * signs, target * signs, eps)
     return rows, slopes * signs
 
 
-def log_iou_loss_of_ltrb(pred: Tensor, target: Tensor) -> Terms:
-    """Returns `-log(IoU)` of distances `[N, 4]`, union and IoU floored at 1e-7.
+def log_iou_loss_of_ltrb(pred: Tensor, target: Tensor, eps: float) -> Terms:
+    """Returns `-log(IoU)` of distances `[N, 4]`, union and IoU floored at `eps`.
 
     The intersection is not floored at 0: with negative sides on both axes it is a false overlap, and
-    the published source returns it so (see `negative_side_count`).
+    the published source returns it so (see `Evaluation.negative_side_count`).
     """
     low, high = _halves(pred)
     target_low, target_high = _halves(target)
     extent, overlap = low + high, torch.min(low, target_low) + torch.min(high, target_high)
     intersection = _area(overlap)
     union = _area(extent) + _area(target_low + target_high) - intersection
-    floored_union = union.clamp(min=1e-7)
+    floored_union = union.clamp(min=eps)
     iou = intersection / floored_union
-    by_iou = torch.where(iou >= 1e-7, -1 / iou, 0)
-    union_share = iou / floored_union * (union >= 1e-7)
+    by_iou = torch.where(iou >= eps, -1 / iou, 0)
+    union_share = iou / floored_union * (union >= eps)
     by_extent = -by_iou * union_share * extent.flip(0)
     by_overlap = by_iou * (1 / floored_union + union_share) * overlap.flip(0)
     by_low = by_extent + by_overlap * (1 - _share_above(low, target_low))
     by_high = by_extent + by_overlap * (1 - _share_above(high, target_high))
-    return -torch.log(iou.clamp(min=1e-7)), torch.cat([by_low, by_high]).t()
+    return -torch.log(iou.clamp(min=eps)), torch.cat([by_low, by_high]).t()
 
 
 def _halves(boxes: Tensor) -> tuple[Tensor, Tensor]:

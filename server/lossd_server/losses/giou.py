@@ -1,14 +1,17 @@
 """Generalized IoU loss for matched boxes."""
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
-from lossd_server.losses.formulas import giou_loss
+from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.gpu import load_kernels
+from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
-from lossd_server.losses.reduction import Reduction, reduce_rows
+from lossd_server.losses.reduction import Reduction
+from lossd_server.losses.row_reduction import reduce_rows, total_weight
 
 
 class GIoULoss(LossModule):
@@ -47,6 +50,7 @@ class GIoULoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or an inverted target box.
         """
+        load_kernels()
         arguments = {"pred_boxes": pred_boxes, "target_boxes": target_boxes, "weights": weights}
         evaluation = self.evaluate_for_autograd(arguments)
         return attach_gradients(
@@ -70,26 +74,33 @@ class GIoULoss(LossModule):
             checks.require_dtype("weights", weights, checks.FLOATS)
             checks.require_shape("weights", weights, pred.shape[:1])
 
+    def prepare(self, arguments: Arguments) -> Arguments:
+        """Checks arguments, numpy or torch, and returns them with the sum of the weights."""
+        self.check(arguments)
+        return {**arguments, "weight": total_weight(arguments.get("weights"), len(arguments["pred_boxes"]))}
+
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared boxes; see `LossModule.evaluate`."""
-        pred: Tensor = arguments["pred_boxes"]
-        rows, slopes = giou_loss(pred.double(), arguments["target_boxes"].double(), self.eps)
+        pred, target = arguments["pred_boxes"], arguments["target_boxes"]
+        weight = arguments["weight"]
+        gradients = gradient_buffers(options, "pred_boxes", [pred])
         reduced = reduce_rows(
-            rows,
+            RowFormula.GIOU,
+            pred.t(),
+            target if target.is_floating_point() else target.double(),
             arguments.get("weights"),
-            self.reduction,
-            least_weight=self.eps,
-            normalizer=options.normalizer,
+            reduction=self.reduction,
+            divisor=self.reduction.divisor(weight, least=self.eps, normalizer=options.normalizer),
+            gradient=None if gradients is None else gradients[0].t(),
+            floor=self.eps,
         )
-        gradient = slopes * reduced.row_factors.unsqueeze(-1)
-        wanted = "pred_boxes" in options.gradients
         return Evaluation(
-            loss=reduced.loss.to(torch.promote_types(pred.dtype, torch.float32)),
-            gradients={"pred_boxes": gradient.to(options.gradient_dtype or pred.dtype)} if wanted else {},
+            loss=reduced.loss,
+            gradients={} if gradients is None else {"pred_boxes": gradients[0]},
             raw_sums={
-                "reg_loss": reduced.total[None],
-                "weight": reduced.weight[None],
-                "positive_count": rows.new_tensor([len(rows)]),
+                "reg_loss": reduced.total,
+                "weight": np.array([weight]),
+                "positive_count": np.array([float(len(pred))]),
             },
             preset=LossPreset.AUTOTIMM,
         )

@@ -1,7 +1,11 @@
-"""What an FCOS loss wants at each location of the pyramid, from dense targets or from ground truth."""
+"""What an FCOS loss wants at each location of the pyramid, from dense targets or from ground truth.
+
+Read on the host, where boxes and labels come from and are checked.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -14,90 +18,66 @@ from lossd_server.targets import Assignment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LocationTargets:
-    """Targets of B images, locations in one flat row: level by level, row by row.
+class LevelTargets:
+    """Targets of B images on one level of S locations, of which P are positive.
 
     Attributes:
-        labels: Class of each location, `[B, T]` int64; negative without an object.
-        ignored: Locations that take no part whatever the preset, `[B, T]` bool, or None.
-        starts: Where each level begins in the row; the last entry is T.
-        image: Image of each positive, `[P]`.
-        location: Place of each positive in the row, `[P]`.
-        ltrb: Target distances of each positive, `[P, 4]`.
-        centerness: Target centerness of each positive, `[P]`.
+        labels: Class of each location, `[B, S]`, any integer type; negative without an object.
+        ignored: Locations without an object that take no part whatever the preset, `[B, S]` bool,
+            or None.
+        image: Image of each positive, `[P]` int64.
+        cell: Place of each positive on the level, `[P]` int64.
+        ltrb: Target distances of each positive, `[P, 4]`, any float type.
+        centerness: Target centerness of each positive, `[P]`, any float type.
     """
 
-    labels: Tensor
-    ignored: Tensor | None
-    starts: tuple[int, ...]
-    image: Tensor
-    location: Tensor
-    ltrb: Tensor
-    centerness: Tensor
+    labels: NDArray[Any]
+    ignored: NDArray[np.bool_] | None
+    image: NDArray[np.int64]
+    cell: NDArray[np.int64]
+    ltrb: NDArray[Any]
+    centerness: NDArray[Any]
 
-    def spans(self) -> list[slice]:
-        """Returns where each level lies in the row."""
-        return list(map(slice, self.starts[:-1], self.starts[1:]))
+    @property
+    def positive_count(self) -> int:
+        """Number of positives P."""
+        return len(self.cell)
 
-    def background_counts(self) -> Tensor:
-        """Returns how many locations of each level are background, `[L]` float64."""
-        background = self.labels < 0 if self.ignored is None else (self.labels < 0) & ~self.ignored
-        return torch.stack([background[:, span].sum() for span in self.spans()]).double()
-
-    def level(self) -> Tensor:
-        """Returns the level of each positive, `[P]`."""
-        bounds = torch.tensor(self.starts, device=self.location.device)
-        return torch.searchsorted(bounds, self.location, right=True) - 1
-
-    def sum_by_level(self, values: Tensor) -> Tensor:
-        """Returns the sum of one value a positive over each level, `[L]` float64, in a fixed order."""
-        levels = torch.arange(len(self.starts) - 1, device=values.device).unsqueeze(1)
-        return torch.where(self.level() == levels, values.double(), 0).sum(dim=1)
+    @property
+    def location_count(self) -> int:
+        """Locations that are a positive or background."""
+        return self.labels.size - (0 if self.ignored is None else int(np.count_nonzero(self.ignored)))
 
 
 def from_dense(
-    cls_targets: Sequence[Tensor],
-    reg_targets: Sequence[Tensor],
-    centerness_targets: Sequence[Tensor],
-    ignored_targets: Sequence[Tensor] | None,
-) -> LocationTargets:
+    cls_targets: Sequence[NDArray[Any]],
+    reg_targets: Sequence[NDArray[Any]],
+    centerness_targets: Sequence[NDArray[Any]],
+    ignored_targets: Sequence[NDArray[Any]] | None,
+) -> list[LevelTargets]:
     """Returns the targets that dense maps hold, `[B, H, W]` a level, distances `[B, 4, H, W]`."""
-    labels = _flat([level.to(torch.int64) for level in cls_targets])
-    image, location = torch.nonzero(labels >= 0, as_tuple=True)
-    ltrb = flat_levels(reg_targets)[image, :, location]
-    return LocationTargets(
-        labels=labels,
-        ignored=_flat(ignored_targets) & (labels < 0) if ignored_targets else None,
-        starts=_starts([level[0].numel() if len(level) else 0 for level in cls_targets]),
-        image=image,
-        location=location,
-        ltrb=ltrb,
-        centerness=_flat(centerness_targets)[image, location],
-    )
+    ignored = ignored_targets or repeat(None, len(cls_targets))
+    maps = zip(cls_targets, reg_targets, centerness_targets, ignored, strict=True)
+    return [_level_from_dense(*level) for level in maps]
 
 
-def from_assignment(assignment: Assignment, device: torch.device) -> LocationTargets:
-    """Returns the targets that an assignment found, on the device of the predictions."""
-    ignored = assignment.ignored
-    return LocationTargets(
-        labels=torch.from_numpy(assignment.label_map()).to(device),
-        ignored=None if ignored is None else torch.from_numpy(ignored).to(device),
-        starts=tuple(assignment.pyramid.starts.tolist()),
-        image=torch.from_numpy(assignment.image).to(device),
-        location=torch.from_numpy(assignment.location).to(device),
-        ltrb=torch.from_numpy(assignment.ltrb).to(device),
-        centerness=torch.from_numpy(assignment.centerness).to(device),
-    )
-
-
-def _flat(levels: Sequence[Tensor]) -> Tensor:
-    """Returns maps `[B, H, W]`, one a level, as one `[B, T]`."""
-    return torch.cat([level.flatten(1) for level in levels], dim=1)
-
-
-def flat_levels(levels: Sequence[Tensor]) -> Tensor:
-    """Returns maps `[B, K, H, W]`, one a level, as one `[B, K, T]`."""
-    return torch.cat([level.flatten(2) for level in levels], dim=2)
+def from_assignment(assignment: Assignment) -> list[LevelTargets]:
+    """Returns the targets that an assignment found."""
+    labels, ignored = assignment.label_map(), assignment.ignored
+    starts = assignment.pyramid.starts
+    spans = list(map(slice, starts[:-1].tolist(), starts[1:].tolist()))
+    here = [(assignment.location >= s.start) & (assignment.location < s.stop) for s in spans]
+    return [
+        LevelTargets(
+            labels=labels[:, span],
+            ignored=None if ignored is None else ignored[:, span],
+            image=assignment.image[mask],
+            cell=assignment.location[mask] - span.start,
+            ltrb=assignment.ltrb[mask],
+            centerness=assignment.centerness[mask],
+        )
+        for span, mask in zip(spans, here, strict=True)
+    ]
 
 
 def host_levels(levels: Sequence[Any]) -> list[NDArray[Any]]:
@@ -110,5 +90,24 @@ def host_levels(levels: Sequence[Any]) -> list[NDArray[Any]]:
     return [part.reshape(tuple(level.shape)) for part, level in parts]
 
 
-def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(np.cumsum([0, *sizes]).tolist())
+def _level_from_dense(
+    cls_target: NDArray[Any],
+    reg_target: NDArray[Any],
+    centerness_target: NDArray[Any],
+    ignored_target: NDArray[Any] | None,
+) -> LevelTargets:
+    batch, locations = len(cls_target), cls_target[0].size if len(cls_target) else 0
+    labels = np.ascontiguousarray(cls_target).reshape(batch, locations)
+    image, cell = np.nonzero(labels >= 0)
+    ignored = None
+    if ignored_target is not None:
+        ignored = ignored_target.reshape(batch, locations) & (labels < 0)
+    row, column = np.divmod(cell, max(cls_target.shape[2], 1))
+    return LevelTargets(
+        labels=labels,
+        ignored=ignored,
+        image=image,
+        cell=cell,
+        ltrb=reg_target[image, :, row, column],
+        centerness=centerness_target[image, row, column],
+    )

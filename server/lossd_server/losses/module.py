@@ -42,7 +42,11 @@ class LossModule(nn.Module):
         """Raises `InvalidInputError` unless the arguments, numpy or torch, can be evaluated."""
 
     def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns them ready to be evaluated."""
+        """Checks arguments, numpy or torch, and returns them ready to be evaluated.
+
+        Whatever the evaluation wants to know of values is read here, on the host, so that it has
+        nothing to wait for on a device.
+        """
         self.check(arguments)
         return arguments
 
@@ -67,8 +71,8 @@ class LossModule(nn.Module):
         Gradients of half-precision inputs are kept in float32 until the upstream gradient, which
         may be a loss scale, has been multiplied in.
         """
-        arguments = self.prepare(arguments)
         wanted = self._inputs_that_require_gradient(arguments)
+        arguments = self.prepare(arguments)
         wide = widest_dtype(tensor for tensors in wanted.values() for tensor in tensors)
         options = EvaluationOptions(
             gradients=tuple(name for name in self.differentiable if name in wanted),

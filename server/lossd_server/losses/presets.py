@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from lossd_server.losses.formulas import RowFormula, giou_loss_of_ltrb, log_iou_loss_of_ltrb
+from lossd_server.losses.formulas import RowFormula
+
+Floats = NDArray[np.float64]
 
 
 class LossPreset(StrEnum):
@@ -20,11 +23,11 @@ class LossPreset(StrEnum):
 
 
 class Divisors(NamedTuple):
-    """What each term's sums over levels are divided by, `[L]` or 0-d float64."""
+    """What each term's sums over levels are divided by, `[L]` each."""
 
-    cls: Tensor
-    reg: Tensor
-    centerness: Tensor
+    cls: Floats
+    reg: Floats
+    centerness: Floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,40 +37,41 @@ class LossRules:
     Attributes:
         background: Whether a location without an object counts as a negative of every class; if
             not, it takes no part.
-        box_terms: Loss of each positive, and its derivative, from predicted and target distances.
+        box_formula: Loss of each positive from predicted and target distances.
         divisors: From each level's valid and positive counts and from the normalizer.
         weighted_components: Whether components are reported after their weights.
     """
 
     background: bool
-    box_terms: RowFormula
-    divisors: Callable[[Tensor, Tensor, Tensor], Divisors]
+    box_formula: RowFormula
+    divisors: Callable[[Floats, Floats, float], Divisors]
     weighted_components: bool
 
 
-def _level_means(valid: Tensor, positive: Tensor, normalizer: Tensor) -> Divisors:
+def _level_means(valid: Floats, positive: Floats, normalizer: float) -> Divisors:
     """The published source: classification is a mean over each level, centerness is divided twice."""
     return Divisors(
-        cls=valid.clamp(min=1),
-        reg=normalizer,
-        centerness=positive.clamp(min=1) * normalizer,
+        cls=np.maximum(valid, 1),
+        reg=np.full_like(valid, normalizer),
+        centerness=np.maximum(positive, 1) * normalizer,
     )
 
 
-def _normalizer_throughout(_valid: Tensor, _positive: Tensor, normalizer: Tensor) -> Divisors:
-    return Divisors(cls=normalizer, reg=normalizer, centerness=normalizer)
+def _normalizer_throughout(valid: Floats, _positive: Floats, normalizer: float) -> Divisors:
+    throughout = np.full_like(valid, normalizer)
+    return Divisors(cls=throughout, reg=throughout, centerness=throughout)
 
 
 LOSS_RULES = {
     LossPreset.AUTOTIMM: LossRules(
         background=False,
-        box_terms=log_iou_loss_of_ltrb,
+        box_formula=RowFormula.LOG_IOU_OF_LTRB,
         divisors=_level_means,
         weighted_components=True,
     ),
     LossPreset.DOCUMENTED: LossRules(
         background=True,
-        box_terms=giou_loss_of_ltrb,
+        box_formula=RowFormula.GIOU_OF_LTRB,
         divisors=_normalizer_throughout,
         weighted_components=False,
     ),

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.kernels import load_library
 from lossd_server.targets.assignment import Assignment
 from lossd_server.targets.ground_truth import BoxFormat, GroundTruth, Objects, read_objects
 from lossd_server.targets.painting import paint_targets
 from lossd_server.targets.presets import ASSIGNER_RULES, AssignerPreset
-from lossd_server.targets.pyramid import MAX_LOCATIONS, feature_sizes, pyramid
+from lossd_server.targets.pyramid import MAX_LOCATIONS, Pyramid, feature_sizes, pyramid
 
 DEFAULT_STRIDES = (8, 16, 32, 64, 128)
 """Pixels between neighbouring locations of P3 to P7."""
@@ -106,6 +108,7 @@ class FCOSAssigner:
             InvalidInputError: Sizes do not go with the strides, or an image's objects are refused;
                 the field is `ground_truth[i].…`.
         """
+        load_library()
         return self.assign_objects(self.read(ground_truth, num_classes=num_classes), sizes)
 
     def read(
@@ -124,8 +127,7 @@ class FCOSAssigner:
 
     def assign_objects(self, objects: Sequence[Objects], sizes: Sequence[tuple[int, int]]) -> Assignment:
         """Assigns the locations of images whose objects were read before; see `assign`."""
-        self.check_sizes(sizes)
-        levels = pyramid(self.strides, tuple((int(h), int(w)) for h, w in sizes))
+        levels = _checked_pyramid(self, tuple(map(tuple, sizes)))
         return paint_targets(objects, levels, self.ranges, ASSIGNER_RULES[self.preset])
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]], *, field: str = "feature_sizes") -> None:
@@ -148,3 +150,10 @@ class FCOSAssigner:
                 value=total,
                 limit=MAX_LOCATIONS,
             )
+
+
+@lru_cache(maxsize=256)
+def _checked_pyramid(assigner: FCOSAssigner, sizes: tuple[tuple[int, int], ...]) -> Pyramid:
+    """Returns the pyramid of an assigner's strides on levels of these sizes, checked when first wanted."""
+    assigner.check_sizes(sizes)
+    return pyramid(assigner.strides, sizes)

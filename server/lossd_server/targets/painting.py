@@ -2,48 +2,29 @@
 
 Each location takes the smallest box that it lies strictly inside of and whose farthest side is
 within the level's range. Boxes are painted from large to small, each over just the cells it can
-reach, so that time and memory follow what boxes cover and not locations × boxes.
+reach, so that time and memory follow what boxes cover and not locations × boxes. By the compiled
+painter where there is one, otherwise by numpy, to the same bits.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.targets.assignment import Assignment
+from lossd_server.targets.boxes import Boxes, in_paint_order
 from lossd_server.targets.ground_truth import Objects
+from lossd_server.targets.native import assign_natively
+from lossd_server.targets.positives import Positives, require_pairs
 from lossd_server.targets.presets import AssignerRules
 from lossd_server.targets.pyramid import Pyramid
-
-MAX_PAIRS = 2**28
-"""Most pairs of box and location that one assignment looks at: some ten seconds of work."""
 
 _PAIRS_AT_ONCE = 1 << 19
 """Pairs of box and cell looked at together: about 30 MB of temporaries."""
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Boxes:
-    """The boxes of all images in one row, in the order in which they are painted."""
-
-    corners: NDArray[Any]  # [M, 4] x1 y1 x2 y2
-    image: Ints
-    index: Ints  # among the boxes of the image
-    labels: Ints
-
-    def take(self, keep: NDArray[Any]) -> "_Boxes":
-        return _Boxes(
-            corners=self.corners[keep],
-            image=self.image[keep],
-            index=self.index[keep],
-            labels=self.labels[keep],
-        )
 
 
 def paint_targets(
@@ -56,7 +37,7 @@ def paint_targets(
     bounds = np.array(ranges, np.float64).T
     types = sorted({image.boxes.dtype for image in objects}, key=str) or [np.dtype(np.float32)]
     groups = [
-        _assign_group(_in_paint_order(objects, kind, rules), len(objects), levels, bounds, rules)
+        _assign_group(in_paint_order(objects, kind, rules), len(objects), levels, bounds, rules)
         for kind in types
     ]
     image, location, labels, matched, ltrb, centerness = map(np.concatenate, zip(*groups, strict=True))
@@ -76,21 +57,35 @@ def paint_targets(
 
 
 def _assign_group(
-    boxes: _Boxes, batch_size: int, levels: Pyramid, bounds: NDArray[np.float64], rules: AssignerRules
+    boxes: Boxes, batch_size: int, levels: Pyramid, bounds: NDArray[np.float64], rules: AssignerRules
 ) -> tuple[NDArray[Any], ...]:
     """Returns image, location, label, box index, distances and centerness of each positive."""
+    found = assign_natively(boxes, batch_size, levels, bounds, rules)
+    if found is None:
+        found = _assign_by_numpy(boxes, batch_size, levels, bounds, rules)
+    labels, index = boxes.labels[found.box], boxes.index[found.box]
+    return found.image, found.location, labels, index, found.ltrb, found.centerness
+
+
+def _assign_by_numpy(
+    boxes: Boxes, batch_size: int, levels: Pyramid, bounds: NDArray[np.float64], rules: AssignerRules
+) -> Positives:
     # Areas and distances of boxes near the end of float32 overflow to infinity, which orders well.
     with np.errstate(over="ignore"):
         painted = _paint(boxes, batch_size, levels, bounds, rules)
         flat = np.flatnonzero(painted >= 0)
-        box = painted[flat]
+        box = painted[flat].astype(np.int64)
         image, location = np.divmod(flat, max(levels.location_count, 1))
         level, row, column = levels.cells_of(location)
         ltrb = _distances(boxes.corners[box], levels.strides[level], row, column, rules.offset)
         centerness = _centerness(*ltrb, rules.least_extent)
-    distances = np.stack(ltrb, axis=1).astype(np.float32)
-    labels, index = boxes.labels[box], boxes.index[box]
-    return image, location, labels, index, distances, centerness.astype(np.float32)
+        return Positives(
+            image=image,
+            location=location,
+            box=box,
+            ltrb=np.stack(ltrb, axis=1).astype(np.float32),
+            centerness=centerness.astype(np.float32),
+        )
 
 
 def _ignored(
@@ -124,28 +119,8 @@ def _covered(corners: NDArray[Any], levels: Pyramid, rules: AssignerRules) -> Bo
     return np.concatenate(parts)
 
 
-def _in_paint_order(objects: Sequence[Objects], kind: np.dtype[Any], rules: AssignerRules) -> _Boxes:
-    """Returns the ordinary boxes of one type, from last to first choice."""
-    kept = [
-        np.flatnonzero(~image.iscrowd) if image.boxes.dtype == kind else np.zeros(0, np.int64)
-        for image in objects
-    ]
-    corners = [image.boxes[index].astype(kind) for image, index in zip(objects, kept, strict=True)]
-    labels = [image.labels[index] for image, index in zip(objects, kept, strict=True)]
-    boxes = _Boxes(
-        corners=np.concatenate([np.zeros((0, 4), kind), *corners]),
-        image=np.repeat(np.arange(len(objects)), [len(index) for index in kept]),
-        index=np.concatenate([np.zeros(0, np.int64), *kept]),
-        labels=np.concatenate([np.zeros(0, np.int64), *labels]),
-    )
-    with np.errstate(over="ignore"):
-        width, height = (boxes.corners[:, 2:] - boxes.corners[:, :2]).T
-        choice = np.argsort(rules.size_key(width, height), kind="stable")
-    return boxes.take(choice[::-1])
-
-
 def _paint(
-    boxes: _Boxes,
+    boxes: Boxes,
     batch_size: int,
     levels: Pyramid,
     bounds: NDArray[np.float64],
@@ -198,14 +173,7 @@ def _pairs(column: Ints, row: Ints, columns: Ints, rows: Ints) -> Iterator[tuple
     windows = np.flatnonzero(cells)
     ends = np.cumsum(cells[windows])
     total = int(ends[-1]) if len(ends) else 0
-    if total > MAX_PAIRS:
-        raise InvalidInputError(
-            Reason.MESSAGE_TOO_LARGE,
-            f"boxes can reach {total} locations, at most {MAX_PAIRS} pairs are looked at",
-            field="ground_truth",
-            value=total,
-            limit=MAX_PAIRS,
-        )
+    require_pairs(total)
     for begin in range(0, total, _PAIRS_AT_ONCE):
         end = min(begin + _PAIRS_AT_ONCE, total)
         first, last = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, end - 1, "right") + 1

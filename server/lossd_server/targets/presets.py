@@ -24,24 +24,33 @@ class AssignerRules:
 
     Attributes:
         offset: Where a location lies in its cell, in strides.
-        in_range: Of the farthest side m, lower and upper end of the level's range: is the location
-            on this level.
+        lower_included: Whether a farthest side at the lower end of a level's range is in it.
+        upper_included: The same for the upper end.
         size_key: Of widths and heights: what decides between boxes, smallest first, then first box.
         unassigned: The label of a location that took no box.
         least_extent: Divisor floor of the centerness target.
     """
 
     offset: float
-    in_range: Callable[[Floats, Floats, Floats], NDArray[np.bool_]]
+    lower_included: bool
+    upper_included: bool
     size_key: Callable[[Floats, Floats], Floats]
     unassigned: int
     least_extent: float
+
+    def in_range(self, farthest: Floats, lower: Floats, upper: Floats) -> NDArray[np.bool_]:
+        """Returns whether farthest sides are in the ranges of their levels."""
+        above = farthest >= lower if self.lower_included else farthest > lower
+        below = farthest <= upper if self.upper_included else farthest < upper
+        within: NDArray[np.bool_] = above & below
+        return within
 
 
 ASSIGNER_RULES = {
     AssignerPreset.AUTOTIMM: AssignerRules(
         offset=0.5,
-        in_range=lambda m, lower, upper: (lower <= m) & (m < upper),
+        lower_included=True,
+        upper_included=False,
         size_key=lambda width, height: width * height,
         unassigned=-1,
         least_extent=1e-7,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +50,8 @@ class Pyramid:
         return level, row, column
 
 
-@lru_cache(maxsize=256)
-def pyramid(strides: tuple[int, ...], sizes: tuple[tuple[int, int], ...]) -> Pyramid:
-    """Returns the pyramid of these strides and level sizes; equal ones are made once."""
+def pyramid(strides: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Pyramid:
+    """Returns the pyramid of these strides and level sizes."""
     heights = np.array([height for height, _ in sizes], np.int64)
     widths = np.array([width for _, width in sizes], np.int64)
     starts = np.concatenate([[0], np.cumsum(heights * widths)]).astype(np.int64)

@@ -2,16 +2,16 @@
 
 from lossd_server.losses.gpu.focal import focal_sums_on_gpu
 from lossd_server.losses.gpu.head import HeadTotals, head_sums_on_gpu
-from lossd_server.losses.gpu.library import load_programs
-from lossd_server.losses.gpu.rows import RowTotals, row_sums_on_gpu
+from lossd_server.losses.gpu.library import load_kernels, load_programs
+from lossd_server.losses.gpu.rows import row_sums_on_gpu
 from lossd_server.losses.gpu.warm_up import compile_programs
 
 __all__ = [
     "HeadTotals",
-    "RowTotals",
     "compile_programs",
     "focal_sums_on_gpu",
     "head_sums_on_gpu",
+    "load_kernels",
     "load_programs",
     "row_sums_on_gpu",
 ]

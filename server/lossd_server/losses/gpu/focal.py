@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
-from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, bits_of, run, scale_words
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
+from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, bits_of, run
 from lossd_server.losses.gpu.library import loaded_programs
 
 MOST_GRIDS = 32
@@ -67,7 +67,7 @@ FOCAL_VARIANTS = frozenset(
 """All there are: what a request can reach is among them, or is computed by torch."""
 
 
-def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> Tensor | None:
+def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums | None:
     """Returns what `focal_sums` does, by the program; None where that does not apply.
 
     It applies for every type but float64. All grids take one launch, unless they differ in type or
@@ -77,7 +77,8 @@ def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> 
     if programs is None or not grids or not all(applies(grid, constants) for grid in grids):
         return None
     launches, order = focal_launches(grids, constants, programs)
-    return in_order(run(launches, grids[0].logits.device, programs), order)
+    losses = in_order(run(launches, grids[0].logits.device, programs), order)
+    return FocalSums(losses=losses, finite=None)
 
 
 def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
@@ -176,10 +177,9 @@ def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: tupl
     ignored = labels if grid.ignored is None else grid.ignored
     rows = labels if grid.rows is None else grid.rows
     width, blocks, parts = shares
-    address, bits = scale_words(grid.scale)
     return [
         *map(address_of, (grid.logits, grid.gradient, labels, grid.ignored, grid.rows)),
-        address,
+        bits_of(grid.scale),
         *grid.logits.shape[1:],
         *grid.logits.stride(),
         *gradient.stride(),
@@ -192,7 +192,6 @@ def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: tupl
         width,
         blocks,
         parts,
-        bits,
     ]
 
 

@@ -9,7 +9,8 @@ from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
 from lossd_server.losses.gpu.focal import applies, focal_launches, in_order
 from lossd_server.losses.gpu.launch import run
 from lossd_server.losses.gpu.library import loaded_programs
-from lossd_server.losses.gpu.rows import Problem, RowTotals, row_launches, row_totals, rows_apply
+from lossd_server.losses.gpu.rows import Problem, row_launches, row_totals, rows_apply
+from lossd_server.losses.row_group import RowSums
 
 
 class HeadTotals(NamedTuple):
@@ -21,7 +22,7 @@ class HeadTotals(NamedTuple):
     """
 
     cls: Tensor
-    rows: RowTotals
+    rows: RowSums
 
 
 def head_sums_on_gpu(

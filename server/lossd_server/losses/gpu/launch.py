@@ -80,13 +80,6 @@ def bits_of(value: float) -> int:
     return bits
 
 
-def scale_words(scale: Tensor | float | None) -> tuple[int, int]:
-    """Returns the address of a scale on the device, or 0, and its bits where it is a number."""
-    if isinstance(scale, Tensor):
-        return scale.data_ptr(), 0
-    return 0, bits_of(scale or 0.0)
-
-
 def address_of(tensor: Tensor | None) -> int:
     """Returns where a tensor lies, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

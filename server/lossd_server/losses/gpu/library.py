@@ -8,12 +8,22 @@ from types import ModuleType
 
 import torch
 
+from lossd_server.kernels import load_library
+from lossd_server.kernels.library import cache_directory
 from lossd_server.losses.gpu.launch import Launch, run
-from lossd_server.losses.native.library import cache_directory
 
 _lock = threading.Lock()
 _loaded: list[ModuleType] = []
 _given_up = threading.Event()
+
+
+def load_kernels(device: torch.device | None = None) -> None:
+    """Loads what computes on the CPU and on a GPU, compiled now if need be; None means a GPU in use."""
+    load_library()
+    if device is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device is not None and device.type == "cuda":
+        load_programs(device)
 
 
 def loaded_programs() -> ModuleType | None:

@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, pairwise
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, bits_of, run
 from lossd_server.losses.gpu.library import loaded_programs
+from lossd_server.losses.row_group import RowGroup, RowSums
 
 MOST_GROUPS = 32
 """As in programs/rows.py."""
@@ -19,60 +21,16 @@ _ROWS = 128
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-FORMULAS = ("GIOU", "GIOU_OF_LTRB", "LOG_IOU_OF_LTRB", "CENTERNESS")
-"""The formulas, in the order of their numbers in programs/rows.py."""
+_FORMULAS = {
+    RowFormula.GIOU: 0,
+    RowFormula.GIOU_OF_LTRB: 1,
+    RowFormula.LOG_IOU_OF_LTRB: 2,
+    RowFormula.CENTERNESS: 3,
+}
+"""The formulas, by their numbers in programs/rows.py."""
 
-
-class Rows(Protocol):
-    """P rows of K numbers each, picked from a map; see `RowGroup`."""
-
-    @property
-    def preds(self) -> Tensor:
-        """The map, `[B, K, S]`, any strides."""
-
-    @property
-    def targets(self) -> Tensor:
-        """What the rows should be, `[P, K]`."""
-
-    @property
-    def images(self) -> Tensor | None:
-        """Image of each row, `[P]` int64; None where row i is cell i of one image."""
-
-    @property
-    def cells(self) -> Tensor | None:
-        """Cell of each row, `[P]` int64."""
-
-    @property
-    def factors(self) -> Tensor | None:
-        """What the loss of each row is multiplied by, `[P]` float64; None for 1."""
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """Like `preds`, written at the cells of the rows alone; None if not wanted."""
-
-    @property
-    def scale(self) -> float:
-        """What the gradient is multiplied by."""
-
-    @property
-    def rows(self) -> Tensor | None:
-        """`[P]` float64, written with the loss of each row; None if not wanted."""
-
-
-Problem = tuple[Rows, str]
-"""Rows, and the name of a formula."""
-
-
-class RowTotals(NamedTuple):
-    """Sums over the rows of each group, `[G]` float64 each.
-
-    Attributes:
-        losses: Of the losses.
-        extras: Of what else the formula tells: negative sides of distances, entropy of centerness.
-    """
-
-    losses: Tensor
-    extras: Tensor
+Problem = tuple[RowGroup, RowFormula]
+"""Rows, and what is computed of them."""
 
 
 class RowsVariant(NamedTuple):
@@ -95,7 +53,7 @@ ROWS_VARIANTS = frozenset(
 """All there are, as `FOCAL_VARIANTS`."""
 
 
-def row_sums_on_gpu(groups: Sequence[Rows], formula: str, floor: float) -> RowTotals | None:
+def row_sums_on_gpu(groups: Sequence[RowGroup], formula: RowFormula, floor: float) -> RowSums | None:
     """Returns what `row_sums` does, by the program; None where that does not apply.
 
     It applies for every type of predictions but float64. All groups take one launch, unless they
@@ -109,7 +67,7 @@ def row_sums_on_gpu(groups: Sequence[Rows], formula: str, floor: float) -> RowTo
     return row_totals(run(launches, groups[0].preds.device, programs), order)
 
 
-def rows_apply(group: Rows) -> bool:
+def rows_apply(group: RowGroup) -> bool:
     """Whether there is a program for the rows."""
     return (
         variant_of(group) in ROWS_VARIANTS
@@ -119,7 +77,7 @@ def rows_apply(group: Rows) -> bool:
     )
 
 
-def variant_of(group: Rows) -> RowsVariant:
+def variant_of(group: RowGroup) -> RowsVariant:
     """Returns what the program has to be compiled for."""
     return RowsVariant(
         preds=group.preds.dtype, gradient=None if group.gradient is None else group.gradient.dtype
@@ -137,13 +95,13 @@ def row_launches(
     return launches, order
 
 
-def row_totals(totals: Tensor, order: Sequence[int]) -> RowTotals:
+def row_totals(totals: Tensor, order: Sequence[int]) -> RowSums:
     """Returns totals, a loss and an extra for each problem as `order` says, in the problems' order."""
     losses, extras = totals[0::2], totals[1::2]
     if list(order) == sorted(order):
-        return RowTotals(losses, extras)
+        return RowSums(losses, extras)
     places = torch.from_numpy(np.argsort(order)).to(totals.device, non_blocking=True)
-    return RowTotals(losses[places], extras[places])
+    return RowSums(losses[places], extras[places])
 
 
 def _chunks(problems: Sequence[Problem]) -> Iterator[tuple[RowsVariant, list[int]]]:
@@ -176,13 +134,13 @@ def _launch(problems: Sequence[Problem], floor: float, variant: RowsVariant, pro
     )
 
 
-def _targets(group: Rows) -> Tensor:
+def _targets(group: RowGroup) -> Tensor:
     """Returns the targets as the program reads them: in float32 or float64, row by row."""
     wide = torch.promote_types(group.targets.dtype, torch.float32)
     return group.targets.to(wide).contiguous()
 
 
-def _fields(group: Rows, formula: str, targets: Tensor, floor: float) -> Words:
+def _fields(group: RowGroup, formula: RowFormula, targets: Tensor, floor: float) -> Words:
     """Returns the group's words; the program knows them by their places."""
     gradient = group.preds if group.gradient is None else group.gradient
     addresses = (group.preds, group.gradient, targets, group.images, group.cells, group.factors, group.rows)
@@ -193,6 +151,6 @@ def _fields(group: Rows, formula: str, targets: Tensor, floor: float) -> Words:
         *gradient.stride(),
         bits_of(group.scale),
         bits_of(floor),
-        FORMULAS.index(formula),
+        _FORMULAS[formula],
         targets.dtype == torch.float64,
     ]

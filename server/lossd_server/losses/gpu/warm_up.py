@@ -1,14 +1,13 @@
 """Compiles every program for every type and layout that a request can bring."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
+from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu.focal import FOCAL_VARIANTS, FocalVariant, focal_sums_on_gpu
 from lossd_server.losses.gpu.library import give_up, load_programs
 from lossd_server.losses.gpu.rows import ROWS_VARIANTS, RowsVariant, row_sums_on_gpu
+from lossd_server.losses.row_group import RowGroup
 
 
 def compile_programs(device: torch.device) -> None:
@@ -37,22 +36,8 @@ def _compile_focal(variant: FocalVariant, device: torch.device) -> None:
     focal_sums_on_gpu([problem], FocalConstants(alpha=None, gamma=2.0 if variant.square else 1.0))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Row:
-    """One row, a box."""
-
-    preds: Tensor
-    targets: Tensor
-    gradient: Tensor | None
-    images: Tensor | None = None
-    cells: Tensor | None = None
-    factors: Tensor | None = None
-    scale: float = 1.0
-    rows: Tensor | None = None
-
-
 def _compile_rows(variant: RowsVariant, device: torch.device) -> None:
     preds = torch.ones(1, 4, 1, dtype=variant.preds, device=device)
     gradient = None if variant.gradient is None else torch.empty_like(preds, dtype=variant.gradient)
-    row = _Row(preds=preds, targets=torch.ones(1, 4, device=device), gradient=gradient)
-    row_sums_on_gpu([row], "GIOU", 1e-7)
+    row = RowGroup(preds=preds, targets=torch.ones(1, 4, device=device), gradient=gradient)
+    row_sums_on_gpu([row], RowFormula.GIOU, 1e-7)

@@ -1,6 +1,6 @@
-"""Compiled kernels for the CPU, and what to do without a compiler."""
+"""The compiled kernels of the losses, called with tensors."""
 
 from lossd_server.losses.native.focal import focal_sums_natively
-from lossd_server.losses.native.library import load_library
+from lossd_server.losses.native.rows import row_sums_natively
 
-__all__ = ["focal_sums_natively", "load_library"]
+__all__ = ["focal_sums_natively", "row_sums_natively"]

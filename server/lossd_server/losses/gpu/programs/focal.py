@@ -4,20 +4,20 @@ import triton
 import triton.language as tl
 
 from lossd_server.losses.gpu.programs.arithmetic import focal_terms, minus
-from lossd_server.losses.gpu.programs.words import float64_of, scale_of
+from lossd_server.losses.gpu.programs.words import float64_of
 
 HEADER = tl.constexpr(4)
 """Words before the first program of each grid: gamma, the negative weight, the positive weight, nothing."""
 MOST_GRIDS = tl.constexpr(32)
 """Grids of a launch; a table has room for so many."""
-FIELDS = tl.constexpr(27)
+FIELDS = tl.constexpr(26)
 """Words of the table for a grid.
 
-Addresses: 0 logits, 1 gradient, 2 labels, 3 ignored, 4 rows, 5 scale; 0 where there is none. Sizes: 6
+Addresses: 0 logits, 1 gradient, 2 labels, 3 ignored, 4 rows; 0 where there is none. 5 the scale. Sizes: 6
 classes, 7 cells. Strides of images, classes and cells: 8 of the logits, 11 of the gradient. Strides of
 images and cells: 14 of the labels, 16 of ignored, 18 of the rows. Then 20 whether labels are int64,
 21 whether there is background, 22 whether lines of numbers begin and end on 16 bytes, 23 classes of a
-program, 24 blocks of cells, 25 parts of classes, 26 the scale where it has no address.
+program, 24 blocks of cells, 25 parts of classes.
 """
 
 
@@ -146,7 +146,7 @@ def _classes(
     gamma = float64_of(tl.load(table))
     if GRADIENT is not None:
         gradient, step = _tile(grid, 1, image, cell, number, GRADIENT, CELLS_INNER, ALIGNED)
-        scale = scale_of(tl.load(grid + 5), tl.load(grid + 26))
+        scale = float64_of(tl.load(grid + 5))
         by, by_low = _factor(float64_of(tl.load(table + 1)) * scale)
         by = tl.where(label > -2, by, 0.0)
         by_low = tl.where(label > -2, by_low, 0.0)

@@ -12,10 +12,3 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 def float64_of(word):
     """The float64 whose bits a word holds."""
     return word.to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def scale_of(address, word):
-    """What an address holds, or, where there is none, the float64 of a word; of scalars or of rows."""
-    to = address.to(tl.pointer_type(tl.float64), bitcast=True)
-    return tl.where(address != 0, tl.load(to, mask=address != 0, other=0.0), float64_of(word))

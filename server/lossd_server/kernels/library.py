@@ -12,7 +12,8 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("focal.c", "arithmetic.h"))
+_UNITS = tuple(Path(__file__).with_name(name) for name in ("focal.c", "rows.c", "paint.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("arithmetic.h", "tasks.h"))
 
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
@@ -36,14 +37,22 @@ def load_library() -> ctypes.CDLL | None:
     """Returns the kernels, compiled now if need be; None, and one `RuntimeWarning`, where that fails."""
     with _lock:
         if not _loaded and (library := _find_or_compile()) is not None:
+            _declare(library)
             _loaded.append(library)
     return loaded_library()
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Says what comes back, where that is not an int."""
+    library.lossd_pairs.restype = ctypes.c_int64
+    library.lossd_paint.restype = ctypes.c_int64
+    library.lossd_positives.restype = None
 
 
 @lru_cache(maxsize=1)
 def _find_or_compile() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    path = cache_directory() / f"focal-{_fingerprint(compiler)}.so"
+    path = cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
     try:
         if not path.exists():
             _compile(compiler, path)
@@ -60,7 +69,7 @@ def _compile(compiler: str | None, path: Path) -> None:
         raise OSError("no C compiler on this machine")
     for flags in _MACHINE_FLAGS:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as draft:
-            command = [compiler, *_FLAGS, *flags, str(_SOURCES[0]), "-o", draft.name, "-lm"]
+            command = [compiler, *_FLAGS, *flags, *map(str, _UNITS), "-o", draft.name, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
         except subprocess.SubprocessError:
@@ -97,7 +106,7 @@ def _fingerprint(compiler: str | None) -> str:
         else ""
     )
     parts = (
-        *(source.read_text() for source in _SOURCES),
+        *(source.read_text() for source in (*_UNITS, *_HEADERS)),
         str(_FLAGS),
         str(_MACHINE_FLAGS),
         str(compiler),

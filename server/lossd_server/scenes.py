@@ -1,4 +1,4 @@
-"""Scenes for the demo: made up with COCO's size statistics, or read from a COCO file."""
+"""Scenes for the demo and the benchmark: made up with COCO's size statistics, or read from a COCO file."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,14 @@ def make_scenes(count: int, image_size: tuple[int, int], seed: int = 0) -> list[
     return [_make_scene(rng, *image_size) for _ in range(count)]
 
 
-def read_scenes(path: Path, count: int, image_size: tuple[int, int]) -> list[Scene]:
-    """Returns the first images with objects of a COCO annotation file, scaled to fit the size.
+def read_scenes(path: Path, count: int, image_size: tuple[int, int], *, crowded: bool = False) -> list[Scene]:
+    """Returns images with objects of a COCO annotation file, scaled to fit the size.
+
+    Args:
+        path: The file.
+        count: How many.
+        image_size: Height and width, pixels.
+        crowded: Whether to take those with the most objects, and not the first.
 
     Raises:
         ValueError: The file holds no such annotations.
@@ -34,7 +40,10 @@ def read_scenes(path: Path, count: int, image_size: tuple[int, int]) -> list[Sce
         scenes = [_read_scene(data["annotations"], image, classes, image_size) for image in data["images"]]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} holds no COCO annotations: {error!r}") from error
-    scenes = [scene for scene in scenes if len(scene["labels"])][:count]
+    scenes = [scene for scene in scenes if len(scene["labels"])]
+    if crowded:
+        scenes.sort(key=lambda scene: -len(scene["labels"]))
+    scenes = scenes[:count]
     if len(scenes) < count:
         raise ValueError(f"{path} has {len(scenes)} images with objects, want {count}")
     return scenes

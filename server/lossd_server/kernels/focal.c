@@ -5,35 +5,36 @@
  * order, and tasks are cut without regard to threads. So equal inputs give equal bits.
  */
 
-#include <pthread.h>
-#include <stdatomic.h>
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
+#include <stdlib.h>
 
 #include "arithmetic.h"
+#include "tasks.h"
 
-#define BLOCK 512          /* logits of a line that are computed together */
-#define CELLS_OF_TASK 1024 /* native/focal.py counts tasks by the same number */
+#define BLOCK 64           /* logits of a line that are computed together: more would flood the store buffer */
+#define CELLS_OF_TASK 2048
 #define LANES 8            /* sums side by side where a line is one cell's */
-#define MAX_THREADS 64
 #define IGNORED (-2)
 #define FEW 4              /* below one cell in so many, cells that take part are picked out */
+
+/* Types of labels. Below 2^31, as labels are, the wider unsigned ones read like the signed. */
+enum { INT8, UINT8, INT16, UINT16, INT32, INT64 };
 
 typedef struct {
     const void *logits;     /* [batch, classes, cells], by the strides below */
     void *gradient;         /* like logits, or NULL */
-    const int64_t *labels;  /* [batch, cells]: a class, or negative without an object */
+    const void *labels;     /* [batch, cells]: a class, or negative without an object */
     const uint8_t *ignored; /* [batch, cells]: what is no background either, or NULL */
     float *rows;            /* [batch, cells]: the loss of each cell, or NULL */
-    double *sums;           /* of each task */
     int64_t batch, classes, cells;
     int64_t logits_batch_stride, logits_class_stride, logits_cell_stride;
     int64_t gradient_batch_stride, gradient_class_stride, gradient_cell_stride;
     int64_t labels_batch_stride, ignored_batch_stride;
-    const double *scale;    /* what the gradient is multiplied by; only read with a gradient */
+    double scale;           /* what the gradient is multiplied by */
     int32_t logits_type, gradient_type;
+    int32_t labels_type;
     int32_t background;     /* whether a cell without an object is a negative of every class */
+    int32_t stray;          /* found: whether a logit is NaN or infinite */
+    double loss;            /* found: the loss of all cells */
 } focal_grid;
 
 typedef struct {
@@ -41,42 +42,51 @@ typedef struct {
     int32_t gamma; /* 0..4 */
 } focal_constants;
 
-INLINE void multiply(float *power, float *power_low, float p, float p_low) {
-    float product = *power * p;
-    float left_out = fmaf(*power, p, -product);
-    *power_low = fmaf(*power, p_low, fmaf(*power_low, p, left_out));
-    *power = product;
+/* x^gamma for gamma in 0..4, by multiplications, which lose less than a logarithm would. */
+INLINE float power_of(float x, int gamma) {
+    float square = x * x;
+    return gamma == 0 ? 1.0f : gamma == 1 ? x : gamma == 2 ? square : gamma == 3 ? square * x : square * square;
 }
 
-/* p^gamma for gamma in 0..4, by multiplications, which lose less than a logarithm would. Not a loop:
- * the compiler would not unroll it in time to compute logits side by side. */
-INLINE float power_of(float p, float p_low, int gamma, float *low) {
-    float power = gamma ? p : 1.0f;
-    *low = gamma ? p_low : 0.0f;
-    if (gamma > 1) multiply(&power, low, p, p_low);
-    if (gamma > 2) multiply(&power, low, p, p_low);
-    if (gamma > 3) multiply(&power, low, p, p_low);
-    return power;
-}
-
-/* f(z) = sigmoid(z)^gamma * softplus(z), and its derivative, from e = exp(-|z|).
+/* f(z) = sigmoid(z)^gamma * softplus(z), and its derivative times a factor, from e = exp(-|z|).
  *
- * What rounding takes from e, from 1 / (1 + e) and from the power is carried along: each enters the
- * result more than once, and their errors would add up. */
-INLINE float focal_terms(float z, float e, float e_low, int gamma, float *slope) {
+ * e and 1 / (1 + e) enter the derivative more than once, so that what rounding takes from them would add
+ * up: it is gathered, relative to the result, and put back at the end. */
+INLINE float focal_terms(float z, float e, float e_rest, int gamma, factor by, float *slope) {
+    int negative = z < 0.0f;
     float large = 1.0f / (1.0f + e);
-    /* A step of Newton's, with e itself: 1 + e was rounded. */
-    float large_low = large * fmaf(-large, e_low, fmaf(-large, e, 1.0f - large));
     float small = e * large;
-    float small_low = fmaf(e, large_low, fmaf(e_low, large, fmaf(e, large, -small)));
-    float softplus = log_of_one_plus(e) + (z > 0.0f ? z : 0.0f);
-    float p = z >= 0.0f ? large : small;
-    float p_low = z >= 0.0f ? large_low : small_low;
-    float q = z >= 0.0f ? small : large;
-    float power_low, power = power_of(p, p_low, gamma, &power_low);
+    float large_rest = fmaf(-small, e_rest, fmaf(-large, e, 1.0f - large));
+    float p = negative ? small : large, q = negative ? large : small;
+    float softplus = log_of_one_plus(e) + (negative ? 0.0f : z); /* NaN is not negative, and stays */
+    float power = power_of(large, gamma) * (negative ? power_of(e, gamma) : 1.0f);
     float share = fmaf((float)gamma * q, softplus, p);
-    *slope = fmaf(share, power, share * power_low);
-    return fmaf(softplus, power, softplus * power_low);
+    float rounded = power * share * by.rounded;
+    float rest = fmaf((float)(gamma + 1), negative ? e_rest : 0.0f, by.rest);
+    *slope = fmaf(rounded, fmaf((float)gamma, large_rest, rest), rounded);
+    return softplus * power;
+}
+
+/* The largest bits of |z| that were met, at each place of a block: NaN and infinity are beyond LARGEST. */
+typedef struct {
+    int32_t bits[BLOCK];
+} magnitudes;
+
+#define LARGEST 0x7f7fffff /* bits of the largest finite float */
+
+INLINE void look_at(magnitudes *seen, const float *z, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, &z[i], sizeof bits);
+        bits &= 0x7fffffff;
+        seen->bits[i] = bits > seen->bits[i] ? bits : seen->bits[i];
+    }
+}
+
+INLINE int any_stray(const magnitudes *seen) {
+    int stray = 0;
+    for (int i = 0; i < BLOCK; i++) stray |= seen->bits[i] > LARGEST;
+    return stray;
 }
 
 /* The losses of up to BLOCK logits taken for negatives of weight 1, and their slopes times a factor.
@@ -86,12 +96,12 @@ INLINE float focal_terms(float z, float e, float e_low, int gamma, float *slope)
 INLINE void line_of_negatives(
     const float *restrict z, int64_t n, int gamma, float *restrict losses, float *restrict slopes, factor by)
 {
-    float e[BLOCK], e_low[BLOCK];
-    for (int64_t i = 0; i < n; i++) e[i] = exp_of_minus(fabsf(z[i]), &e_low[i]);
+    float e[BLOCK], e_rest[BLOCK];
+    for (int64_t i = 0; i < n; i++) e[i] = exp_of_minus(fabsf(z[i]), &e_rest[i]);
     for (int64_t i = 0; i < n; i++) {
         float slope;
-        losses[i] = focal_terms(z[i], e[i], e_low[i], gamma, &slope);
-        if (slopes) slopes[i] = fmaf(slope, by.high, slope * by.low);
+        losses[i] = focal_terms(z[i], e[i], e_rest[i], gamma, by, &slope);
+        if (slopes) slopes[i] = slope;
     }
 }
 
@@ -102,6 +112,7 @@ typedef struct {
     const char *logits; /* of the task's first cell */
     char *gradient;
     int64_t cells, count, idle_count;
+    magnitudes seen;
     const int32_t *places;         /* NULL for all cells */
     int32_t labels[CELLS_OF_TASK]; /* of what is computed: a class, -1 or IGNORED */
     int32_t sorted[CELLS_OF_TASK]; /* first the cells that take part, in order, then the idle ones */
@@ -123,19 +134,21 @@ INLINE char *gradient_at(const focal_task *t, int64_t class, int64_t cell) {
 
 /* Computes one line of logits, read and written where they lie if they are side by side in float32. */
 INLINE void line_of_task(
-    const char *logits, int type, int64_t stride, char *gradient, int gradient_type, int64_t gradient_stride,
+    focal_task *t, const char *logits, int64_t stride, char *gradient, int64_t gradient_stride,
     const int32_t *places, int64_t n, int gamma, float *losses, factor by)
 {
+    const focal_grid *g = t->grid;
     float read[BLOCK], slopes[BLOCK];
-    int read_in_place = type == FLOAT32 && stride == 1 && !places;
-    int write_in_place = gradient_type == FLOAT32 && gradient_stride == 1 && !places;
-    if (!read_in_place) read_line(logits, type, stride, places, n, read);
+    int read_in_place = g->logits_type == FLOAT32 && stride == 1 && !places;
+    int write_in_place = g->gradient_type == FLOAT32 && gradient_stride == 1 && !places;
+    if (!read_in_place) read_line(logits, g->logits_type, stride, places, n, read);
     const float *z = read_in_place ? (const float *)logits : read;
+    look_at(&t->seen, z, n);
     if (!gradient) {
         line_of_negatives(z, n, gamma, losses, 0, by);
     } else {
         line_of_negatives(z, n, gamma, losses, write_in_place ? (float *)gradient : slopes, by);
-        if (!write_in_place) write_line(gradient, gradient_type, gradient_stride, places, n, slopes);
+        if (!write_in_place) write_line(gradient, g->gradient_type, gradient_stride, places, n, slopes);
     }
 }
 
@@ -149,8 +162,8 @@ INLINE void lines_of_cells(focal_task *t, int gamma, factor by) {
             int64_t cell = t->places ? 0 : first;
             int32_t class = c; /* as wide as a label, so that they compare side by side */
             line_of_task(
-                logits_at(t, c, cell), g->logits_type, g->logits_cell_stride,
-                t->gradient ? gradient_at(t, c, cell) : 0, g->gradient_type, g->gradient_cell_stride,
+                t, logits_at(t, c, cell), g->logits_cell_stride,
+                t->gradient ? gradient_at(t, c, cell) : 0, g->gradient_cell_stride,
                 t->places ? t->places + first : 0, n, gamma, losses, by);
             for (int64_t i = 0; i < n; i++) t->sums[first + i] += t->labels[first + i] == class ? 0.0f : losses[i];
         }
@@ -167,8 +180,8 @@ INLINE void lines_of_classes(focal_task *t, int gamma, factor by) {
         for (int64_t first = 0; first < g->classes; first += BLOCK) {
             int64_t n = g->classes - first < BLOCK ? g->classes - first : BLOCK;
             line_of_task(
-                logits_at(t, first, cell), g->logits_type, g->logits_class_stride,
-                t->gradient ? gradient_at(t, first, cell) : 0, g->gradient_type, g->gradient_class_stride,
+                t, logits_at(t, first, cell), g->logits_class_stride,
+                t->gradient ? gradient_at(t, first, cell) : 0, g->gradient_class_stride,
                 0, n, gamma, losses, by);
             if (t->labels[i] >= first && t->labels[i] < first + n) losses[t->labels[i] - first] = 0.0f;
             for (int64_t j = n; j % LANES; j++) losses[j] = 0.0f;
@@ -201,16 +214,27 @@ INLINE void own_classes(focal_task *t, int gamma, factor by) {
     }
 }
 
+INLINE int32_t label_at(const void *labels, int type, int64_t at) {
+    switch (type) {
+        case INT8: return ((const int8_t *)labels)[at];
+        case UINT8: return ((const uint8_t *)labels)[at];
+        case INT16: return ((const int16_t *)labels)[at];
+        case UINT16: return ((const uint16_t *)labels)[at];
+        case INT32: return ((const int32_t *)labels)[at];
+        default: return ((const int64_t *)labels)[at];
+    }
+}
+
 /* Reads the labels of the task's cells, and decides which of them to compute. */
 static void choose_cells(focal_task *t, int64_t image, int64_t cell) {
     const focal_grid *g = t->grid;
-    const int64_t *labels = g->labels + image * g->labels_batch_stride + cell;
     const uint8_t *ignored = g->ignored ? g->ignored + image * g->ignored_batch_stride + cell : 0;
     int32_t *idle = t->sorted + t->cells;
     t->idle_count = 0;
     for (int64_t s = 0; s < t->cells; s++) {
+        int32_t label = label_at(g->labels, g->labels_type, image * g->labels_batch_stride + cell + s);
         int background = g->background && !(ignored && ignored[s]);
-        t->labels[s] = labels[s] >= 0 ? labels[s] : background ? -1 : IGNORED;
+        t->labels[s] = label >= 0 ? label : background ? -1 : IGNORED;
         if (t->labels[s] == IGNORED) idle[-++t->idle_count] = s;
         else t->sorted[s - t->idle_count] = s;
     }
@@ -249,8 +273,28 @@ INLINE void lines_of_gamma(focal_task *t, int gamma, factor negative, factor pos
     own_classes(t, gamma, positive);
 }
 
-/* Computes the cells of an image from `cell` on, as many as make a task, and returns their loss. */
-static double compute_task(const focal_grid *g, const focal_constants *constants, int64_t image, int64_t cell) {
+/* Looks at every logit of the task, for those that are not computed. */
+static void look_at_all(focal_task *t) {
+    const focal_grid *g = t->grid;
+    float z[BLOCK];
+    for (int64_t c = 0; c < g->classes; c++) {
+        for (int64_t first = 0; first < t->cells; first += BLOCK) {
+            int64_t n = t->cells - first < BLOCK ? t->cells - first : BLOCK;
+            read_line(logits_at(t, c, first), g->logits_type, g->logits_cell_stride, 0, n, z);
+            look_at(&t->seen, z, n);
+        }
+    }
+}
+
+typedef struct {
+    double loss;
+    int stray;
+} focal_found;
+
+/* Computes the cells of an image from `cell` on, as many as make a task. */
+static focal_found compute_task(
+    const focal_grid *g, const focal_constants *constants, int64_t image, int64_t cell)
+{
     focal_task t;
     t.grid = g;
     t.cells = g->cells - cell < CELLS_OF_TASK ? g->cells - cell : CELLS_OF_TASK;
@@ -260,11 +304,11 @@ static double compute_task(const focal_grid *g, const focal_constants *constants
     if (g->gradient)
         t.gradient = (char *)g->gradient
                    + (image * g->gradient_batch_stride + cell * g->gradient_cell_stride) * size_of(g->gradient_type);
+    memset(&t.seen, 0, sizeof t.seen);
     choose_cells(&t, image, cell);
     for (int64_t i = 0; i < t.count; i++) t.sums[i] = 0.0f;
-    double scale = g->gradient ? *g->scale : 0;
-    factor negative = factor_of(constants->negative_weight * scale);
-    factor positive = factor_of(-constants->positive_weight * scale); /* by -x */
+    factor negative = factor_of(constants->negative_weight * g->scale);
+    factor positive = factor_of(-constants->positive_weight * g->scale); /* by -x */
     switch (constants->gamma) { /* each with a constant of its own to be compiled for */
         case 0: lines_of_gamma(&t, 0, negative, positive); break;
         case 1: lines_of_gamma(&t, 1, negative, positive); break;
@@ -273,47 +317,46 @@ static double compute_task(const focal_grid *g, const focal_constants *constants
         default: lines_of_gamma(&t, 4, negative, positive);
     }
     if (t.gradient) clear_idle_cells(&t);
-    return finish_rows(&t, constants, g->rows ? g->rows + image * g->cells + cell : 0);
+    if (t.places) look_at_all(&t);
+    float *rows = g->rows ? g->rows + image * g->cells + cell : 0;
+    return (focal_found){finish_rows(&t, constants, rows), any_stray(&t.seen)};
 }
 
 typedef struct {
     const focal_grid *grids;
-    int32_t count;
     const focal_constants *constants;
-    atomic_int_fast64_t next_task;
+    focal_found *found; /* by each task */
 } focal_work;
 
 static int64_t tasks_of_image(const focal_grid *g) { return (g->cells + CELLS_OF_TASK - 1) / CELLS_OF_TASK; }
 
-static void *take_tasks(void *argument) {
-    focal_work *work = argument;
-#if defined(__SSE__)
-    /* Subnormal numbers cost a hundred times as much, and mean nothing in a loss. */
-    unsigned int mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040);
-#endif
-    const focal_grid *g = work->grids, *end = g + work->count;
-    int64_t first = 0; /* of the tasks of this grid */
-    for (int64_t task = atomic_fetch_add(&work->next_task, 1);; task = atomic_fetch_add(&work->next_task, 1)) {
-        for (; g < end && task - first >= g->batch * tasks_of_image(g); g++) first += g->batch * tasks_of_image(g);
-        if (g == end) break;
-        int64_t image = (task - first) / tasks_of_image(g), part = (task - first) % tasks_of_image(g);
-        g->sums[task - first] = compute_task(g, work->constants, image, part * CELLS_OF_TASK);
-    }
-#if defined(__SSE__)
-    _mm_setcsr(mode);
-#endif
-    return 0;
+static int64_t tasks_of_grid(const focal_grid *g) { return g->batch * tasks_of_image(g); }
+
+static void run_focal_task(void *argument, int64_t task) {
+    const focal_work *work = argument;
+    const focal_grid *g = work->grids;
+    focal_found *found = work->found + task;
+    for (; task >= tasks_of_grid(g); g++) task -= tasks_of_grid(g);
+    int64_t part = task % tasks_of_image(g);
+    *found = compute_task(g, work->constants, task / tasks_of_image(g), part * CELLS_OF_TASK);
 }
 
-/* Evaluates grids with the calling thread and up to `threads - 1` more.
- *
- * Threads are made for the call: there is no pool to spin, to starve, or to be lost in a fork. */
-void lossd_focal(const focal_grid *grids, int32_t count, const focal_constants *constants, int32_t threads) {
-    focal_work work = {.grids = grids, .count = count, .constants = constants, .next_task = 0};
-    pthread_t helpers[MAX_THREADS];
-    int made = 0;
-    while (made < threads - 1 && made < MAX_THREADS && !pthread_create(&helpers[made], 0, take_tasks, &work)) made++;
-    take_tasks(&work);
-    while (made) pthread_join(helpers[--made], 0);
+/* Evaluates grids with at most so many threads; returns 0, or -1 without memory. */
+int lossd_focal(focal_grid *grids, int32_t count, const focal_constants *constants, int32_t threads) {
+    int64_t tasks = 0;
+    for (int32_t i = 0; i < count; i++) tasks += tasks_of_grid(&grids[i]);
+    focal_found *found = malloc((tasks + 1) * sizeof *found), *next = found;
+    if (!found) return -1;
+    focal_work work = {.grids = grids, .constants = constants, .found = found};
+    run_tasks(run_focal_task, &work, tasks, threads);
+    for (focal_grid *g = grids; g < grids + count; g++) {
+        g->loss = 0.0;
+        g->stray = 0;
+        for (int64_t task = tasks_of_grid(g); task; task--, next++) {
+            g->loss += next->loss;
+            g->stray |= next->stray;
+        }
+    }
+    free(found);
+    return 0;
 }

@@ -1,0 +1,50 @@
+"""Where gradients are written."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lossd_server.losses.evaluation import EvaluationOptions
+
+
+def gradient_buffers(options: EvaluationOptions, name: str, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Returns an uninitialised tensor for the gradient of each of an argument's tensors, None if not wanted.
+
+    Those that the caller brought, or new ones. All are dense, and `grid` is a view of each.
+    """
+    if name not in options.gradients:
+        return None
+    given = options.outputs.get(name)
+    return list(given) if given is not None else [_empty(tensor, options) for tensor in inputs]
+
+
+def clear(buffer: Tensor) -> None:
+    """Fills a dense tensor with zeros; on a CPU without waking torch's helpers."""
+    if buffer.device.type == "cpu":
+        ctypes.memset(buffer.data_ptr(), 0, buffer.nbytes)
+    else:
+        buffer.zero_()
+
+
+def _empty(tensor: Tensor, options: EvaluationOptions) -> Tensor:
+    """Returns an uninitialised tensor laid out like another, as far as that one is dense."""
+    shape, strides = tensor.shape, _dense_strides(tensor)
+    dtype = options.gradient_dtype or tensor.dtype
+    if options.allocate is None or tensor.device.type != "cpu":
+        return torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device)
+    return options.allocate(tensor.numel() * dtype.itemsize).view(dtype).as_strided(shape, strides)
+
+
+def _dense_strides(tensor: Tensor) -> Sequence[int]:
+    """Returns row-major strides, or those of maps with their channels last, or of rows class by class."""
+    if tensor.dim() == 2 and tensor.stride(0) == 1 != tensor.stride(1):
+        return 1, len(tensor)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        _, channels, height, width = tensor.shape
+        return channels * height * width, 1, width * channels, channels
+    strides = [1]
+    for extent in reversed(tensor.shape[1:]):
+        strides.append(strides[-1] * max(extent, 1))
+    return strides[::-1] if tensor.dim() else ()

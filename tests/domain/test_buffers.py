@@ -1,0 +1,83 @@
+"""The pool of buffers: memory comes back when its last reference is gone, and not before."""
+
+import gc
+import threading
+
+import numpy as np
+import torch
+
+from lossd_server.engine.buffers import BufferPool
+
+MEBIBYTE = 1 << 20
+
+
+def test_memory_is_used_again_once_nobody_holds_it():
+    pool = BufferPool(64 * MEBIBYTE)
+    first = pool.allocate(3 * MEBIBYTE)
+    place = first.data_ptr()
+    assert pool.allocate(3 * MEBIBYTE).data_ptr() != place
+    del first
+    assert pool.allocate(3 * MEBIBYTE).data_ptr() == place
+
+
+def test_views_of_every_kind_hold_it():
+    pool = BufferPool(64 * MEBIBYTE)
+    array = pool.allocate(2 * MEBIBYTE).view(torch.float32)[5:].numpy()
+    view = memoryview(array)[7:]
+    del array
+    gc.collect()
+    assert pool.idle_bytes == 0
+    view.release()
+    del view
+    assert pool.idle_bytes == 2 * MEBIBYTE
+
+
+def test_what_is_written_is_not_changed_by_later_requests():
+    pool, rng = BufferPool(64 * MEBIBYTE), np.random.default_rng(0)
+    held = []
+    for number in range(40):
+        buffer = pool.allocate(int(rng.integers(1, 6)) * MEBIBYTE)
+        buffer.fill_(number)
+        held.append((number, buffer))
+        if len(held) > 4:
+            del held[int(rng.integers(len(held)))]
+        assert all((kept == value).all() for value, kept in held)
+
+
+def test_idle_memory_is_bounded_and_the_oldest_goes_first():
+    pool = BufferPool(6 * MEBIBYTE)
+    buffers = [pool.allocate(2 * MEBIBYTE) for _ in range(5)]
+    while buffers:
+        del buffers[0]
+        assert pool.idle_bytes <= 6 * MEBIBYTE
+    assert pool.idle_bytes == 6 * MEBIBYTE
+
+
+def test_a_buffer_larger_than_the_bound_is_served_and_let_go():
+    pool = BufferPool(2 * MEBIBYTE)
+    assert len(pool.allocate(9 * MEBIBYTE)) == 9 * MEBIBYTE
+    assert pool.idle_bytes == 0
+
+
+def test_small_buffers_are_left_to_the_c_library():
+    pool = BufferPool(64 * MEBIBYTE)
+    assert [len(pool.allocate(size)) for size in (0, 1, 1000)] == [0, 1, 1000]
+    assert pool.idle_bytes == 0
+
+
+def test_threads_may_share_one():
+    pool, failures = BufferPool(16 * MEBIBYTE), []
+
+    def use(number):
+        for _ in range(50):
+            buffer = pool.allocate(MEBIBYTE + number)
+            buffer.fill_(number)
+            if not (buffer == number).all():
+                failures.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
