@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss
+from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, fcos_terms
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import (
@@ -394,19 +394,44 @@ def test_rows_without_places_factors_or_gradients(formula):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_head_in_three_launches(monkeypatch, share):
     grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
-    problems = [
-        (positives(formula, size, share=share), formula)
+    boxes, centerness = (
+        [positives(formula, size, share=share) for size in SIZES]
         for formula in (RowFormula.GIOU_OF_LTRB, RowFormula.CENTERNESS)
-        for size in SIZES
-    ]
-    constants = FocalConstants(alpha=0.25, gamma=2.0)
-    found = []
-    names = launches(monkeypatch, lambda: found.append(head_sums_on_gpu(grids, constants, problems)))
-    assert names == ["focal_program", *["rows_program"] * bool(share), "totals_program"]
-    assert torch.equal(found[0].cls.cpu(), solve(grids))
-    check_rows(
-        (formula, group, *sums) for (group, formula), *sums in zip(problems, *found[0].rows, strict=True)
     )
+    constants = FocalConstants(alpha=0.25, gamma=2.0)
+    arguments = (grids, constants, boxes, RowFormula.GIOU_OF_LTRB, centerness)
+    found = []
+    names = launches(monkeypatch, lambda: found.append(head_sums_on_gpu(*arguments)))
+    assert names == ["focal_program", *["rows_program"] * bool(share), "totals_program"]
+    cls, *rows = found[0]
+    assert torch.equal(cls.losses.cpu(), solve(grids))
+    check_rows(zip([RowFormula.GIOU_OF_LTRB] * 3, boxes, *rows[0], strict=True))
+    check_rows(zip([RowFormula.CENTERNESS] * 3, centerness, *rows[1], strict=True))
+
+
+@pytest.mark.parametrize("preset", ["autotimm", "documented"])
+def test_the_loss_of_a_head_by_the_programs(monkeypatch, preset):
+    rng = np.random.default_rng(0)
+    preds = oracle.head(rng, SIZES)
+    targets = oracle.dense_targets(rng, SIZES)
+    strides = (8, 16, 32)
+    expected, slopes = oracle.fcos(
+        *([[oracle.numpy_of(level) for level in maps] for maps in group] for group in (preds, targets)),
+        preset=preset,
+        strides=strides,
+    )
+    monkeypatch.setattr(fcos_terms, "focal_sums", focal_sums_on_gpu)
+    monkeypatch.setattr(
+        fcos_terms, "row_sums", lambda groups, formula: row_sums_on_gpu(groups, formula, 1e-7)
+    )
+    moved = [[level.detach().to(DEVICE).requires_grad_() for level in maps] for maps in preds]
+    losses = FCOSLoss(3, preset=preset)(*moved, *([level.to(DEVICE) for level in maps] for maps in targets))
+    losses["loss"].backward()
+    for name, value in expected.items():
+        assert float(losses[name].detach()) == pytest.approx(value, rel=1e-6)
+    for maps, exact in zip(moved, slopes, strict=True):
+        for level, slope in zip(maps, exact, strict=True):
+            oracle.assert_close(level.grad.cpu(), slope, rtol=2e-6, atol=1e-8)
 
 
 def test_groups_of_many_kinds_come_out_in_their_order():
@@ -440,7 +465,8 @@ def test_rows_of_float64_are_left_to_torch():
     assert row_sums_on_gpu([group], RowFormula.GIOU, 1e-7) is None
     assert row_sums_on_gpu([], RowFormula.GIOU, 1e-7) is None
     logits = [problem(*logits_and_labels((1, 2, 2, 2)))]
-    assert head_sums_on_gpu(logits, FocalConstants(alpha=0.25, gamma=2.0), [(group, RowFormula.GIOU)]) is None
+    constants = FocalConstants(alpha=0.25, gamma=2.0)
+    assert head_sums_on_gpu(logits, constants, [group], RowFormula.GIOU, []) is None
 
 
 def test_every_program_can_be_compiled_ahead():
@@ -566,12 +592,12 @@ def test_losses_on_the_gpu_are_those_on_the_cpu():
 @needs_gpu
 def test_nothing_waits_for_the_gpu():
     grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
-    problems = [(positives(RowFormula.GIOU_OF_LTRB, size), RowFormula.GIOU_OF_LTRB) for size in SIZES]
-    constants = FocalConstants(alpha=0.25, gamma=2.0)
-    head_sums_on_gpu(grids, constants, problems)
+    boxes = [positives(RowFormula.GIOU_OF_LTRB, size) for size in SIZES]
+    arguments = (grids, FocalConstants(alpha=0.25, gamma=2.0), boxes, RowFormula.GIOU_OF_LTRB, [])
+    head_sums_on_gpu(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        head_sums_on_gpu(grids, constants, problems)
+        head_sums_on_gpu(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
