@@ -15,7 +15,7 @@ import torch
 
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import numbers_to_host, to_device, to_host
+from lossd_server.engine.transfer import all_to_host, numbers_to_host, to_device, to_host
 from lossd_server.engine.work import (
     AssignJob,
     AssignResults,
@@ -45,6 +45,7 @@ from lossd_server.losses import (
     LossModule,
 )
 from lossd_server.losses.evaluation import find_non_finite
+from lossd_server.losses.gpu import compile_programs
 
 _HOST = torch.device("cpu")
 
@@ -113,11 +114,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Loads or compiles the kernels and evaluates every loss once: no caller pays for first-time work."""
-        if self.device.type == "cpu":
-            with warnings.catch_warnings(record=True) as caught:
-                load_library()
-            for warning in caught:
-                _log.warning(str(warning.message))
+        with warnings.catch_warnings(record=True) as caught:
+            load_library() if self.device.type == "cpu" else compile_programs(self.device)
+        for warning in caught:
+            _log.warning(str(warning.message))
         for loss, arguments in _samples():
             options = EvaluationOptions(gradients=loss.differentiable)
             item = LossItem(path="warm-up", arguments=loss.prepare(arguments), options=options)
@@ -197,7 +197,7 @@ def _on_host(evaluation: Evaluation, wanted: Sequence[str]) -> LossOutcome:
         loss=to_host(evaluation.loss),
         components=[(c.name, float(v[0]), c.weight) for c, v in zip(components, values, strict=True)],
         gradients={
-            name: [to_host(g) for g in (gradient if isinstance(gradient, list) else [gradient])]
+            name: all_to_host(gradient if isinstance(gradient, list) else [gradient])
             for name, gradient in gradients.items()
         },
         raw_sums=[dict(zip(evaluation.raw_sums, level, strict=True)) for level in levels],
