@@ -24,7 +24,7 @@ from lossd_server.bench.report import (
 from lossd_server.bench.tables import print_line, print_report, seconds_text
 from lossd_server.bench.timing import FULL, QUICK, Effort, Timing, measure
 from lossd_server.engine import keep_freed_memory, resolve_device
-from lossd_server.kernels import load_library
+from lossd_server.losses.gpu import load_kernels
 
 
 def run(
@@ -58,7 +58,7 @@ def run(
     earlier = None if compare is None else from_json(compare.read_text(encoding="utf-8"))
     place = resolve_device(device)
     tuned = keep_freed_memory()
-    load_library()
+    load_kernels(place)
     environment = describe_environment(place, quick=quick, tuned_malloc=tuned)
     cases = []
     with Workbench(place, coco) as bench:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import from_host, numbers_to_host, to_device, to_host
+from lossd_server.engine.transfer import all_to_host, from_host, numbers_to_host, to_device, to_host
 from lossd_server.engine.work import (
     Array,
     AssignJob,
@@ -47,6 +47,7 @@ from lossd_server.losses import (
     LossModule,
 )
 from lossd_server.losses.evaluation import find_non_finite
+from lossd_server.losses.gpu import compile_programs
 
 _HOST = torch.device("cpu")
 
@@ -115,11 +116,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Loads or compiles the kernels and evaluates every loss once: no caller pays for first-time work."""
-        if self.device.type == "cpu":
-            with warnings.catch_warnings(record=True) as caught:
-                load_library()
-            for warning in caught:
-                _log.warning(str(warning.message))
+        with warnings.catch_warnings(record=True) as caught:
+            load_library() if self.device.type == "cpu" else compile_programs(self.device)
+        for warning in caught:
+            _log.warning(str(warning.message))
         for loss, arguments in _samples():
             options = EvaluationOptions(gradients=loss.differentiable)
             item = LossItem(path="warm-up", arguments=loss.prepare(arguments), options=options)
@@ -216,7 +216,7 @@ def _on_host(evaluation: Evaluation, item: LossItem) -> LossOutcome:
 def _placed(gradients: Sequence[Tensor], outputs: Sequence[Array] | None) -> list[Array]:
     """Returns gradients as arrays on the host: those that they are to be written to, where there are any."""
     if outputs is None:
-        return [to_host(gradient) for gradient in gradients]
+        return all_to_host(gradients)
     for gradient, output in zip(gradients, outputs, strict=True):
         place = from_host(output)
         if gradient.data_ptr() != place.data_ptr():  # a GPU's, or made by autograd

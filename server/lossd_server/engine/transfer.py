@@ -25,12 +25,34 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Returns arrays, and arrays in lists, as tensors on the device; anything else as it is."""
     if isinstance(value, list):
         return [to_device(entry, device) for entry in value]
-    return from_host(value).to(device) if isinstance(value, np.ndarray) else value
+    # To a GPU the driver copies by way of memory of its own: the array has been read when this returns.
+    return from_host(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
 
 
 def to_host(tensor: Tensor) -> NDArray[Any]:
     """Returns the values of a tensor as numpy, bfloat16 as `ml_dtypes.bfloat16`."""
-    tensor = tensor.detach().cpu()
+    return all_to_host([tensor])[0]
+
+
+def all_to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Returns what `to_host` does of each; from a GPU with one wait for all."""
+    copies = [_copy_under_way(tensor.detach()) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return list(map(_array, copies))
+
+
+def _copy_under_way(tensor: Tensor) -> Tensor:
+    """Returns a tensor of the host's that holds the values once the stream has come so far.
+
+    Pinned memory is written by the GPU itself; torch keeps it for the next time.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()

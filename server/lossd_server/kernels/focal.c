@@ -50,8 +50,9 @@ INLINE float power_of(float x, int gamma) {
 
 /* f(z) = sigmoid(z)^gamma * softplus(z), and its derivative times a factor, from e = exp(-|z|).
  *
- * e and 1 / (1 + e) enter the derivative more than once, so that what rounding takes from them would add
- * up: it is gathered, relative to the result, and put back at the end. */
+ * The derivative is a multiple of (1 / (1 + e))^(gamma + 1), and for negative z nearly one of e^(gamma + 1),
+ * so that what rounding takes from these two would add up. It is gathered, relative to the result, and put
+ * back at the end. */
 INLINE float focal_terms(float z, float e, float e_rest, int gamma, factor by, float *slope) {
     int negative = z < 0.0f;
     float large = 1.0f / (1.0f + e);
@@ -62,8 +63,8 @@ INLINE float focal_terms(float z, float e, float e_rest, int gamma, factor by, f
     float power = power_of(large, gamma) * (negative ? power_of(e, gamma) : 1.0f);
     float share = fmaf((float)gamma * q, softplus, p);
     float rounded = power * share * by.rounded;
-    float rest = fmaf((float)(gamma + 1), negative ? e_rest : 0.0f, by.rest);
-    *slope = fmaf(rounded, fmaf((float)gamma, large_rest, rest), rounded);
+    float rest = fmaf((float)(gamma + 1), large_rest + (negative ? e_rest : 0.0f), by.rest);
+    *slope = fmaf(rounded, rest, rounded);
     return softplus * power;
 }
 
@@ -89,10 +90,12 @@ INLINE int any_stray(const magnitudes *seen) {
     return stray;
 }
 
-/* The losses of up to BLOCK logits taken for negatives of weight 1, and their slopes times a factor.
- *
- * In two passes over the block: in one, each step waits for the one before, and the processor cannot
- * look far enough ahead to find other work. */
+/* Computes the losses of up to BLOCK logits taken for negatives of weight 1, and their slopes times a
+ * factor unless `slopes` is NULL. */
+typedef void line_function(const float *restrict z, int64_t n, float *restrict losses, float *restrict slopes, factor by);
+
+/* In two passes over the block: in one, each step waits for the one before, and the processor cannot look
+ * far enough ahead to find other work. */
 INLINE void line_of_negatives(
     const float *restrict z, int64_t n, int gamma, float *restrict losses, float *restrict slopes, factor by)
 {
@@ -105,10 +108,26 @@ INLINE void line_of_negatives(
     }
 }
 
+/* Each gamma has a function of its own, with a constant to be compiled for. */
+#define LINE_FUNCTION(gamma)                                                                                    \
+    static void line_##gamma(const float *restrict z, int64_t n, float *restrict losses, float *restrict slopes, \
+                             factor by)                                                                          \
+    {                                                                                                            \
+        if (slopes) line_of_negatives(z, n, gamma, losses, slopes, by);                                          \
+        else line_of_negatives(z, n, gamma, losses, 0, by);                                                      \
+    }
+LINE_FUNCTION(0)
+LINE_FUNCTION(1)
+LINE_FUNCTION(2)
+LINE_FUNCTION(3)
+LINE_FUNCTION(4)
+static line_function *const line_functions[] = {line_0, line_1, line_2, line_3, line_4};
+
 /* The cells of a task. Those that are computed are numbered 0..count-1: all of them, or where few take
  * part only those, and then `places` says where they lie. */
 typedef struct {
     const focal_grid *grid;
+    line_function *compute;
     const char *logits; /* of the task's first cell */
     char *gradient;
     int64_t cells, count, idle_count;
@@ -133,27 +152,23 @@ INLINE char *gradient_at(const focal_task *t, int64_t class, int64_t cell) {
 }
 
 /* Computes one line of logits, read and written where they lie if they are side by side in float32. */
-INLINE void line_of_task(
+static void line_of_task(
     focal_task *t, const char *logits, int64_t stride, char *gradient, int64_t gradient_stride,
-    const int32_t *places, int64_t n, int gamma, float *losses, factor by)
+    const int32_t *places, int64_t n, float *losses, factor by)
 {
     const focal_grid *g = t->grid;
     float read[BLOCK], slopes[BLOCK];
     int read_in_place = g->logits_type == FLOAT32 && stride == 1 && !places;
-    int write_in_place = g->gradient_type == FLOAT32 && gradient_stride == 1 && !places;
+    int write_in_place = gradient && g->gradient_type == FLOAT32 && gradient_stride == 1 && !places;
     if (!read_in_place) read_line(logits, g->logits_type, stride, places, n, read);
     const float *z = read_in_place ? (const float *)logits : read;
     look_at(&t->seen, z, n);
-    if (!gradient) {
-        line_of_negatives(z, n, gamma, losses, 0, by);
-    } else {
-        line_of_negatives(z, n, gamma, losses, write_in_place ? (float *)gradient : slopes, by);
-        if (!write_in_place) write_line(gradient, g->gradient_type, gradient_stride, places, n, slopes);
-    }
+    t->compute(z, n, losses, write_in_place ? (float *)gradient : gradient ? slopes : 0, by);
+    if (gradient && !write_in_place) write_line(gradient, g->gradient_type, gradient_stride, places, n, slopes);
 }
 
 /* All classes of the task's cells, each class in lines over the cells. */
-INLINE void lines_of_cells(focal_task *t, int gamma, factor by) {
+static void lines_of_cells(focal_task *t, factor by) {
     const focal_grid *g = t->grid;
     float losses[BLOCK];
     for (int64_t c = 0; c < g->classes; c++) {
@@ -162,16 +177,15 @@ INLINE void lines_of_cells(focal_task *t, int gamma, factor by) {
             int64_t cell = t->places ? 0 : first;
             int32_t class = c; /* as wide as a label, so that they compare side by side */
             line_of_task(
-                t, logits_at(t, c, cell), g->logits_cell_stride,
-                t->gradient ? gradient_at(t, c, cell) : 0, g->gradient_cell_stride,
-                t->places ? t->places + first : 0, n, gamma, losses, by);
+                t, logits_at(t, c, cell), g->logits_cell_stride, t->gradient ? gradient_at(t, c, cell) : 0,
+                g->gradient_cell_stride, t->places ? t->places + first : 0, n, losses, by);
             for (int64_t i = 0; i < n; i++) t->sums[first + i] += t->labels[first + i] == class ? 0.0f : losses[i];
         }
     }
 }
 
 /* The same, each cell in lines over its classes. */
-INLINE void lines_of_classes(focal_task *t, int gamma, factor by) {
+static void lines_of_classes(focal_task *t, factor by) {
     const focal_grid *g = t->grid;
     float losses[BLOCK];
     for (int64_t i = 0; i < t->count; i++) {
@@ -181,8 +195,7 @@ INLINE void lines_of_classes(focal_task *t, int gamma, factor by) {
             int64_t n = g->classes - first < BLOCK ? g->classes - first : BLOCK;
             line_of_task(
                 t, logits_at(t, first, cell), g->logits_class_stride,
-                t->gradient ? gradient_at(t, first, cell) : 0, g->gradient_class_stride,
-                0, n, gamma, losses, by);
+                t->gradient ? gradient_at(t, first, cell) : 0, g->gradient_class_stride, 0, n, losses, by);
             if (t->labels[i] >= first && t->labels[i] < first + n) losses[t->labels[i] - first] = 0.0f;
             for (int64_t j = n; j % LANES; j++) losses[j] = 0.0f;
             for (int64_t j = 0; j < n; j += LANES)
@@ -193,7 +206,7 @@ INLINE void lines_of_classes(focal_task *t, int gamma, factor by) {
 }
 
 /* The logit of each cell's own class: the loss of a positive with logit x is that of a negative with -x. */
-INLINE void own_classes(focal_task *t, int gamma, factor by) {
+static void own_classes(focal_task *t, factor by) {
     const focal_grid *g = t->grid;
     float z[BLOCK], losses[BLOCK], slopes[BLOCK];
     for (int64_t first = 0; first < t->count; first += BLOCK) {
@@ -204,7 +217,7 @@ INLINE void own_classes(focal_task *t, int gamma, factor by) {
             z[i] = 0.0f;
             if (label >= 0) z[i] = -number_at(logits_at(t, label, cell), g->logits_type, 0);
         }
-        line_of_negatives(z, n, gamma, losses, slopes, by);
+        t->compute(z, n, losses, slopes, by);
         for (int64_t i = 0; i < n; i++) {
             int32_t label = t->labels[first + i];
             int64_t cell = t->places ? t->places[first + i] : first + i;
@@ -266,13 +279,6 @@ static double finish_rows(const focal_task *t, const focal_constants *constants,
     return total;
 }
 
-INLINE void lines_of_gamma(focal_task *t, int gamma, factor negative, factor positive) {
-    const focal_grid *g = t->grid;
-    if (g->logits_class_stride == 1 && g->logits_cell_stride != 1) lines_of_classes(t, gamma, negative);
-    else lines_of_cells(t, gamma, negative);
-    own_classes(t, gamma, positive);
-}
-
 /* Looks at every logit of the task, for those that are not computed. */
 static void look_at_all(focal_task *t) {
     const focal_grid *g = t->grid;
@@ -297,6 +303,7 @@ static focal_found compute_task(
 {
     focal_task t;
     t.grid = g;
+    t.compute = line_functions[constants->gamma];
     t.cells = g->cells - cell < CELLS_OF_TASK ? g->cells - cell : CELLS_OF_TASK;
     t.logits = (const char *)g->logits
              + (image * g->logits_batch_stride + cell * g->logits_cell_stride) * size_of(g->logits_type);
@@ -309,13 +316,9 @@ static focal_found compute_task(
     for (int64_t i = 0; i < t.count; i++) t.sums[i] = 0.0f;
     factor negative = factor_of(constants->negative_weight * g->scale);
     factor positive = factor_of(-constants->positive_weight * g->scale); /* by -x */
-    switch (constants->gamma) { /* each with a constant of its own to be compiled for */
-        case 0: lines_of_gamma(&t, 0, negative, positive); break;
-        case 1: lines_of_gamma(&t, 1, negative, positive); break;
-        case 2: lines_of_gamma(&t, 2, negative, positive); break;
-        case 3: lines_of_gamma(&t, 3, negative, positive); break;
-        default: lines_of_gamma(&t, 4, negative, positive);
-    }
+    if (g->logits_class_stride == 1 && g->logits_cell_stride != 1) lines_of_classes(&t, negative);
+    else lines_of_cells(&t, negative);
+    own_classes(&t, positive);
     if (t.gradient) clear_idle_cells(&t);
     if (t.places) look_at_all(&t);
     float *rows = g->rows ? g->rows + image * g->cells + cell : 0;

@@ -52,7 +52,7 @@ def _declare(library: ctypes.CDLL) -> None:
 @lru_cache(maxsize=1)
 def _find_or_compile() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    path = _cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
+    path = cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
     try:
         if not path.exists():
             _compile(compiler, path)
@@ -81,7 +81,7 @@ def _compile(compiler: str | None, path: Path) -> None:
         return
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """Returns a directory that only this user can write to; a new one where the usual one is not."""
     base = Path(
         os.environ.get("LOSSD_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

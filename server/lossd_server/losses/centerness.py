@@ -4,9 +4,9 @@ import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
-from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
 from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
@@ -51,7 +51,7 @@ class CenternessLoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or a target outside 0..1.
         """
-        load_library()
+        load_kernels()
         arguments = {"pred": pred, "target": target, "weights": weights}
         evaluation = self.evaluate_for_autograd(arguments)
 

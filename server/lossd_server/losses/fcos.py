@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, Numbers, as_tensor
 from lossd_server.losses.fcos_arguments import (
     COMPONENTS,
@@ -25,14 +24,13 @@ from lossd_server.losses.fcos_arguments import (
 )
 from lossd_server.losses.fcos_terms import (
     GradientRequest,
-    centerness_sums,
-    classification_sums,
     over,
-    regression_sums,
+    term_sums,
     total,
 )
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_grid import FocalConstants
+from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.locations import LevelTargets, from_assignment
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
@@ -148,7 +146,7 @@ class FCOSLoss(LossModule):
             InvalidInputError: Levels, shapes or types that do not go together, a label out of range,
                 a refused box.
         """
-        load_library()
+        load_kernels()
         arguments = arguments_by_name(
             cls_preds,
             reg_preds,
@@ -211,18 +209,14 @@ class FCOSLoss(LossModule):
             valid = np.array([float(targets.location_count) for targets in levels])
         normalizer = max(positives.sum(), 1.0) if options.normalizer is None else options.normalizer
         divisors = rules.divisors(valid, positives, normalizer)
-        cls_preds, reg_preds, centerness_preds = preds = [arguments[name] for name in PREDICTIONS]
-        cls_request, reg_request, centerness_request = requests = self._gradient_requests(
-            preds, options, rules, divisors
-        )
-        cls = classification_sums(cls_preds, levels, self.focal, cls_request, background=rules.background)
-        reg = regression_sums(reg_preds, levels, rules.box_formula, reg_request)
-        centerness = centerness_sums(centerness_preds, levels, centerness_request)
+        preds = [arguments[name] for name in PREDICTIONS]
+        requests = self._gradient_requests(preds, options, rules, divisors)
+        cls, reg, centerness = term_sums(preds, levels, self.focal, rules, requests)
         sums = (cls.losses, reg.losses, centerness.losses)
         components = self._components(sums, centerness.extras, divisors, rules)
         dtype = widest_dtype(pred for kind in preds for pred in kind)
         return Evaluation(
-            loss=as_tensor(_weighted_total(components), cls_preds[0], dtype),
+            loss=as_tensor(_weighted_total(components), preds[0][0], dtype),
             components=components,
             gradients={
                 name: list(request.buffers)

@@ -13,8 +13,10 @@ from lossd_server.losses.evaluation import Numbers
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, grid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.gpu import head_sums_on_gpu
 from lossd_server.losses.gradients import clear
 from lossd_server.losses.locations import LevelTargets
+from lossd_server.losses.presets import LossRules
 from lossd_server.losses.row_group import RowGroup, RowSums
 from lossd_server.losses.row_kernel import row_sums
 
@@ -32,16 +34,62 @@ class GradientRequest:
     buffers: Sequence[Tensor]
 
 
-def classification_sums(
-    preds: Sequence[Tensor],
+def term_sums(
+    preds: Sequence[Sequence[Tensor]],
     levels: Sequence[LevelTargets],
     constants: FocalConstants,
+    rules: LossRules,
+    requests: Sequence[GradientRequest | None],
+) -> tuple[FocalSums, RowSums, RowSums]:
+    """Returns the sums of the three terms over each level, and writes gradients.
+
+    The focal loss over the locations that take part, the box loss over the positives with their
+    negative sides, and the cross-entropy of centerness over them with the entropy of their targets.
+
+    Args:
+        preds: Class logits, distances and centerness logits, each one tensor a level.
+        levels: What they should be.
+        constants: The constants of the focal loss.
+        rules: Whether there is background, and which box loss it is.
+        requests: How each kind's gradients are wanted.
+    """
+    grids = _grids(preds[0], levels, requests[0], background=rules.background)
+    boxes = _groups(preds[1], levels, [targets.ltrb for targets in levels], requests[1])
+    wanted = [targets.centerness[:, None] for targets in levels]
+    centerness = _groups(preds[2], levels, wanted, requests[2])
+    if preds[0][0].is_cuda:
+        found = head_sums_on_gpu(grids, constants, boxes, rules.box_formula, centerness)
+        if found is not None:
+            return found
+    return (
+        focal_sums(grids, constants),
+        row_sums(boxes, rules.box_formula),
+        row_sums(centerness, RowFormula.CENTERNESS),
+    )
+
+
+def total(values: Numbers) -> float | Tensor:
+    """Returns the sum over levels."""
+    return values.sum() if isinstance(values, Tensor) else float(values.sum())
+
+
+def over(sums: Numbers, divisors: NDArray[np.float64]) -> Numbers:
+    """Returns the sums of levels, each over its divisor."""
+    return (
+        sums / torch.from_numpy(divisors).to(sums.device, non_blocking=True)
+        if isinstance(sums, Tensor)
+        else sums / divisors
+    )
+
+
+def _grids(
+    preds: Sequence[Tensor],
+    levels: Sequence[LevelTargets],
     request: GradientRequest | None,
     *,
     background: bool,
-) -> FocalSums:
-    """Returns the focal loss over the locations of each level that take part, and writes gradients."""
-    grids = [
+) -> list[FocalGrid]:
+    return [
         FocalGrid(
             logits=grid(pred),
             labels=_on_device(targets.labels, pred),
@@ -52,48 +100,18 @@ def classification_sums(
         )
         for level, (pred, targets) in enumerate(zip(preds, levels, strict=True))
     ]
-    return focal_sums(grids, constants)
 
 
-def regression_sums(
-    preds: Sequence[Tensor],
-    levels: Sequence[LevelTargets],
-    formula: RowFormula,
-    request: GradientRequest | None,
-) -> RowSums:
-    """Returns the box loss over the positives of each level, and their negative sides."""
-    return _positive_sums(preds, levels, [targets.ltrb for targets in levels], formula, request)
-
-
-def centerness_sums(
-    preds: Sequence[Tensor], levels: Sequence[LevelTargets], request: GradientRequest | None
-) -> RowSums:
-    """Returns the cross-entropy over the positives of each level, and the entropy of their targets."""
-    wanted = [targets.centerness[:, None] for targets in levels]
-    return _positive_sums(preds, levels, wanted, RowFormula.CENTERNESS, request)
-
-
-def total(values: Numbers) -> float | Tensor:
-    """Returns the sum over levels."""
-    return values.sum() if isinstance(values, Tensor) else float(values.sum())
-
-
-def over(sums: Numbers, divisors: NDArray[np.float64]) -> Numbers:
-    """Returns the sums of levels, each over its divisor."""
-    return sums / torch.from_numpy(divisors).to(sums.device) if isinstance(sums, Tensor) else sums / divisors
-
-
-def _positive_sums(
+def _groups(
     preds: Sequence[Tensor],
     levels: Sequence[LevelTargets],
     wanted: Sequence[NDArray[Any]],
-    formula: RowFormula,
     request: GradientRequest | None,
-) -> RowSums:
-    """Evaluates the positives of each level; the gradient of every other location is exactly zero."""
+) -> list[RowGroup]:
+    """Returns the positives of each level; the gradient of every other location is made exactly zero."""
     for buffer in () if request is None else request.buffers:
         clear(buffer)
-    groups = [
+    return [
         RowGroup(
             preds=grid(pred),
             targets=_on_device(wanted[level], pred),
@@ -104,9 +122,8 @@ def _positive_sums(
         )
         for level, (pred, targets) in enumerate(zip(preds, levels, strict=True))
     ]
-    return row_sums(groups, formula)
 
 
 def _on_device(array: NDArray[Any], like: Tensor) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array) if array.strides[-1] != array.itemsize else array)
-    return tensor.to(like.device)
+    return tensor.to(like.device, non_blocking=True)  # the driver has read it when this returns

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, as_tensor
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
 from lossd_server.losses.focal_kernel import focal_sums
+from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
@@ -62,7 +62,7 @@ class FocalLoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or a label out of range.
         """
-        load_library()
+        load_kernels()
         arguments = {"inputs": inputs, "targets": targets}
         evaluation = self.evaluate_for_autograd(arguments)
 

@@ -1,6 +1,6 @@
 """Focal loss and its gradient over grids of logits, in one go.
 
-By the compiled kernel where there is one for the case, otherwise by torch in cache-sized portions.
+By a compiled kernel where there is one for the case, otherwise by torch in cache-sized portions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 from lossd_server.losses.evaluation import fixed_order_sum, stacked
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.formulas import focal_terms
+from lossd_server.losses.gpu import focal_sums_on_gpu
 from lossd_server.losses.native import focal_sums_natively
 
 _PORTION = 1 << 17
@@ -22,7 +23,8 @@ _PORTION_OF_GPU = 1 << 24
 
 def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums:
     """Returns the summed focal loss of each grid, and writes gradients and rows."""
-    compiled = focal_sums_natively(grids, constants)
+    on_gpu = any(grid.logits.is_cuda for grid in grids)
+    compiled = (focal_sums_on_gpu if on_gpu else focal_sums_natively)(grids, constants)
     if compiled is not None:
         return compiled
     losses = [_sum_by_torch(grid, constants) for grid in grids]

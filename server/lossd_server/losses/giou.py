@@ -4,9 +4,9 @@ import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
-from lossd_server.kernels import load_library
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
 from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
@@ -50,7 +50,7 @@ class GIoULoss(LossModule):
         Raises:
             InvalidInputError: A wrong shape or type, or an inverted target box.
         """
-        load_library()
+        load_kernels()
         arguments = {"pred_boxes": pred_boxes, "target_boxes": target_boxes, "weights": weights}
         evaluation = self.evaluate_for_autograd(arguments)
         return attach_gradients(

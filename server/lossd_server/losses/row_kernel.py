@@ -1,6 +1,6 @@
 """Losses and gradients of single rows: boxes and centerness.
 
-By the compiled kernel where there is one for the case, otherwise by torch.
+By a compiled kernel where there is one for the case, otherwise by torch.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossd_server.losses.evaluation import fixed_order_sum, stacked
 from lossd_server.losses.formulas import RowFormula, row_terms
+from lossd_server.losses.gpu import row_sums_on_gpu
 from lossd_server.losses.native import row_sums_natively
 from lossd_server.losses.row_group import RowGroup, RowSums
 
@@ -21,7 +22,8 @@ def row_sums(groups: Sequence[RowGroup], formula: RowFormula, floor: float = 1e-
         formula: What is computed.
         floor: Least area, and least IoU under a logarithm.
     """
-    compiled = row_sums_natively(groups, formula, floor)
+    on_gpu = any(group.preds.is_cuda for group in groups)
+    compiled = (row_sums_on_gpu if on_gpu else row_sums_natively)(groups, formula, floor)
     if compiled is not None:
         return compiled
     parts = [_sums_by_torch(group, formula, floor) for group in groups]

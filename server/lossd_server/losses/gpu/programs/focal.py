@@ -1,0 +1,182 @@
+"""The focal loss of many grids of logits, value and gradient, in one launch."""
+
+import triton
+import triton.language as tl
+
+from lossd_server.losses.gpu.programs.arithmetic import focal_terms, minus
+from lossd_server.losses.gpu.programs.words import float64_of
+
+HEADER = tl.constexpr(4)
+"""Words before the first program of each grid: gamma, the negative weight, the positive weight, nothing."""
+MOST_GRIDS = tl.constexpr(32)
+"""Grids of a launch; a table has room for so many."""
+FIELDS = tl.constexpr(26)
+"""Words of the table for a grid.
+
+Addresses: 0 logits, 1 gradient, 2 labels, 3 ignored, 4 rows; 0 where there is none. 5 the scale. Sizes: 6
+classes, 7 cells. Strides of images, classes and cells: 8 of the logits, 11 of the gradient. Strides of
+images and cells: 14 of the labels, 16 of ignored, 18 of the rows. Then 20 whether labels are int64,
+21 whether there is background, 22 whether lines of numbers begin and end on 16 bytes, 23 classes of a
+program, 24 blocks of cells, 25 parts of classes.
+"""
+
+
+@triton.jit
+def focal_program(
+    table,
+    sums,
+    LOGITS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SQUARE: tl.constexpr,
+    CELLS_INNER: tl.constexpr,
+    CELLS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Computes some cells of one image, all their classes or some, and writes the sum of their losses.
+
+    Args:
+        table: The header, the first program of each grid, and the grids' fields; see `FIELDS`.
+        sums: Of each program, float64.
+        LOGITS: Type of the logits.
+        GRADIENT: Type of the gradients; None if there are none.
+        SQUARE: Whether gamma is 2; if not, it is read.
+        CELLS_INNER: Whether cells are nearer to each other in memory than classes.
+        CELLS: Cells of a program.
+        CLASSES: Classes that are computed at a time.
+    """
+    program = tl.program_id(0)
+    firsts = tl.load(table + HEADER + tl.arange(0, MOST_GRIDS))
+    number = tl.sum((firsts <= program).to(tl.int32), axis=0) - 1
+    grid = table + HEADER + MOST_GRIDS + number * FIELDS
+    place = (program - tl.load(table + HEADER + number)).to(tl.int32)
+    blocks = tl.load(grid + 24).to(tl.int32)
+    parts = tl.load(grid + 25).to(tl.int32)
+    image = (place // (blocks * parts)).to(tl.int64)
+    part = place // blocks % parts
+    cell = place % blocks * CELLS + tl.arange(0, CELLS)
+    classes = tl.load(grid + 6).to(tl.int32)
+    cells = tl.load(grid + 7).to(tl.int32)
+    width = tl.load(grid + 23).to(tl.int32)
+    label = _labels(grid, image, cell, cells)
+    last = tl.minimum(part * width + width, classes)
+    if tl.load(grid + 22) != 0:
+        others, own = _classes(
+            table, grid, image, cell, cells, label, part * width, last,
+            LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=True,
+        )  # fmt: skip
+    else:
+        others, own = _classes(
+            table, grid, image, cell, cells, label, part * width, last,
+            LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=False,
+        )  # fmt: skip
+    loss = float64_of(tl.load(table + 1)) * others + float64_of(tl.load(table + 2)) * own
+    loss = tl.where(label > -2, loss, 0.0)
+    rows = tl.load(grid + 4)
+    if rows != 0:
+        to = rows.to(tl.pointer_type(tl.float32)) + image * tl.load(grid + 18) + cell * tl.load(grid + 19)
+        tl.store(to, loss.to(tl.float32), mask=cell < cells)
+    tl.store(sums + program, tl.sum(loss, axis=0))
+
+
+@triton.jit
+def _labels(grid, image, cell, cells):
+    """The cells' labels: a class, -1 where all classes are negatives, -2 where a cell takes no part."""
+    address = tl.load(grid + 2)
+    at = image * tl.load(grid + 14) + cell * tl.load(grid + 15)
+    inside = cell < cells
+    if tl.load(grid + 20) != 0:
+        label = tl.load(address.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=-1).to(tl.int32)
+    else:
+        label = tl.load(address.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=-1)
+    background = inside & (tl.load(grid + 21) != 0)
+    address = tl.load(grid + 3)
+    if address != 0:
+        at = image * tl.load(grid + 16) + cell * tl.load(grid + 17)
+        ignored = tl.load(address.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=1)
+        background = background & (ignored == 0)
+    return tl.where(label >= 0, label, tl.where(background, -1, -2))
+
+
+@triton.jit
+def _multiple(number, OF: tl.constexpr):
+    """The number, which is a multiple already: said so that the compiler knows."""
+    return number // OF * OF
+
+
+@triton.jit
+def _tile(
+    grid, field, image, cell, number, TYPE: tl.constexpr, CELLS_INNER: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Where the numbers of classes 0, 1, .. lie, and how far apart classes are.
+
+    Where numbers are side by side, the compiler is told so, and where 16 bytes begin: it reads as many.
+    """
+    multiple: tl.constexpr = 128 // TYPE.primitive_bitwidth if ALIGNED else 1
+    start = image * _multiple(tl.load(grid + 8 + 3 * field), multiple)
+    class_stride = _multiple(tl.load(grid + 9 + 3 * field), multiple)
+    cell_stride = _multiple(tl.load(grid + 10 + 3 * field), multiple)
+    if ALIGNED and CELLS_INNER:
+        cell_stride = 1
+    elif ALIGNED:
+        class_stride = 1
+    at = number * class_stride + cell * cell_stride
+    base = tl.load(grid + field).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base + start + at, class_stride
+
+
+@triton.jit
+def _classes(
+    table, grid, image, cell, cells, label, first, last,
+    LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr, CELLS_INNER: tl.constexpr,
+    CELLS: tl.constexpr, CLASSES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The losses of the cells, unweighted, from classes `first` to `last`: of other classes, of their own."""
+    axis: tl.constexpr = 0 if CELLS_INNER else 1
+    shape: tl.constexpr = (CLASSES, CELLS) if CELLS_INNER else (CELLS, CLASSES)
+    multiple: tl.constexpr = 128 // LOGITS.primitive_bitwidth if ALIGNED else 1
+    cells = _multiple(cells, multiple if CELLS_INNER else 1)
+    first = _multiple(first, CLASSES)
+    last = _multiple(last, 1 if CELLS_INNER else multiple)
+    cell = tl.expand_dims(cell.to(tl.int64), axis)
+    label = tl.expand_dims(label, axis)
+    number = tl.expand_dims(tl.arange(0, CLASSES), 1 - axis)
+    logits, class_stride = _tile(grid, 0, image, cell, number, LOGITS, CELLS_INNER, ALIGNED)
+    gamma = float64_of(tl.load(table))
+    if GRADIENT is not None:
+        gradient, step = _tile(grid, 1, image, cell, number, GRADIENT, CELLS_INNER, ALIGNED)
+        scale = float64_of(tl.load(grid + 5))
+        by, by_low = _factor(float64_of(tl.load(table + 1)) * scale)
+        by = tl.where(label > -2, by, 0.0)
+        by_low = tl.where(label > -2, by_low, 0.0)
+        by_own, by_own_low = _factor(-float64_of(tl.load(table + 2)) * scale)  # by -z
+    others = tl.zeros(shape, tl.float32)
+    own = tl.zeros(shape, tl.float32)
+    if tl.max(tl.max(label, axis=1), axis=0) > -2:
+        for c in range(first, last, CLASSES):
+            inside = (cell < cells) & (c + number < last)
+            z = tl.load(logits + c * class_stride, mask=inside, other=0.0).to(tl.float32)
+            # What a cell that takes no part holds may be NaN, and must not matter.
+            z = tl.where(label > -2, z, 0.0)
+            is_own = label == c + number
+            loss, slope = focal_terms(tl.where(is_own, minus(z), z), gamma, SQUARE)
+            others += tl.where(is_own | (c + number >= last), 0.0, loss)
+            own += tl.where(is_own, loss, 0.0)
+            if GRADIENT is not None:
+                high = tl.where(is_own, by_own, by)
+                low = tl.where(is_own, by_own_low, by_low)
+                value = tl.fma(slope, high, slope * low)
+                tl.store(gradient + c * step, value.to(GRADIENT), mask=inside)
+    elif GRADIENT is not None:
+        for c in range(first, last, CLASSES):
+            inside = (cell < cells) & (c + number < last)
+            tl.store(gradient + c * step, tl.zeros(shape, GRADIENT), mask=inside)
+    return tl.sum(others, axis=axis).to(tl.float64), tl.sum(own, axis=axis).to(tl.float64)
+
+
+@triton.jit
+def _factor(value):
+    """A float64 in two float32, which lose nothing of it that matters here."""
+    high = value.to(tl.float32)
+    return high, (value - high).to(tl.float32)
