@@ -24,6 +24,7 @@ from lossd_server.losses.fcos_arguments import (
 )
 from lossd_server.losses.fcos_terms import (
     GradientRequest,
+    nonzero_rows,
     over,
     term_sums,
     total,
@@ -232,7 +233,7 @@ class FCOSLoss(LossModule):
             preset=arguments["preset"],
             negative_side_count=total(reg.extras),
             finite_inputs=frozenset(f"cls_preds[{i}]" for i in range(len(levels)) if cls.finite),
-            nonzero_rows=_nonzero_rows(levels, rules) if options.nonzero_rows else {},
+            nonzero_rows=nonzero_rows(levels, rules) if options.nonzero_rows else {},
         )
 
     def preset_for(self, arguments: Arguments) -> LossPreset:
@@ -271,11 +272,6 @@ class FCOSLoss(LossModule):
         terms = map(component, COMPONENTS, sums, divisors, self.weights)
         floor = component("centerness_floor", floor_sums, divisors.centerness, self.weights[2])
         return (*terms, replace(floor, weight=0.0))
-
-
-def _nonzero_rows(levels: Sequence[LevelTargets], rules: LossRules) -> dict[str, list[NDArray[np.int64]]]:
-    positives = [targets.places for targets in levels]
-    return dict.fromkeys(PREDICTIONS[1:] if rules.background else PREDICTIONS, positives)
 
 
 def _weighted_total(components: Sequence[Component]) -> float | Tensor:
