@@ -212,7 +212,7 @@ def test_a_caller_that_leaves_in_the_middle(tmp_path, held):
         with sharing_caller(server) as caller:
             request, _ = focal(caller)
             call = caller.stub.ComputeLoss.future(request)  # behind the one that is held
-            wait_until(lambda: server._handlers.in_flight._count >= 3)
+            wait_until(lambda: server._engine._turn._waiting)
             call.cancel()
         regions = server._sharing.regions
         wait_until(lambda: regions.count == 0)
