@@ -70,7 +70,7 @@ def term_sums(
 
 
 def nonzero_rows(levels: Sequence[LevelTargets], rules: LossRules) -> dict[str, list[NDArray[np.int64]]]:
-    """Returns the places of each level that alone can have a gradient, by the predictions of which it is so."""
+    """Returns by name the predictions that have a gradient at some places alone, with those of each level."""
     positives = [targets.places for targets in levels]
     return dict.fromkeys(PREDICTIONS[1:] if rules.background else PREDICTIONS, positives)
 
