@@ -26,14 +26,8 @@ from lossd_client._errors import (
     TooLargeError,
     UnavailableError,
 )
-from lossd_client._results import (
-    DenseLevel,
-    DenseTargets,
-    LossResult,
-    NonFinite,
-    ServerInfo,
-    SparseTargets,
-)
+from lossd_client._results import LossResult, NonFinite, ServerInfo
+from lossd_client._targets import DenseLevel, DenseTargets, SparseTargets
 from lossd_client.aio import AsyncClient
 from lossd_client.client import Client
 

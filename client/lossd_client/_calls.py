@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
+from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd_client._errors import LossdError, ServerError, error_of_call
@@ -39,11 +40,20 @@ class Call(Generic[R]):
 
     def result(self, data: bytes) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
-        return self.read(read_answer(self.method, data))
+        return read_result(self.method, self.read, read_answer(self.method, data))
 
     def error(self, error: grpc.RpcError) -> LossdError:
         """Returns our error for a call that failed."""
         return error_of_call(error, first_item=self.first_item)
+
+
+def read_result(method: str, read: Callable[..., R], *answer: Any) -> R:
+    """Returns what an answer of a method means; raises `ServerError` for tensors that mean nothing."""
+    try:
+        return read(*answer)
+    except TensorError as error:
+        message = f"the server's answer is no {method}Response: {error}"
+        raise ServerError(grpc.StatusCode.INTERNAL, message) from error
 
 
 def method_path(method: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd_client._errors import refused_here
-from lossd_client._packing import packed, packed_ground_truth
+from lossd_client._packing import packed, packed_ground_truth, packed_labels, packed_prediction
 from lossd_client._storage import Storage
 
 
@@ -18,11 +18,15 @@ class LossConfig:
         kind: Its name in the contract's `oneof`.
         inputs: Names of its arguments, in order.
         differentiable: Those that gradients can be asked for.
+        labels: Those that hold labels, which are sent in a smaller type where they fit.
+        coordinates: Those whose differences matter: they are sent in their own type always.
     """
 
     kind: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]]
     differentiable: ClassVar[tuple[str, ...]]
+    labels: ClassVar[tuple[str, ...]] = ()
+    coordinates: ClassVar[tuple[str, ...]] = ()
 
     def message(self) -> Any:
         """Returns the configuration as the contract's message."""
@@ -47,8 +51,16 @@ class LossConfig:
         inputs.SetInParent()
         for name, value in zip(self.inputs, arguments, strict=False):
             if value is not None:
-                getattr(inputs, name).CopyFrom(packed(f"{path}.{name}", value, storage))
+                getattr(inputs, name).CopyFrom(self._packed(name, f"{path}.{name}", value, storage))
         return item
+
+    def _packed(self, name: str, path: str, value: Any, storage: Storage) -> Any:
+        """Returns an argument, or a level of one, as a `Tensor`."""
+        if name in self.labels:
+            return packed_labels(path, value, storage)
+        if name in self.differentiable:
+            return packed_prediction(path, value, storage, keep=name in self.coordinates)
+        return packed(path, value, storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class FocalLoss(LossConfig):
     kind = "focal"
     inputs = ("inputs", "targets")
     differentiable = ("inputs",)
+    labels = ("targets",)
 
     alpha: float | None = 0.25
     gamma: float = 2.0
@@ -89,6 +102,7 @@ class GIoULoss(LossConfig):
     kind = "giou"
     inputs = ("pred_boxes", "target_boxes", "weights")
     differentiable = ("pred_boxes",)
+    coordinates = ("pred_boxes",)
 
     reduction: str = "mean"
     eps: float = 1e-7
@@ -182,6 +196,7 @@ class FCOSLoss(LossConfig):
         "ignored_targets",
     )
     differentiable = inputs[:3]
+    labels = ("cls_targets",)
 
     num_classes: int
     focal_alpha: float | None = 0.25
@@ -230,7 +245,7 @@ class FCOSLoss(LossConfig):
         lists = arguments[:3] if len(arguments) == 4 else arguments
         for name, levels in zip(self.inputs, lists, strict=False):
             getattr(item.fcos, name).extend(
-                packed(f"{path}.{name}[{i}]", level, storage) for i, level in enumerate(levels)
+                self._packed(name, f"{path}.{name}[{i}]", level, storage) for i, level in enumerate(levels)
             )
         if len(arguments) == 4:
             item.fcos.ground_truth.extend(packed_ground_truth(arguments[3], path, storage))

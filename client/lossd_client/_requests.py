@@ -7,24 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from lossd.tensors import TensorError, data_type_of
+from lossd.tensors import DTYPES, TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import tensor_pb2
 from lossd.wire import Parcel
+from lossd_client._arrays import as_array
 from lossd_client._calls import Call
-from lossd_client._configs import CustomLoss, FCOSAssigner, LossConfig
+from lossd_client._configs import CustomLoss, FCOSAssigner, FCOSLoss, LossConfig
 from lossd_client._errors import refused_here, too_large
+from lossd_client._maps import DenseForm, dense_targets
+from lossd_client._narrow import wire_type
 from lossd_client._packing import packed_ground_truth
-from lossd_client._results import (
-    DenseTargets,
-    LossResult,
-    ServerInfo,
-    SparseTargets,
-    read_loss_results,
-    read_server_info,
-    read_targets,
-)
+from lossd_client._results import LossResult, ServerInfo, read_loss_results, read_server_info
 from lossd_client._storage import FLOAT_TYPES, Storage
 from lossd_client._streams import Stream
+from lossd_client._targets import DenseTargets, SparseTargets, read_targets
+from lossd_client._wire_form import WireForm
 
 SMALL_BYTES = 1 << 20
 """Every server reads at least this: smaller requests need not ask for its limit."""
@@ -77,7 +75,7 @@ class LossBatch:
         return Call(
             method="ComputeLoss",
             request=Parcel(request, self.storage),
-            read=partial(read_loss_results, self.kind, self.storage),
+            read=partial(read_loss_results, self.kind, self.storage, first_item),
             first_item=first_item,
         )
 
@@ -108,12 +106,14 @@ def loss_batch(
     *,
     gradients: Gradients,
     gradient_dtype: Any,
+    wire_dtype: Any,
     component_gradients: bool,
     normalizers: Sequence[float | None] | None,
     strict: bool,
     storage: Storage,
 ) -> LossBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
+    storage.form = _wire_form(loss, wire_dtype, gradient_dtype)
     request = pb.ComputeLossRequest(component_gradients=component_gradients, strict=strict)
     getattr(request, loss.kind).CopyFrom(loss.message())
     payload_bytes = []
@@ -124,8 +124,12 @@ def loss_batch(
     if normalizers is not None:
         _set_normalizers(request, normalizers)
     request.gradients.extend(_gradient_names(loss, request, gradients))
-    if gradient_dtype is not None:
+    if storage.form.is_narrow:
+        # Gradients of a mean are below what float16 holds.
+        request.gradient_dtype = tensor_pb2.DATA_TYPE_BFLOAT16
+    elif gradient_dtype is not None:
         request.gradient_dtype = _gradient_dtype(gradient_dtype)
+    request.sparse_gradients = isinstance(loss, FCOSLoss) and bool(request.gradients)
     storage.add_outputs(request, loss.kind, loss.differentiable)
     return LossBatch(
         kind=loss.kind,
@@ -139,9 +143,16 @@ def loss_batch(
     )
 
 
-def assign_call(request: Parcel[pb.AssignTargetsRequest]) -> Call[DenseTargets | SparseTargets]:
-    """Returns the call for the targets of a batch of images."""
-    return Call(method="AssignTargets", request=request, read=read_targets)
+def assign_call(
+    assigner: FCOSAssigner, ground_truth: Sequence[Any], **settings: Any
+) -> Call[DenseTargets | SparseTargets]:
+    """Returns the call for the targets of a batch of images; settings as for `assign_request`."""
+    storage = Storage(None)
+    return Call(
+        method="AssignTargets",
+        request=assign_request(assigner, ground_truth, storage=storage, **settings),
+        read=partial(_read_targets, storage=storage),
+    )
 
 
 def assign_request(
@@ -151,9 +162,9 @@ def assign_request(
     image_size: tuple[int, int] | None,
     feature_sizes: Sequence[tuple[int, int]] | None,
     sparse: bool,
+    storage: Storage,
 ) -> Parcel[pb.AssignTargetsRequest]:
     """Returns the request for the targets of a batch of images of one size."""
-    storage = Storage(None)
     item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", storage))
     if image_size is not None:
         item.image_size.CopyFrom(_size(image_size))
@@ -161,8 +172,12 @@ def assign_request(
     request = pb.AssignTargetsRequest(
         assigner=assigner.message(),
         items=[item],
-        format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_DENSE,
+        format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_SMALLER,
     )
+    if not sparse:
+        crowds = (image.get("iscrowd") for image in ground_truth)
+        has_crowd = any(crowd is not None and as_array(crowd).any() for crowd in crowds)
+        storage.dense_form = DenseForm(batch_size=len(ground_truth), has_crowd=has_crowd)
     return Parcel(request, storage)
 
 
@@ -175,7 +190,7 @@ def loss_stream(
         return loss_batch(loss, [arguments], normalizers=[normalizer], storage=storage, **settings).parcel
 
     def read(answer: Parcel[pb.ComputeLossResponse], storage: Storage) -> LossResult:
-        (result,) = read_loss_results(loss.kind, storage, answer)
+        (result,) = read_loss_results(loss.kind, storage, 0, answer)
         return result
 
     return Stream(
@@ -189,8 +204,10 @@ def assign_stream(
     """Returns the stream of assignments, each given by its ground truth; settings as for `assign_request`."""
     return Stream(
         method="AssignTargets",
-        make=lambda ground_truth, _storage: assign_request(assigner, ground_truth, **settings),
-        read=lambda answer, _storage: read_targets(answer),
+        make=lambda ground_truth, storage: assign_request(
+            assigner, ground_truth, storage=storage, **settings
+        ),
+        read=_read_targets,
         window=window,
         return_exceptions=return_exceptions,
     )
@@ -207,6 +224,29 @@ def _set_normalizers(request: pb.ComputeLossRequest, normalizers: Sequence[float
     for item, normalizer in zip(request.items, normalizers, strict=True):
         if normalizer is not None:
             item.normalizer = normalizer
+
+
+def _read_targets(answer: Parcel[pb.AssignTargetsResponse], storage: Storage) -> DenseTargets | SparseTargets:
+    targets = read_targets(answer)
+    if storage.dense_form is None or isinstance(targets, DenseTargets):
+        return targets
+    return dense_targets(targets, storage.dense_form)
+
+
+def _wire_form(loss: LossConfig, wire_dtype: Any, gradient_dtype: Any) -> WireForm:
+    dtype = wire_type(wire_dtype)
+    if dtype is None:
+        return WireForm()
+    if isinstance(loss, CustomLoss):
+        message = "does not go with a custom loss, which does not say what of its inputs are predictions"
+        raise refused_here(pb.ERROR_REASON_UNEXPECTED_FIELD, message, field="wire_dtype", value=dtype.name)
+    if gradient_dtype is None:
+        return WireForm(dtype)
+    wanted = _gradient_dtype(gradient_dtype)
+    if wanted not in FLOAT_TYPES:
+        name, reason = DTYPES[wanted].name, pb.ERROR_REASON_INVALID_OPTION
+        raise refused_here(reason, f"is {name}, want a float type", field="gradient_dtype", value=name)
+    return WireForm(dtype, DTYPES[wanted])
 
 
 def _gradient_dtype(dtype: Any) -> Any:

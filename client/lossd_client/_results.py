@@ -1,15 +1,15 @@
-"""What both clients hand out: reads answers."""
+"""What both clients hand out of losses and servers: reads answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lossd.tensors import unpack
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.v1 import losses_pb2
 from lossd.wire import Parcel, Payloads
 from lossd_client._arrays import Array
-from lossd_client._gradients import GradientArrays
+from lossd_client._gradients import GradientArrays, read_gradient
+from lossd_client._reading import optional_array, preset_name, timings_of
 from lossd_client._storage import Storage
 
 TOTAL_NAMES = ("loss", "total_loss")
@@ -73,87 +73,6 @@ class LossResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DenseLevel:
-    """Targets of one level: `cls` and `centerness` `[B, H, W]`, `reg` `[B, 4, H, W]`.
-
-    `ignored` `[B, H, W]` marks locations in crowd regions; None when there are none.
-    """
-
-    cls: Array
-    reg: Array
-    centerness: Array
-    ignored: Array | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DenseTargets:
-    """Targets of every location, level by level.
-
-    Attributes:
-        levels: In the order of the strides.
-        positive_counts: Positive locations of each level.
-        feature_sizes: Height and width of each level.
-        preset: Whose rules these are.
-        timings: Seconds that the server spent in each stage.
-    """
-
-    levels: tuple[DenseLevel, ...]
-    positive_counts: tuple[int, ...]
-    feature_sizes: tuple[tuple[int, int], ...]
-    preset: str
-    timings: Mapping[str, float]
-
-    @property
-    def cls(self) -> tuple[Array, ...]:
-        """Classes, one array a level: the `cls_targets` of an FCOS loss."""
-        return tuple(level.cls for level in self.levels)
-
-    @property
-    def reg(self) -> tuple[Array, ...]:
-        """Distances, one array a level: the `reg_targets` of an FCOS loss."""
-        return tuple(level.reg for level in self.levels)
-
-    @property
-    def centerness(self) -> tuple[Array, ...]:
-        """Centerness, one array a level: the `centerness_targets` of an FCOS loss."""
-        return tuple(level.centerness for level in self.levels)
-
-    @property
-    def ignored(self) -> tuple[Array, ...]:
-        """What lies in crowd regions, one array a level: the `ignored_targets`; empty without any."""
-        return tuple(level.ignored for level in self.levels if level.ignored is not None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SparseTargets:
-    """Targets of the positive locations, ordered by image, level, row, column.
-
-    Attributes:
-        locations: Image, level, row and column of each, `[P, 4]` int32.
-        labels: `[P]` int64.
-        ltrb: Distances in pixels, `[P, 4]` float32.
-        centerness: `[P]` float32.
-        matched: Index of each one's box among the boxes of its image, `[P]` int32.
-        ignored: Image, level, row and column of each location in a crowd region, `[Q, 4]` int32.
-        positive_counts: Positive locations of each level.
-        feature_sizes: Height and width of each level.
-        preset: Whose rules these are.
-        timings: Seconds that the server spent in each stage.
-    """
-
-    locations: Array
-    labels: Array
-    ltrb: Array
-    centerness: Array
-    matched: Array
-    ignored: Array
-    positive_counts: tuple[int, ...]
-    feature_sizes: tuple[tuple[int, int], ...]
-    preset: str
-    timings: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerInfo:
     """What a server is and offers.
 
@@ -185,47 +104,25 @@ class ServerInfo:
 
 
 def read_loss_results(
-    kind: str, storage: Storage, answer: Parcel[pb.ComputeLossResponse]
+    kind: str, storage: Storage, first_item: int, answer: Parcel[pb.ComputeLossResponse]
 ) -> list[LossResult]:
-    """Returns the results of all items of a request, in order; gradients may lie in its storage."""
-    timings = _timings(answer.message.timings)
+    """Returns the results of the items of a request, in order.
+
+    Args:
+        kind: Name of the loss in the contract's `oneof`.
+        storage: What the request was packed into; gradients may lie there.
+        first_item: Place of the request's first item among those that were packed.
+        answer: The answer.
+
+    Raises:
+        TensorError: A tensor means no array, or a gradient is not that of its input.
+        ServerError: A gradient lies where this call has no memory.
+    """
+    timings = timings_of(answer.message.timings)
     return [
-        _read_loss_result(kind, result, timings, answer.payloads, storage)
-        for result in answer.message.results
+        _read_loss_result(f"items[{index}].{kind}", result, timings, answer.payloads, storage)
+        for index, result in enumerate(answer.message.results, first_item)
     ]
-
-
-def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | SparseTargets:
-    """Returns the targets of the one item of a request."""
-    response, payloads = answer.message, answer.payloads
-    (result,) = response.results
-    about: dict[str, Any] = {
-        "positive_counts": tuple(result.positive_counts),
-        "feature_sizes": tuple((size.height, size.width) for size in result.feature_sizes),
-        "preset": _preset(losses_pb2.AssignerPreset, result.preset),
-        "timings": _timings(response.timings),
-    }
-    if result.WhichOneof("targets") == "sparse":
-        sparse = result.sparse
-        return SparseTargets(
-            locations=unpack(sparse.locations, payloads),
-            labels=unpack(sparse.labels, payloads),
-            ltrb=unpack(sparse.ltrb, payloads),
-            centerness=unpack(sparse.centerness, payloads),
-            matched=unpack(sparse.matched, payloads),
-            ignored=unpack(sparse.ignored, payloads),
-            **about,
-        )
-    levels = tuple(
-        DenseLevel(
-            cls=unpack(level.cls, payloads),
-            reg=unpack(level.reg, payloads),
-            centerness=unpack(level.centerness, payloads),
-            ignored=_optional(level, "ignored", payloads),
-        )
-        for level in result.dense.levels
-    )
-    return DenseTargets(levels=levels, **about)
 
 
 def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
@@ -236,8 +133,8 @@ def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
         devices=tuple(response.devices),
         losses=tuple(response.losses),
         custom_losses={loss.name: tuple(loss.inputs) for loss in response.custom_losses},
-        loss_presets=tuple(_preset(losses_pb2.LossPreset, p) for p in response.loss_presets),
-        assigner_presets=tuple(_preset(losses_pb2.AssignerPreset, p) for p in response.assigner_presets),
+        loss_presets=tuple(preset_name(losses_pb2.LossPreset, p) for p in response.loss_presets),
+        assigner_presets=tuple(preset_name(losses_pb2.AssignerPreset, p) for p in response.assigner_presets),
         max_message_bytes=response.max_message_bytes,
         max_stream_count=response.max_stream_count,
         uptime_seconds=response.uptime_seconds,
@@ -247,11 +144,11 @@ def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
 
 
 def _read_loss_result(
-    kind: str, result: pb.LossResult, timings: Mapping[str, float], payloads: Payloads, storage: Storage
+    path: str, result: pb.LossResult, timings: Mapping[str, float], payloads: Payloads, storage: Storage
 ) -> LossResult:
-    loss = unpack(result.loss, payloads)
+    loss = storage.form.loss(path, unpack(result.loss, payloads))
     components = {component.name: component.value for component in result.components}
-    if kind == "fcos":
+    if path.endswith("fcos"):
         components.update(dict.fromkeys(TOTAL_NAMES, float(loss)))
     level_sums = tuple(_sums(level) for level in result.raw_sums)
     return LossResult(
@@ -259,13 +156,13 @@ def _read_loss_result(
         components=components,
         component_weights={component.name: component.weight for component in result.components},
         gradients=GradientArrays(
-            {g.input: _read_gradient(kind, g, payloads, storage) for g in result.gradients}
+            {g.input: read_gradient(f"{path}.{g.input}", g, payloads, storage) for g in result.gradients}
         ),
         positive_count=result.positive_count,
         raw_sums={name: sum(level[name] for level in level_sums) for name in (*COMPONENT_SUMS, *COUNTS)},
         level_sums=level_sums,
-        preset=_preset(losses_pb2.LossPreset, result.preset) if result.preset else None,
-        kept_rows=_optional(result, "kept_rows", payloads),
+        preset=preset_name(losses_pb2.LossPreset, result.preset) if result.preset else None,
+        kept_rows=optional_array(result, "kept_rows", payloads),
         non_finite=tuple(
             NonFinite(input=found.input, count=found.count, first_index=tuple(found.first_index))
             for found in result.non_finite
@@ -275,29 +172,5 @@ def _read_loss_result(
     )
 
 
-def _read_gradient(kind: str, gradient: pb.Gradient, payloads: Payloads, storage: Storage) -> Any:
-    tensors = [storage.read(tensor, payloads) for tensor in gradient.tensors]
-    return tensors if kind == "fcos" else tensors[0]
-
-
 def _sums(level: pb.RawSums) -> dict[str, float]:
     return {name: getattr(level, name) for name in (*COMPONENT_SUMS, *COUNTS)}
-
-
-def _optional(message: Any, field: str, payloads: Payloads) -> Array | None:
-    tensor: tensor_pb2.Tensor = getattr(message, field)
-    return unpack(tensor, payloads) if message.HasField(field) else None
-
-
-def _timings(timings: pb.StageTimings) -> dict[str, float]:
-    return {
-        field.name.removesuffix("_us"): getattr(timings, field.name) / 1e6
-        for field in timings.DESCRIPTOR.fields
-    }
-
-
-def _preset(wire: Any, number: int) -> str:
-    """Returns our name for a preset, or its number when this client does not know it."""
-    if number not in wire.values():
-        return str(number)
-    return str(wire.Name(number)).removeprefix("LOSS_PRESET_").removeprefix("ASSIGNER_PRESET_").lower()

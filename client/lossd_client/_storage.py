@@ -15,8 +15,10 @@ from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Payloads
 from lossd_client._arrays import Array
 from lossd_client._errors import LossdError, ServerError
+from lossd_client._wire_form import WireForm
 
 if TYPE_CHECKING:
+    from lossd_client._maps import DenseForm
     from lossd_client._shared_memory.pool import Pool, Slice
 
 LEAST_BYTES = 64 << 10
@@ -37,6 +39,10 @@ class Storage(Payloads):
     A context manager around one try at a call. Where the server turns out not to know the memory any
     more, the block ends without an error, and the call is to be tried with `after_loss`.
 
+    Attributes:
+        form: In what form predictions travel.
+        dense_form: Of the targets to be made of sparse ones; None where sparse ones are wanted.
+
     Args:
         pool: Shared memory, if there is any.
         tries: How often memory is shared, and then not known, before all goes into messages.
@@ -50,6 +56,8 @@ class Storage(Payloads):
         self._regions: set[bytes] = set()
         self._read: list[Array] = []
         self._written: dict[tuple[bytes, int], Array] = {}
+        self.form = WireForm()
+        self.dense_form: DenseForm | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -120,6 +128,10 @@ class Storage(Payloads):
         view = array.view()
         view.flags.writeable = False
         return view
+
+    def holds(self, array: Array) -> bool:
+        """Returns whether an array lies in shared memory already."""
+        return self._pool is not None and self._pool.find(array) is not None
 
     def _place(self, array: Array) -> "Slice | None":
         """Returns where an array lies in shared memory, or its copy; None where it is not worth it."""

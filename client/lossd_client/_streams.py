@@ -8,7 +8,7 @@ import grpc
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
-from lossd_client._calls import method_path, read_answer
+from lossd_client._calls import method_path, read_answer, read_result
 from lossd_client._errors import LossdError, ServerError, at_item, error_of_answer, too_large
 from lossd_client._storage import Storage
 
@@ -62,7 +62,8 @@ class Stream(Generic[R]):
         storage = self.storages.pop(message.id, Storage(None))
         if message.WhichOneof("outcome") == "error":
             return message.id, at_item(error_of_answer(message.error), message.id)
-        return message.id, self.read(Parcel(message.response, answer.payloads), storage)
+        response = Parcel(message.response, answer.payloads)
+        return message.id, read_result(self.method, self.read, response, storage)
 
     def close(self) -> None:
         """Gives up what was not answered."""

@@ -17,16 +17,16 @@ from lossd_client._requests import (
     WINDOW,
     Gradients,
     assign_call,
-    assign_request,
     assign_stream,
     info_call,
     loss_batch,
     loss_stream,
 )
-from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
+from lossd_client._results import LossResult, ServerInfo
 from lossd_client._sharing import Sharing, allocated
 from lossd_client._storage import Storage
 from lossd_client._stream_tasks import StreamOfTasks
+from lossd_client._targets import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
     from lossd_client._shared_memory.pool import Pool
@@ -75,6 +75,7 @@ class AsyncClient:
         *arguments: Any,
         gradients: Gradients = False,
         gradient_dtype: Any = None,
+        wire_dtype: Any = None,
         component_gradients: bool = False,
         normalizer: float | None = None,
         strict: bool = False,
@@ -86,6 +87,7 @@ class AsyncClient:
             [arguments],
             gradients=gradients,
             gradient_dtype=gradient_dtype,
+            wire_dtype=wire_dtype,
             component_gradients=component_gradients,
             normalizers=[normalizer],
             strict=strict,
@@ -100,6 +102,7 @@ class AsyncClient:
         *,
         gradients: Gradients = False,
         gradient_dtype: Any = None,
+        wire_dtype: Any = None,
         component_gradients: bool = False,
         normalizers: Sequence[float | None] | None = None,
         strict: bool = False,
@@ -116,6 +119,7 @@ class AsyncClient:
                     items,
                     gradients=gradients,
                     gradient_dtype=gradient_dtype,
+                    wire_dtype=wire_dtype,
                     component_gradients=component_gradients,
                     normalizers=normalizers,
                     strict=strict,
@@ -142,10 +146,10 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> DenseTargets | SparseTargets:
         """Assigns targets; see `Client.assign_targets`."""
-        request = assign_request(
+        call = assign_call(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return await self._call(assign_call(request), timeout)
+        return await self._call(call, timeout)
 
     def compute_loss_stream(
         self,
@@ -154,6 +158,7 @@ class AsyncClient:
         *,
         gradients: Gradients = False,
         gradient_dtype: Any = None,
+        wire_dtype: Any = None,
         component_gradients: bool = False,
         normalizer: float | None = None,
         strict: bool = False,
@@ -170,6 +175,7 @@ class AsyncClient:
             loss,
             gradients=gradients,
             gradient_dtype=gradient_dtype,
+            wire_dtype=wire_dtype,
             component_gradients=component_gradients,
             normalizer=normalizer,
             strict=strict,

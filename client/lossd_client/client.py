@@ -15,16 +15,16 @@ from lossd_client._requests import (
     WINDOW,
     Gradients,
     assign_call,
-    assign_request,
     assign_stream,
     info_call,
     loss_batch,
     loss_stream,
 )
-from lossd_client._results import DenseTargets, LossResult, ServerInfo, SparseTargets
+from lossd_client._results import LossResult, ServerInfo
 from lossd_client._sharing import Sharing, allocated
 from lossd_client._storage import Storage
 from lossd_client._stream_threads import StreamOfThreads
+from lossd_client._targets import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
     from lossd_client._shared_memory.pool import Pool
@@ -79,6 +79,7 @@ class Client:
         *arguments: Any,
         gradients: Gradients = False,
         gradient_dtype: Any = None,
+        wire_dtype: Any = None,
         component_gradients: bool = False,
         normalizer: float | None = None,
         strict: bool = False,
@@ -92,6 +93,9 @@ class Client:
                 anything that numpy reads.
             gradients: True for the gradients of all differentiable inputs, or the names of some.
             gradient_dtype: A numpy float dtype for the gradients; None means each input's own.
+            wire_dtype: `bfloat16` or `float16`: predictions are sent rounded to it, and gradients come
+                as bfloat16 and are widened here; all else is sent as it is. Half the bytes, for an
+                error in the third digit. None sends everything in its own type.
             component_gradients: Gradients of the component that an input feeds, before that
                 component's weight, instead of gradients of the loss.
             normalizer: What a mean is divided by in place of this item's own count.
@@ -111,6 +115,7 @@ class Client:
             [arguments],
             gradients=gradients,
             gradient_dtype=gradient_dtype,
+            wire_dtype=wire_dtype,
             component_gradients=component_gradients,
             normalizers=[normalizer],
             strict=strict,
@@ -125,6 +130,7 @@ class Client:
         *,
         gradients: Gradients = False,
         gradient_dtype: Any = None,
+        wire_dtype: Any = None,
         component_gradients: bool = False,
         normalizers: Sequence[float | None] | None = None,
         strict: bool = False,
@@ -140,6 +146,7 @@ class Client:
             items: The arguments of each evaluation; see `compute_loss`.
             gradients: See `compute_loss`.
             gradient_dtype: See `compute_loss`.
+            wire_dtype: See `compute_loss`.
             component_gradients: See `compute_loss`.
             normalizers: A normalizer, or None, for each item.
             strict: See `compute_loss`.
@@ -156,6 +163,7 @@ class Client:
                     items,
                     gradients=gradients,
                     gradient_dtype=gradient_dtype,
+                    wire_dtype=wire_dtype,
                     component_gradients=component_gradients,
                     normalizers=normalizers,
                     strict=strict,
@@ -201,10 +209,10 @@ class Client:
         Raises:
             LossdError: As for `compute_loss`.
         """
-        request = assign_request(
+        call = assign_call(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return self._call(assign_call(request), timeout)
+        return self._call(call, timeout)
 
     def compute_loss_stream(
         self,
@@ -213,6 +221,7 @@ class Client:
         *,
         gradients: Gradients = False,
         gradient_dtype: Any = None,
+        wire_dtype: Any = None,
         component_gradients: bool = False,
         normalizer: float | None = None,
         strict: bool = False,
@@ -231,6 +240,7 @@ class Client:
                 raised here after the last result.
             gradients: See `compute_loss`.
             gradient_dtype: See `compute_loss`.
+            wire_dtype: See `compute_loss`.
             component_gradients: See `compute_loss`.
             normalizer: See `compute_loss`; the same for all items.
             strict: See `compute_loss`.
@@ -246,6 +256,7 @@ class Client:
             loss,
             gradients=gradients,
             gradient_dtype=gradient_dtype,
+            wire_dtype=wire_dtype,
             component_gradients=component_gradients,
             normalizer=normalizer,
             strict=strict,

@@ -33,12 +33,14 @@ class RemoteLoss(nn.Module):
     Args:
         client: The client to call with.
         loss: Which loss, with its settings.
+        wire_dtype: What predictions are sent in; see `Client.compute_loss`.
     """
 
-    def __init__(self, client: Client, loss: LossConfig) -> None:
+    def __init__(self, client: Client, loss: LossConfig, *, wire_dtype: Any = None) -> None:
         super().__init__()
         self._client = client
         self._loss = loss
+        self._wire_dtype = wire_dtype
 
     def forward(self, *arguments: Any) -> Tensor | dict[str, Tensor]:
         """Evaluates the loss; takes and returns what the local module does, on the same device.
@@ -59,6 +61,7 @@ class RemoteLoss(nn.Module):
             gradients=wanted,
             # A loss scale is multiplied in before half-precision gradients are rounded.
             gradient_dtype=_WIDE_DTYPES[reduce(torch.promote_types, dtypes, torch.float32)],
+            wire_dtype=self._wire_dtype,
             component_gradients=not isinstance(self._loss, CustomLoss),
         )
         if isinstance(self._loss, FCOSLoss):

@@ -155,12 +155,17 @@ def test_calls_of_a_server_in_a_child_process(tmp_path):
         "allocated",
         "shared",
         "rpc",
+        "bfloat16",
+        "float16",
         "stock",
         "bare",
         "copy",
     ]
     for name in ("allocated", "shared", "rpc", "stock"):
         assert case.path(name).gradient_error == case.path("evaluate").gradient_error
+    for name in ("bfloat16", "float16"):
+        assert 1e-4 < case.path(name).gradient_error < 1e-2
+        assert case.path(name).value_error < 1e-2
 
 
 def test_the_child_ends():

@@ -257,7 +257,7 @@ def test_a_large_batch_is_split(small_target, client, rng):
 
 
 def test_an_error_in_a_split_batch_names_the_item_of_the_whole(small_target, rng):
-    items = [focal(rng, 9_000) for _ in range(6)]
+    items = [focal(rng, 12_000) for _ in range(6)]
     items[4][1][7] = 5
     with counting_client(small_target) as (small, calls), pytest.raises(InvalidInputError) as caught:
         small.compute_losses(FocalLoss(), items)

@@ -33,6 +33,8 @@ class _TargetFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TargetFo
     """A value for every location."""
     TARGET_FORMAT_SPARSE: _TargetFormat.ValueType  # 2
     """The positive locations alone."""
+    TARGET_FORMAT_SMALLER: _TargetFormat.ValueType  # 3
+    """Of the two the one of fewer bytes, for each item."""
 
 class TargetFormat(_TargetFormat, metaclass=_TargetFormatEnumTypeWrapper):
     """The form of assigned targets."""
@@ -43,6 +45,8 @@ TARGET_FORMAT_DENSE: TargetFormat.ValueType  # 1
 """A value for every location."""
 TARGET_FORMAT_SPARSE: TargetFormat.ValueType  # 2
 """The positive locations alone."""
+TARGET_FORMAT_SMALLER: TargetFormat.ValueType  # 3
+"""Of the two the one of fewer bytes, for each item."""
 Global___TargetFormat: _TypeAlias = TargetFormat  # noqa: Y015
 
 class _ErrorReason:

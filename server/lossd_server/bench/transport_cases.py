@@ -22,6 +22,7 @@ from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.losses import EvaluationOptions, FocalLoss
 
 _CALLS = 100
+_WIRE_TYPES = ("bfloat16", "float16")
 
 
 def transport_cases() -> list[CaseSpec]:
@@ -81,6 +82,10 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
             Path(name="allocated", call=_allocated(bench, logits, labels, gradients=gradients)),
             Path(name="shared", call=_shared(bench, logits, labels, gradients=gradients)),
             Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
+            *(
+                Path(name=wire, call=_rpc(bench, logits, labels, gradients=gradients, wire_dtype=wire))
+                for wire in _WIRE_TYPES
+            ),
             Path(name="stock", call=_stock(bench, logits, labels, gradients=gradients)),
             Path(name="bare", call=_bare(bench, [logits, labels], method=ECHO if gradients else SINK)),
             copy_path([logits]),
@@ -104,10 +109,12 @@ def _engine(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool
     return compute
 
 
-def _rpc(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+def _rpc(
+    bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool, wire_dtype: str | None = None
+) -> Callable[[], Outcome]:
     """Returns a call of the server in the child process, the tensors inline in the message."""
     client = bench.resources.enter_context(Client(bench.child().address))
-    return _call(client, (logits.numpy(), labels.numpy()), gradients=gradients)
+    return _call(client, (logits.numpy(), labels.numpy()), gradients=gradients, wire_dtype=wire_dtype)
 
 
 def _shared(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
@@ -125,11 +132,13 @@ def _allocated(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: b
     return _call(client, arrays, gradients=gradients)
 
 
-def _call(client: Client, arrays: Sequence[Array], *, gradients: bool) -> Callable[[], Outcome]:
+def _call(
+    client: Client, arrays: Sequence[Array], *, gradients: bool, wire_dtype: str | None = None
+) -> Callable[[], Outcome]:
     config = FocalConfig()
 
     def compute() -> Outcome:
-        result = client.compute_loss(config, *arrays, gradients=gradients)
+        result = client.compute_loss(config, *arrays, gradients=gradients, wire_dtype=wire_dtype)
         return [result.loss, *result.gradients.values()]
 
     return compute

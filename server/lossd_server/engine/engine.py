@@ -214,6 +214,7 @@ def _on_host(evaluation: Evaluation, item: LossItem) -> LossOutcome:
         preset=evaluation.preset,
         kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
         negative_side_count=int(negative_sides),
+        nonzero_rows=evaluation.nonzero_rows,
     )
 
 

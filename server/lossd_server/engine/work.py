@@ -1,9 +1,10 @@
 """What the engine is asked, and what it answers: numpy on the host, nothing of any transport."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lossd_server.losses import Evaluation, EvaluationOptions, LossPreset, NonFinite
@@ -61,6 +62,7 @@ class LossOutcome:
         preset: Whose numbers these are; None for a custom loss.
         kept_rows: Which flattened target positions `loss` is of, where some are left out.
         negative_side_count: Positives whose predicted distances have a negative side.
+        nonzero_rows: Outside which places along `[B, H, W]` a gradient is exactly zero, as in `Evaluation`.
     """
 
     loss: Array
@@ -71,6 +73,7 @@ class LossOutcome:
     preset: LossPreset | None = None
     kept_rows: Array | None = None
     negative_side_count: int = 0
+    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = field(default_factory=dict)
 
     @property
     def positive_count(self) -> int:

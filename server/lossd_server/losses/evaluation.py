@@ -32,6 +32,7 @@ class EvaluationOptions:
             input, one or one a level. Where there is none, a new one is made.
         allocate: Makes a new one on the host: takes a number of bytes, and returns as many as an
             uninitialised uint8 tensor. None means torch's own.
+        nonzero_rows: Whether to say where alone a gradient can be other than zero.
     """
 
     gradients: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class EvaluationOptions:
     normalizer: float | None = None
     outputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     allocate: Callable[[int], Tensor] | None = None
+    nonzero_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,8 @@ class Evaluation:
         kept_rows: Which flattened target positions `loss` is of, where some are left out.
         negative_side_count: Positives whose predicted distances have a negative side.
         finite_inputs: Inputs that were seen to hold neither NaN nor infinity, as `name` or `name[level]`.
+        nonzero_rows: By input name, the places of each level along `[B, H, W]`, ascending, outside which
+            its gradient is exactly zero. Where such are known, and asked for.
     """
 
     loss: Tensor
@@ -83,6 +87,7 @@ class Evaluation:
     kept_rows: Tensor | None = None
     negative_side_count: float | Tensor = 0
     finite_inputs: frozenset[str] = frozenset()
+    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = field(default_factory=dict)
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:

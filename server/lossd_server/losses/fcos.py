@@ -24,6 +24,7 @@ from lossd_server.losses.fcos_arguments import (
 )
 from lossd_server.losses.fcos_terms import (
     GradientRequest,
+    nonzero_rows,
     over,
     term_sums,
     total,
@@ -237,6 +238,7 @@ class FCOSLoss(LossModule):
             preset=arguments["preset"],
             negative_side_count=total(reg.extras),
             finite_inputs=frozenset(f"cls_preds[{i}]" for i in range(len(levels)) if cls.finite),
+            nonzero_rows=nonzero_rows(levels, rules) if options.nonzero_rows else {},
         )
 
     def preset_for(self, arguments: Arguments) -> LossPreset:

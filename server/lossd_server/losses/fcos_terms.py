@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.losses.evaluation import Numbers
+from lossd_server.losses.fcos_arguments import PREDICTIONS
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, grid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.formulas import RowFormula
@@ -66,6 +67,12 @@ def term_sums(
         row_sums(boxes, rules.box_formula),
         row_sums(centerness, RowFormula.CENTERNESS),
     )
+
+
+def nonzero_rows(levels: Sequence[LevelTargets], rules: LossRules) -> dict[str, list[NDArray[np.int64]]]:
+    """Returns by name the predictions that have a gradient at some places alone, with those of each level."""
+    positives = [targets.places for targets in levels]
+    return dict.fromkeys(PREDICTIONS[1:] if rules.background else PREDICTIONS, positives)
 
 
 def total(values: Numbers) -> float | Tensor:

@@ -44,6 +44,12 @@ class LevelTargets:
         return len(self.cell)
 
     @property
+    def places(self) -> NDArray[np.int64]:
+        """Places of the positives along `[B, S]`, ascending."""
+        places: NDArray[np.int64] = self.image * self.labels.shape[1] + self.cell
+        return places
+
+    @property
     def location_count(self) -> int:
         """Locations that are a positive or background."""
         return self.labels.size - (0 if self.ignored is None else int(np.count_nonzero(self.ignored)))

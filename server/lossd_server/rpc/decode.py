@@ -152,6 +152,7 @@ def _options(request: pb.ComputeLossRequest, loss: LossModule | CustomLoss) -> E
         gradients=tuple(dict.fromkeys(request.gradients)),
         gradient_dtype=GRADIENT_DTYPES.get(request.gradient_dtype),
         component_gradients=request.component_gradients,
+        nonzero_rows=request.sparse_gradients,
     )
 
 
@@ -256,7 +257,7 @@ def _require_items(count: int) -> None:
 
 def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes: int) -> None:
     """Refuses a few bytes that ask for gigabytes."""
-    sparse = target_format == pb.TARGET_FORMAT_SPARSE
+    sparse = target_format in {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
     per_location = _SPARSE_BYTES_PER_LOCATION if sparse else _DENSE_BYTES_PER_LOCATION
     locations = sum(len(item.objects) * sum(h * w for h, w in item.sizes) for item in items)
     if locations * per_location > max_bytes:

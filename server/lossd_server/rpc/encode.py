@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from lossd.sparse import is_smaller, pack_sparse
 from lossd.tensors import pack, pack_shared
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
 from lossd_server.engine import LossOutcome
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
@@ -34,15 +36,7 @@ def loss_result(
             pb.RawSums(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})  # type: ignore[arg-type]
             for level in outcome.raw_sums
         ],
-        gradients=[
-            pb.Gradient(
-                input=name,
-                tensors=list(map(pack_shared, arrays, places[name]))
-                if name in places
-                else [pack(array, payloads) for array in arrays],
-            )
-            for name, arrays in outcome.gradients.items()
-        ],
+        gradients=[_gradient(name, outcome, payloads, places.get(name)) for name in outcome.gradients],
         kept_rows=None if outcome.kept_rows is None else pack(outcome.kept_rows, payloads),
         non_finite=[
             pb.NonFinite(input=found.input, count=found.count, first_index=found.first_index)
@@ -55,11 +49,25 @@ def loss_result(
     return result
 
 
+def _gradient(
+    name: str, outcome: LossOutcome, payloads: Payloads, places: Iterable[tensor_pb2.SharedSlice] | None
+) -> pb.Gradient:
+    arrays, rows = outcome.gradients[name], outcome.nonzero_rows.get(name)
+    if places is not None:
+        return pb.Gradient(input=name, tensors=map(pack_shared, arrays, places))
+    if rows is not None and is_smaller(arrays, rows):
+        sparse = [pack_sparse(*level, payloads) for level in zip(arrays, rows, strict=True)]
+        return pb.Gradient(input=name, sparse=sparse)
+    return pb.Gradient(input=name, tensors=[pack(array, payloads) for array in arrays])
+
+
 def target_result(
     assignment: Assignment, target_format: int, preset: AssignerPreset, payloads: Payloads
 ) -> pb.TargetResult:
     """Returns the message of one item's targets, in the form asked for; large ones go to the payloads."""
     sparse = target_format == pb.TARGET_FORMAT_SPARSE
+    if target_format == pb.TARGET_FORMAT_SMALLER:
+        sparse = assignment.is_smaller_sparse()
     return pb.TargetResult(
         dense=None if sparse else _dense(assignment.dense(), payloads),
         sparse=_sparse(assignment.sparse(), payloads) if sparse else None,

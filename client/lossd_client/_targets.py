@@ -1,0 +1,127 @@
+"""What both clients hand out of assignments: reads answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lossd.tensors import unpack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2
+from lossd.wire import Parcel, Payloads
+from lossd_client._arrays import Array
+from lossd_client._reading import optional_array, preset_name, timings_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseLevel:
+    """Targets of one level: `cls` and `centerness` `[B, H, W]`, `reg` `[B, 4, H, W]`.
+
+    `ignored` `[B, H, W]` marks locations in crowd regions; None when there are none.
+    """
+
+    cls: Array
+    reg: Array
+    centerness: Array
+    ignored: Array | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseTargets:
+    """Targets of every location, level by level.
+
+    Attributes:
+        levels: In the order of the strides.
+        positive_counts: Positive locations of each level.
+        feature_sizes: Height and width of each level.
+        preset: Whose rules these are.
+        timings: Seconds that the server spent in each stage.
+    """
+
+    levels: tuple[DenseLevel, ...]
+    positive_counts: tuple[int, ...]
+    feature_sizes: tuple[tuple[int, int], ...]
+    preset: str
+    timings: Mapping[str, float]
+
+    @property
+    def cls(self) -> tuple[Array, ...]:
+        """Classes, one array a level: the `cls_targets` of an FCOS loss."""
+        return tuple(level.cls for level in self.levels)
+
+    @property
+    def reg(self) -> tuple[Array, ...]:
+        """Distances, one array a level: the `reg_targets` of an FCOS loss."""
+        return tuple(level.reg for level in self.levels)
+
+    @property
+    def centerness(self) -> tuple[Array, ...]:
+        """Centerness, one array a level: the `centerness_targets` of an FCOS loss."""
+        return tuple(level.centerness for level in self.levels)
+
+    @property
+    def ignored(self) -> tuple[Array, ...]:
+        """What lies in crowd regions, one array a level: the `ignored_targets`; empty without any."""
+        return tuple(level.ignored for level in self.levels if level.ignored is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseTargets:
+    """Targets of the positive locations, ordered by image, level, row, column.
+
+    Attributes:
+        locations: Image, level, row and column of each, `[P, 4]` int32.
+        labels: `[P]` int64.
+        ltrb: Distances in pixels, `[P, 4]` float32.
+        centerness: `[P]` float32.
+        matched: Index of each one's box among the boxes of its image, `[P]` int32.
+        ignored: Image, level, row and column of each location in a crowd region, `[Q, 4]` int32.
+        positive_counts: Positive locations of each level.
+        feature_sizes: Height and width of each level.
+        preset: Whose rules these are.
+        timings: Seconds that the server spent in each stage.
+    """
+
+    locations: Array
+    labels: Array
+    ltrb: Array
+    centerness: Array
+    matched: Array
+    ignored: Array
+    positive_counts: tuple[int, ...]
+    feature_sizes: tuple[tuple[int, int], ...]
+    preset: str
+    timings: Mapping[str, float]
+
+
+def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | SparseTargets:
+    """Returns the targets of the one item of a request; raises `TensorError` where they are none."""
+    response, payloads = answer.message, answer.payloads
+    (result,) = response.results
+    about: dict[str, Any] = {
+        "positive_counts": tuple(result.positive_counts),
+        "feature_sizes": tuple((size.height, size.width) for size in result.feature_sizes),
+        "preset": preset_name(losses_pb2.AssignerPreset, result.preset),
+        "timings": timings_of(response.timings),
+    }
+    if result.WhichOneof("targets") == "dense":
+        levels = tuple(_dense_level(level, payloads) for level in result.dense.levels)
+        return DenseTargets(levels=levels, **about)
+    sparse = result.sparse
+    return SparseTargets(
+        locations=unpack(sparse.locations, payloads),
+        labels=unpack(sparse.labels, payloads),
+        ltrb=unpack(sparse.ltrb, payloads),
+        centerness=unpack(sparse.centerness, payloads),
+        matched=unpack(sparse.matched, payloads),
+        ignored=unpack(sparse.ignored, payloads),
+        **about,
+    )
+
+
+def _dense_level(level: pb.DenseLevel, payloads: Payloads) -> DenseLevel:
+    return DenseLevel(
+        cls=unpack(level.cls, payloads),
+        reg=unpack(level.reg, payloads),
+        centerness=unpack(level.centerness, payloads),
+        ignored=optional_array(level, "ignored", payloads),
+    )

@@ -1,0 +1,99 @@
+"""What a `SparseTensor` means: the pair of functions between it and arrays `[B, K, H, W]`.
+
+Both sides use it, as they do `lossd.tensors`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lossd.tensors import Array, TensorError, layout, pack, unpack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import tensor_pb2
+from lossd.wire import Payloads
+
+Places = NDArray[Any]
+"""Places of rows, the K numbers of one location, counted along `[B, H, W]`; ascending integers."""
+
+_HEADER_BYTES = 32
+"""What a sparse tensor's two parts take on the wire beyond a dense one's, at most."""
+
+
+def is_smaller(arrays: Sequence[Array], places: Sequence[Places]) -> bool:
+    """Returns whether arrays take fewer bytes on the wire with these rows of each alone."""
+    saved = 0
+    for array, rows in zip(arrays, places, strict=True):
+        row_bytes = _place_type(array.shape).itemsize + array.shape[1] * array.itemsize
+        saved += array.nbytes - len(rows) * row_bytes - _HEADER_BYTES
+    return saved > 0
+
+
+def pack_sparse(array: Array, places: Places, payloads: Payloads | None = None) -> pb.SparseTensor:
+    """Returns the `SparseTensor` that holds some rows of an array `[B, K, H, W]`.
+
+    Args:
+        array: The whole.
+        places: Which of its rows; all others are exactly zero.
+        payloads: Those of the message that it goes into; see `lossd.tensors.pack`.
+    """
+    rows = np.moveaxis(array, 1, -1)
+    return pb.SparseTensor(
+        shape=array.shape,
+        places=pack(places.astype(_place_type(array.shape), copy=False), payloads),
+        values=pack(rows[np.unravel_index(places, rows.shape[:-1])], payloads),
+    )
+
+
+def unpack_sparse(
+    sparse: pb.SparseTensor,
+    shape: Sequence[int],
+    payloads: Payloads | None = None,
+    dtype: np.dtype[Any] | None = None,
+) -> Array:
+    """Returns the whole array `[B, K, H, W]` that a sparse tensor holds, in memory of its own.
+
+    Args:
+        sparse: The tensor.
+        shape: What it must be the shape of: a few bytes can say that they mean gigabytes.
+        payloads: Those of the message that it came in.
+        dtype: Of the array; None means that of the rows.
+
+    Raises:
+        TensorError: The shape is another, or places and rows do not go with it or with each other.
+    """
+    if tuple(sparse.shape) != tuple(shape) or len(shape) != 4:
+        _refuse(f"shape is {list(sparse.shape)}, want {list(shape)}", "INVALID_SHAPE")
+    batch, channels, height, width = shape
+    places = _read_places(sparse.places, batch * height * width, payloads)
+    values = unpack(sparse.values, payloads)
+    if values.shape != (len(places), channels):
+        _refuse(f"values are {list(values.shape)}, want {[len(places), channels]}", "INVALID_SHAPE")
+    array = np.zeros(shape, values.dtype if dtype is None else dtype)
+    with np.errstate(over="ignore"):
+        np.moveaxis(array, 1, -1)[np.unravel_index(places, (batch, height, width))] = values
+    return array
+
+
+def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | None) -> Places:
+    """Returns the places of a sparse tensor of so many; raises `TensorError` where they are none."""
+    dtype, shape = layout(tensor)
+    if dtype.name not in {"int32", "int64"} or len(shape) != 1:
+        _refuse(f"places are {dtype.name} {list(shape)}, want int32 or int64 [P]", "INVALID_TENSOR")
+    places = unpack(tensor, payloads)
+    if len(places) and not (places[0] >= 0 and places[-1] < count):
+        _refuse(f"places are {places[0]} to {places[-1]}, want 0..{count - 1}", "INVALID_TENSOR")
+    if (places[1:] <= places[:-1]).any():
+        _refuse("places are not in order", "INVALID_TENSOR")
+    return places
+
+
+def _place_type(shape: Sequence[int]) -> np.dtype[Any]:
+    batch, _, height, width = shape
+    return np.dtype(np.int32 if math.prod((batch, height, width)) <= 2**31 else np.int64)
+
+
+def _refuse(message: str, reason: str) -> None:
+    raise TensorError(reason, f"sparse tensor: {message}")
