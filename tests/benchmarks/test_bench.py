@@ -9,11 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lossd.channel_options import client_options, server_options
 from lossd_server.bench import inputs, memory, option_cases, reference, run, runner
 from lossd_server.bench.cases import CASES, select
 from lossd_server.bench.child import Child
-from lossd_server.bench.echo import METHOD, EchoProcess, EchoServer, Kind
+from lossd_server.bench.echo import METHOD, SERVERS, EchoProcess
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.bench.report import from_json, to_json
 from lossd_server.bench.timing import QUICK, measure, summarise
@@ -171,19 +170,17 @@ def test_choices_of_grpc_side_by_side(tmp_path, monkeypatch):
     file = tmp_path / "options.json"
     quick_run(["options-L", "channels-L", "channels-beside", "servers-callers"], json_path=file)
     options, channels, beside, servers = from_json(file.read_text()).cases
-    assert [path.name for path in options.paths] == ["default", *option_cases._TRIED, "lossd"]
+    assert [path.name for path in options.paths] == [*SERVERS][:-1]
     assert [path.name for path in channels.paths] == ["1 connection", "2 connections", "4 connections"]
     assert [path.name for path in beside.paths] == ["same connection", "another"]
     assert [path.name for path in servers.paths] == ["threads", "asyncio"]
 
 
 def test_echoes_answer_with_what_they_are_sent():
-    options = server_options(1 << 20)
-    servers = {kind.value: EchoServer(kind=kind, options=options) for kind in Kind}
-    echoes = EchoProcess(servers)
+    echoes = EchoProcess()
     try:
-        for address in echoes.addresses.values():
-            with grpc.insecure_channel(address, options=client_options()) as channel:
+        for name, address in echoes.addresses.items():
+            with grpc.insecure_channel(address, options=SERVERS[name].client_options) as channel:
                 assert channel.unary_unary(METHOD)(b"what") == b"what"
     finally:
         echoes.stop()

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2
 
 from lossd_client import Client, FocalLoss, InvalidInputError
 from tests.client.support import same_bits
@@ -40,7 +40,7 @@ def environment(tmp_path_factory):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, check=False)
     if done.returncode:
         missing(f"npm cannot install {NODE / 'package.json'}: {'; '.join(done.stderr.splitlines()[:3])}")
-    protos = f"{ROOT / 'proto'}:{sysconfig.get_path('purelib')}"  # ours, and those of google.rpc
+    protos = f"{ROOT / 'proto'}:{Path(error_details_pb2.__file__).parents[2]}"  # ours, and google.rpc's
     return {**os.environ, "NODE_PATH": str(folder / "node_modules"), "PROTO_PATH": protos}
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from lossd.channel_options import Options
+from lossd.channel_options import Options, client_options, server_options
 from lossd_server.bench import process
 from lossd_server.engine import keep_freed_memory
 
@@ -33,28 +32,60 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EchoServer:
-    """A server to start.
+    """A server, and what is to be said to its callers.
 
     Attributes:
         kind: How it runs its handlers.
         options: Its gRPC options.
+        client_options: Those of its callers' channels.
     """
 
     kind: Kind
     options: Options
+    client_options: Options
+
+
+def _lossd(kind: Kind) -> EchoServer:
+    return EchoServer(kind=kind, options=server_options(2**31 - 1), client_options=client_options())
+
+
+def _tried(*options: tuple[str, int | str]) -> EchoServer:
+    """Returns a server with gRPC's defaults but for these, on both sides."""
+    common: Options = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+        *options,
+    ]
+    return EchoServer(kind=Kind.THREADS, options=common, client_options=common)
+
+
+_MEBIBYTE = 1 << 20
+
+SERVERS = {
+    "default": _tried(),
+    "retry buffer": _tried(("grpc.per_rpc_retry_buffer_size", 2048 * _MEBIBYTE - 1)),
+    "frames": _tried(("grpc.http2.max_frame_size", 16 * _MEBIBYTE - 1)),
+    "write buffer": _tried(("grpc.http2.write_buffer_size", 16 * _MEBIBYTE)),
+    "read-ahead": _tried(("grpc.http2.lookahead_bytes", 16 * _MEBIBYTE)),
+    "fixed window": _tried(("grpc.http2.lookahead_bytes", 16 * _MEBIBYTE), ("grpc.http2.bdp_probe", 0)),
+    "throughput": _tried(("grpc.optimization_target", "throughput")),
+    "lossd": _lossd(Kind.THREADS),
+    "asyncio": _lossd(Kind.ASYNCIO),
+}
+"""Options one by one, of which lossd has the retry buffer alone; all that lossd has; and asyncio."""
 
 
 class EchoProcess:
-    """A process with some servers.
+    """A process with all these servers.
 
     Attributes:
-        addresses: Where they listen, by the names they were given.
+        addresses: Where they listen, by name.
     """
 
-    def __init__(self, servers: Mapping[str, EchoServer]) -> None:
-        argument = json.dumps({name: [server.kind, server.options] for name, server in servers.items()})
+    def __init__(self) -> None:
         self._process: Popen[str]
-        self._process, line = process.start(__name__, argument)
+        self._process, line = process.start(__name__)
         self.addresses: dict[str, str] = json.loads(line)
 
     def stop(self) -> None:
@@ -62,19 +93,18 @@ class EchoProcess:
         process.stop(self._process)
 
 
-def main(argument: str) -> None:
+def main() -> None:
     """Serves until standard input ends."""
     keep_freed_memory()
-    asyncio.run(_serve(json.loads(argument)))
+    asyncio.run(_serve())
 
 
-async def _serve(servers: Mapping[str, Any]) -> None:
-    ports = {}
+async def _serve() -> None:
+    addresses = {}
     async with AsyncExitStack() as running:
-        for name, (kind, options) in servers.items():
-            start = _start_threads if kind == Kind.THREADS else _start_asyncio
-            ports[name] = await start([(key, value) for key, value in options], running)
-        addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+        for name, server in SERVERS.items():
+            start = _start_threads if server.kind == Kind.THREADS else _start_asyncio
+            addresses[name] = f"127.0.0.1:{await start(server.options, running)}"
         await asyncio.to_thread(process.listening, json.dumps(addresses))
 
 

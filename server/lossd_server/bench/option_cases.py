@@ -6,32 +6,14 @@ from functools import partial
 
 import grpc
 
-from lossd.channel_options import Options, client_options, server_options
 from lossd_server.bench.case import Case, CaseSpec, Path, Workbench
-from lossd_server.bench.echo import METHOD, EchoProcess, EchoServer, Kind
+from lossd_server.bench.echo import METHOD, SERVERS, Kind
 
 _SIZES = {"1kB": 1_024, "S": 54_080, "M": 6_400_000, "L": 51_200_000}
 _CALLERS = 64
 _CHANNELS = (1, 2, 4)
 _AT_A_TIME = {"M": 16, "L": 4}
 _SMALL_CALLS = 20
-
-_MEBIBYTE = 1 << 20
-_BESIDE_ALL: Options = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
-_TRIED: dict[str, Options] = {
-    "retry buffer": [("grpc.per_rpc_retry_buffer_size", 2048 * _MEBIBYTE - 1)],
-    "frames": [("grpc.http2.max_frame_size", 16 * _MEBIBYTE - 1)],
-    "write buffer": [("grpc.http2.write_buffer_size", 16 * _MEBIBYTE)],
-    "read-ahead": [("grpc.http2.lookahead_bytes", 16 * _MEBIBYTE)],
-    "fixed window": [("grpc.http2.lookahead_bytes", 16 * _MEBIBYTE), ("grpc.http2.bdp_probe", 0)],
-    "throughput": [("grpc.optimization_target", "throughput")],
-}
-"""Options one by one, each on both sides. Of these the table has the retry buffer alone."""
 
 
 def option_cases() -> list[CaseSpec]:
@@ -72,31 +54,28 @@ def option_cases() -> list[CaseSpec]:
         ),
         CaseSpec(
             name="servers-callers",
-            title=f"the same of 1 kB, {_CALLERS} at a time",
+            title=f"bare echoes of 1 kB, {_CALLERS} at a time, by a server of threads, and by one of asyncio",
             build=partial(_servers, size="1kB", callers=_CALLERS),
         ),
     ]
 
 
 def _options(bench: Workbench, *, size: str) -> Case:
-    tried = {name: [*_BESIDE_ALL, *options] for name, options in {"default": [], **_TRIED}.items()}
-    sides = {name: (options, options) for name, options in tried.items()}
-    sides["lossd"] = client_options(), server_options(2**31 - 1)
-    servers = {name: EchoServer(kind=Kind.THREADS, options=server) for name, (_, server) in sides.items()}
-    addresses = _start(bench, servers)
-    paths = []
-    for name, (client, _) in sides.items():
-        send = _method(bench, addresses[name], client)
-        paths.append(Path(name=name, call=partial(_call, [send], os.urandom(_SIZES[size]), 1)))
+    payload = os.urandom(_SIZES[size])
+    paths = [
+        Path(name=name, call=partial(_call, [_method(bench, name)], payload, 1))
+        for name, server in SERVERS.items()
+        if server.kind == Kind.THREADS
+    ]
     return Case(paths=tuple(paths), base="default")
 
 
 def _channels(bench: Workbench, *, size: str, count: int) -> Case:
-    address, payload = _lossd_echo(bench), os.urandom(_SIZES[size])
+    payload = os.urandom(_SIZES[size])
     paths = [
         Path(
             name=f"{channels} connection{'s' if channels > 1 else ''}",
-            call=partial(_call, [_method(bench, address) for _ in range(channels)], payload, count),
+            call=partial(_call, [_method(bench) for _ in range(channels)], payload, count),
         )
         for channels in _CHANNELS
     ]
@@ -104,8 +83,8 @@ def _channels(bench: Workbench, *, size: str, count: int) -> Case:
 
 
 def _beside(bench: Workbench) -> Case:
-    address, large, small = _lossd_echo(bench), os.urandom(_SIZES["L"]), os.urandom(_SIZES["1kB"])
-    send, other = (_method(bench, address) for _ in range(2))
+    large, small = os.urandom(_SIZES["L"]), os.urandom(_SIZES["1kB"])
+    send, other = _method(bench), _method(bench)
 
     def calls(method: "grpc.UnaryUnaryMultiCallable[bytes, bytes]") -> None:
         busy = send.future(large)
@@ -123,33 +102,19 @@ def _beside(bench: Workbench) -> Case:
 
 
 def _servers(bench: Workbench, *, size: str, callers: int) -> Case:
-    servers = {kind.value: EchoServer(kind=kind, options=server_options(2**31 - 1)) for kind in Kind}
-    addresses = _start(bench, servers)
     payload = os.urandom(_SIZES[size])
-    paths = [
-        Path(name=name, call=partial(_call, [_method(bench, address)], payload, callers))
-        for name, address in addresses.items()
-    ]
-    return Case(paths=tuple(paths), base=Kind.THREADS)
+    return Case(
+        paths=(
+            Path(name="threads", call=partial(_call, [_method(bench)], payload, callers)),
+            Path(name="asyncio", call=partial(_call, [_method(bench, "asyncio")], payload, callers)),
+        ),
+        base="threads",
+    )
 
 
-def _lossd_echo(bench: Workbench) -> str:
-    server = EchoServer(kind=Kind.THREADS, options=server_options(2**31 - 1))
-    return _start(bench, {"lossd": server})["lossd"]
-
-
-def _start(bench: Workbench, servers: dict[str, EchoServer]) -> dict[str, str]:
-    started = EchoProcess(servers)
-    bench.resources.callback(started.stop)
-    return started.addresses
-
-
-def _method(
-    bench: Workbench, address: str, options: Options | None = None
-) -> "grpc.UnaryUnaryMultiCallable[bytes, bytes]":
-    """Returns the echo over a connection of its own."""
-    chosen = client_options() if options is None else options
-    channel = grpc.insecure_channel(address, options=chosen)
+def _method(bench: Workbench, server: str = "lossd") -> "grpc.UnaryUnaryMultiCallable[bytes, bytes]":
+    """Returns the echo of a server, over a connection of its own."""
+    channel = grpc.insecure_channel(bench.echoes().addresses[server], options=SERVERS[server].client_options)
     bench.resources.callback(channel.close)
     return channel.unary_unary(METHOD)
 

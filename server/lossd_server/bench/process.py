@@ -8,15 +8,15 @@ from lossd_server.errors import LossdError, Reason
 _STOP_SECONDS = 10
 
 
-def start(module: str, argument: str) -> tuple["subprocess.Popen[str]", str]:
-    """Starts `main(argument)` of a module in a process, and returns it with the first line that it prints.
+def start(module: str, *arguments: str) -> tuple["subprocess.Popen[str]", str]:
+    """Starts `main` of a module in a process, and returns it with the first line that it prints.
 
     Raises:
         LossdError: It ended before.
     """
-    script = f"import sys; from {module} import main; main(sys.argv[1])"
+    script = f"import sys; from {module} import main; main(*sys.argv[1:])"
     process = subprocess.Popen(  # noqa: S603  # this interpreter, a module of ours
-        [sys.executable, "-c", script, argument],
+        [sys.executable, "-c", script, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
