@@ -67,7 +67,7 @@ def _table(max_message_bytes: int) -> Iterator[tuple[_Side, str, int | str]]:
     yield _Side.CLIENT, "grpc.per_rpc_retry_buffer_size", 2048 * _MEBIBYTE - 1
     # Every client has a connection of its own. gRPC would have all of a process share one, where small
     # calls of one client wait for large ones of another: 20 calls beside one of 51 MB took 72 to 95 ms
-    # on the same connection, 53 to 68 on another (`lossd bench channels-beside`).
+    # on the same connection, 31 to 68 on another (`lossd bench channels-beside`).
     yield _Side.CLIENT, "grpc.use_local_subchannel_pool", 1
     # A server that comes back is noticed within seconds, not after the two minutes of the default.
     yield _Side.CLIENT, "grpc.initial_reconnect_backoff_ms", 100

@@ -3,11 +3,14 @@
 Stock protobuf parses and serializes everything but payloads, the large runs of bytes in
 `Tensor.inline`. A reader cuts them out of the received bytes and leaves a short stand-in for each;
 what is left is parsed as ever, and so unknown fields, fields in any order, split and repeated ones mean
-what protobuf says they mean. A writer puts them in the place of their stand-ins, all in one copy.
+what protobuf says they mean. A writer puts them in the place of their stand-ins, all in one copy, and
+has each begin where a reader can use it as it lies: the number in front, `Tensor.dtype`, is written in
+up to three bytes more than it needs, as protobuf allows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -33,6 +36,13 @@ _STEP_BYTES = 16 << 10
 
 _MINIMUM_STEPS = 64
 
+_ALIGNMENT = 4
+"""Where payloads begin, a multiple of it: as float32 wants. More would take a varint of over five bytes,
+which not every reader of an enum takes."""
+
+_DTYPE_TAG = pb.Tensor.DTYPE_FIELD_NUMBER << 3
+_DTYPE_BYTES = 2
+
 _PAYLOAD: _Fields = {}
 """Stands for `Tensor.inline` among fields to descend into."""
 
@@ -45,7 +55,7 @@ class Payloads:
     """The payloads of a message, in the order of their stand-ins.
 
     Attributes:
-        size: Bytes of all payloads.
+        size: Bytes of all payloads, and of what aligns them, at most.
     """
 
     def __init__(self) -> None:
@@ -73,8 +83,22 @@ class Payloads:
     def add(self, buffer: Buffer) -> bytes:
         """Returns the stand-in of bytes."""
         self._buffers.append(buffer)
-        self.size += len(buffer)
+        self.size += len(buffer) + _ALIGNMENT
         return _MARKER + (len(self._buffers) - 1).to_bytes(_INDEX_BYTES, "little")
+
+    def padding(self, pieces: Iterable[Buffer]) -> list[int]:
+        """Returns by how much each payload has to move to be aligned, given a message in pieces.
+
+        A length before it that takes a byte more then puts it out again, which costs a reader a copy.
+        """
+        own = set(map(id, self._buffers))
+        place, padding = 0, []
+        for piece in pieces:
+            if id(piece) in own:
+                padding.append(-place % _ALIGNMENT)
+                place += padding[-1]
+            place += len(piece)
+        return padding
 
     def get(self, inline: Buffer) -> Buffer:
         """Returns the payload that `Tensor.inline` stands for: mostly itself."""
@@ -110,18 +134,25 @@ class Parcel(Generic[M]):
         return self.message.ByteSize() + self.payloads.size
 
     def write(self) -> bytes:
-        """Returns the bytes of the message, payloads in place: what stock protobuf would write."""
+        """Returns the bytes of the message, payloads in place."""
         skeleton = self.message.SerializeToString()
         if not self.payloads:
             return skeleton
-        fields = _fields_with_payloads(self.message.DESCRIPTOR)
+        pieces = self._with_payloads(skeleton, repeat(0))
+        padding = self.payloads.padding(pieces)
+        if any(padding):
+            pieces = self._with_payloads(skeleton, padding)
+        return b"".join(pieces)
+
+    def _with_payloads(self, skeleton: bytes, padding: Iterable[int]) -> list[Buffer]:
         walk = _Walk(
             skeleton,
             wanted=lambda start, stop: skeleton.find(_MARKER, start, stop) >= 0,
             replace=self.payloads.get,
             steps=len(skeleton),
+            padding=padding,
         )
-        return b"".join(walk.rewritten(fields, 0, len(skeleton)))
+        return walk.rewritten(_fields_with_payloads(self.message.DESCRIPTOR), 0, len(skeleton))
 
 
 class _NotUnderstoodError(Exception):
@@ -156,6 +187,7 @@ class _Walk:
         wanted: Whether the field between two places is to be looked into.
         replace: Gives the bytes that take the place of a payload.
         steps: How many fields to look at before giving up.
+        padding: By how many bytes to lengthen what lies before each payload.
     """
 
     def __init__(
@@ -165,12 +197,14 @@ class _Walk:
         wanted: Callable[[int, int], bool],
         replace: Callable[[Buffer], Buffer],
         steps: int,
+        padding: Iterable[int] = repeat(0),
     ) -> None:
         self._data = data
         self._view = memoryview(data)
         self._wanted = wanted
         self._replace = replace
         self._steps = steps
+        self._padding = iter(padding)
 
     def rewritten(self, fields: _Fields, at: int, end: int) -> list[Buffer]:
         """Returns the message between two places, in pieces.
@@ -187,7 +221,12 @@ class _Walk:
             if len(_varint(stop - start)) != start - length_at:
                 raise _NotUnderstoodError  # whether a length may be padded is protobuf's to say
             if inner is _PAYLOAD:
-                content = [self._replace(self._view[start:stop])]
+                given = self._view[start:stop]
+                content = [self._replace(given)]
+                padding = next(self._padding) if content[0] is not given else 0
+                if padding and copied == at and self._data[at] == _DTYPE_TAG and self._data[at + 1] < 0x80:
+                    pieces.append(_lengthened(self._data[at + 1], padding))
+                    copied += _DTYPE_BYTES
             else:
                 content = self.rewritten(inner, start, stop)
             pieces += [self._view[copied:length_at], _varint(sum(map(len, content))), *content]
@@ -230,6 +269,11 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at + count + 1
     raise _NotUnderstoodError
+
+
+def _lengthened(dtype: int, padding: int) -> bytes:
+    """Returns the field `dtype` in so many bytes more than it needs."""
+    return bytes([_DTYPE_TAG, dtype | 0x80, *[0x80] * (padding - 1), 0])
 
 
 def _varint(value: int) -> bytes:

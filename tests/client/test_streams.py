@@ -187,7 +187,7 @@ def test_a_server_that_stops_midway_is_unavailable():
                 _take_all(results, done)
             stopping.join(60)
             assert not stopping.is_alive()
-        assert 1 <= len(done) <= 2 * WIDTH
+        assert len(done) <= 2 * WIDTH  # none where the first item was read, but not begun
         assert caught.value.reason == "DRAINING"
     finally:
         custom_modules.release.set()

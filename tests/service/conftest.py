@@ -10,7 +10,8 @@ from lossd.v1 import losses_pb2
 from lossd.v1.loss_service_pb2_grpc import LossServiceStub
 from lossd_server.rpc import Server
 from tests.service import custom_modules
-from tests.service.support import connect, loss_request, make_server
+from tests.service.sharing import REGION_BYTES, Caller, sharing_caller
+from tests.service.support import connect, good_loss_request, loss_request, make_server
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +48,21 @@ def held() -> Iterator[Callable[[LossServiceStub], Future]]:
 
         yield hold
         custom_modules.release.set()
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that listens on a Unix socket and on TCP."""
+    path = tmp_path_factory.mktemp("sockets") / "lossd.sock"
+    with make_server(
+        listen=(f"unix:{path}", "127.0.0.1:0"), load=custom_modules.ALL, max_shared_bytes=2 * REGION_BYTES
+    ) as running:
+        yield running
+
+
+@pytest.fixture
+def caller(both: Server) -> Iterator[Caller]:
+    """A caller that shares memory, after whom good requests are still answered."""
+    with sharing_caller(both) as made:
+        yield made
+        assert len(made.stub.ComputeLoss(good_loss_request()).results) == 1

@@ -7,12 +7,13 @@ from typing import Any
 import grpc
 import numpy as np
 
-from lossd.tensors import DTYPES, unpack
+from lossd.tensors import DTYPES
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import tensor_pb2
+from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.v1.loss_service_pb2_grpc import LossServiceStub
 from lossd_server.rpc import Server
 from tests.domain.regions import Peer, bytes_of, memory_file
+from tests.service.support import focal_arrays, loss_request
 
 REGION_BYTES = 1 << 20
 
@@ -90,7 +91,34 @@ def tensors_of(message: Any) -> Mapping[str, tensor_pb2.Tensor]:
     return found
 
 
-def arrays_of(response: pb.ComputeLossResponse, name: str) -> list[np.ndarray]:
-    """The inline gradients of the first result."""
-    (gradient,) = [found for found in response.results[0].gradients if found.input == name]
-    return [unpack(tensor) for tensor in gradient.tensors]
+def shared(caller, request):
+    """The request with all its tensors in shared memory, and places for its gradients."""
+    copy = pb.ComputeLossRequest()
+    copy.CopyFrom(request)
+    for tensor in tensors_of(copy).values():
+        caller.share(tensor)
+    for item in copy.items:
+        inputs = getattr(item, item.WhichOneof("inputs"))
+        for name in copy.gradients:
+            tensors = inputs.tensors[name] if copy.HasField("custom") else getattr(inputs, name)
+            caller.add_output(item, name, tensors, copy.gradient_dtype)
+    return copy
+
+
+def answer_inline(caller, response):
+    """An answer with the gradients in shared memory put inline, and without timings."""
+    for result in response.results:
+        for gradient in result.gradients:
+            for tensor in gradient.tensors:
+                tensor.CopyFrom(caller.read(tensor))
+    response.ClearField("timings")
+    return response
+
+
+def focal(caller):
+    """A good request in shared memory with a place for the gradient."""
+    request = loss_request(
+        losses_pb2.FocalLoss(), [focal_arrays(np.random.default_rng(7), 40)], gradients=["inputs"]
+    )
+    request = shared(caller, request)
+    return request, request.items[0]

@@ -22,6 +22,11 @@ BAD_STARTS = {
     "module that is no loss": (["--load", "json:JSONDecoder"], "is no torch.nn.Module"),
     "spec without a class": (["--load", "json"], "want package.module:Class"),
     "streams that leave no thread": (["--max-streams", "64"], "max_streams: is 64, want at most 63"),
+    "shared memory below nothing": (["--max-shared-bytes", "-1"], "max_shared_bytes: is -1, want at least 0"),
+    "less shared memory in all than for one": (
+        ["--max-total-shared-bytes", "5"],
+        "max_total_shared_bytes: is 5",
+    ),
     "message limit of nothing": (["--max-message-bytes", "10"], "max_message_bytes: is 10"),
     "port that is none": (["--listen", "127.0.0.1:999999"], "listen: is '127.0.0.1:999999'"),
     "address without a port": (["--listen", "localhost"], "listen: is 'localhost'"),
@@ -87,7 +92,16 @@ def test_a_unix_socket_in_use_is_a_failed_start(tmp_path):
         done = run("serve", "--metrics-port", "-1", "--listen", target)
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
         assert "a server does" in done.stderr
-        assert run("info", target).returncode == 0
+        assert re.search(r"shared memory +1,073,741,824 bytes", run("info", target).stdout)
+
+
+def test_a_path_with_no_room_for_the_socket_beside_it_is_a_failed_start(tmp_path):
+    path = f"{tmp_path}/".ljust(106, "x")
+    done = run("serve", "--metrics-port", "-1", "--listen", f"unix:{path}")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"cannot listen on {path}.shm for shared memory" in done.stderr
+    with serving("--max-shared-bytes", "0", "--listen", f"unix:{path}"):
+        assert "none here" in run("info", f"unix:{path}").stdout
 
 
 def test_settings_come_from_option_then_environment_then_file(tmp_path):

@@ -1,6 +1,5 @@
 """The engine: one evaluation at a time on the device, none once it drains."""
 
-import math
 import threading
 import time
 import warnings
@@ -14,9 +13,11 @@ import structlog
 import torch
 from torch import Tensor
 
+from lossd_server.engine.affinity import leaves_torch_asleep
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.custom import CustomLoss
 from lossd_server.engine.transfer import all_to_host, from_host, numbers_to_host, to_device, to_host
+from lossd_server.engine.turn import Turn
 from lossd_server.engine.work import (
     Array,
     AssignJob,
@@ -68,8 +69,9 @@ class Engine:
     def __init__(self, device: torch.device, custom_losses: Mapping[str, CustomLoss] | None = None) -> None:
         self.device = device
         self.custom_losses = dict(custom_losses or {})
-        # One thread evaluates: torch keeps a team of helpers for every thread that ever called it.
-        self._device_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
+        self._turn = Turn()
+        # Torch keeps a team of helpers for every thread that ever woke them: this one may.
+        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
         self._buffers = BufferPool(_MAX_IDLE_BYTES)
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
@@ -90,14 +92,16 @@ class Engine:
             OutOfMemoryError: The device has not the memory.
         """
         self._refuse_when_draining()
-        running = self._device_thread.submit(self._run, job, time.monotonic())
-        remaining = math.inf if deadline is None else max(deadline - time.monotonic(), 0)
+        arrived = time.monotonic()
+        patience = threading.TIMEOUT_MAX if deadline is None else max(deadline - arrived, 0)
+        if not self._turn.acquire(min(patience, threading.TIMEOUT_MAX)):
+            raise DeadlineError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the queue")
         try:
-            return running.result(min(remaining, threading.TIMEOUT_MAX))
-        except TimeoutError:
-            if running.cancel():
-                raise DeadlineError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the queue") from None
-            return running.result()
+            if self.device.type == "cpu" and leaves_torch_asleep(job):
+                return self._run(job, arrived)
+            return self._torch_thread.submit(self._run, job, arrived).result()
+        finally:
+            self._turn.release()
 
     def assign(self, job: AssignJob) -> AssignResults:
         """Assigns targets; on the host and without waiting for the device.
@@ -130,12 +134,12 @@ class Engine:
         self._draining.set()
 
     def close(self) -> None:
-        """Drains, and lets the device's thread go when it is done."""
+        """Drains, and lets the thread go when it is done."""
         self.drain()
-        self._device_thread.shutdown(wait=False, cancel_futures=True)
+        self._torch_thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, job: LossJob, arrived: float) -> LossResults:
-        """Evaluates a job on the device's thread."""
+        """Evaluates a job; one at a time."""
         began = time.monotonic()
         outcomes = [self._evaluate(job, item) for item in job.items]
         return outcomes, Timing(queue=began - arrived, compute=time.monotonic() - began)

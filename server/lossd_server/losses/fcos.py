@@ -110,6 +110,11 @@ class FCOSLoss(LossModule):
         checks.require_number("num_classes", num_classes, at_least=1, whole=True)
         check_focal_constants(self.focal, alpha_field="focal_alpha", gamma_field="focal_gamma")
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the compiled kernels know its settings."""
+        return self.focal.has_kernel
+
     def forward(
         self,
         cls_preds: Sequence[Tensor],

@@ -47,6 +47,11 @@ class FocalLoss(LossModule):
         """The constants, as the kernel takes them."""
         return FocalConstants(alpha=self.alpha, gamma=self.gamma)
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the compiled kernels know its settings."""
+        return self.constants.has_kernel
+
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Computes the focal loss.
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lossd_server.losses.evaluation import Numbers
 
+_LARGEST_GAMMA = 4
+"""Of the compiled kernel, which multiplies."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FocalConstants:
@@ -15,6 +18,11 @@ class FocalConstants:
 
     alpha: float | None
     gamma: float
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the compiled kernel knows this gamma."""
+        return self.gamma in range(_LARGEST_GAMMA + 1)
 
     @property
     def positive_weight(self) -> float:

@@ -37,6 +37,11 @@ class LossModule(nn.Module):
     differentiable: ClassVar[tuple[str, ...]]
     reduction: Reduction | None = None
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the compiled kernels know its settings."""
+        return True
+
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
         """Raises `InvalidInputError` unless the arguments, numpy or torch, can be evaluated."""

@@ -175,19 +175,19 @@ class Handlers:
     def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages) -> bytes:
         with stages.timed("encode"):
             answer = response.write()
-        self._metrics.response_bytes.labels(method.name).observe(len(answer))
+        self._metrics.of(method.name).response_bytes.observe(len(answer))
         return answer
 
     @contextmanager
     def _observed(self, method: _Method, request_bytes: int) -> Iterator[Stages]:
         """Counts a request, and its time by stage however it ends."""
-        stages = Stages()
-        self._metrics.request_bytes.labels(method.name).observe(request_bytes)
-        with self._metrics.in_flight.labels(method.name).track_inprogress():
+        stages, metrics = Stages(), self._metrics.of(method.name)
+        metrics.request_bytes.observe(request_bytes)
+        with metrics.in_flight.track_inprogress():
             try:
                 yield stages
             finally:
-                self._metrics.observe_stages(method.name, stages.seconds)
+                metrics.observe_stages(stages.seconds)
 
     def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         refusal = _as_lossd_error(error)

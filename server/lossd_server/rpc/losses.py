@@ -26,11 +26,17 @@ def loss_of(kind: str, config: Message) -> LossModule:
 
 
 def assigner_of(config: pb.FCOSAssigner) -> FCOSAssigner:
-    """Returns the assigner that a configuration describes.
+    """Returns the assigner that a configuration describes; equal ones are made once.
 
     Raises:
         InvalidInputError: A setting is out of range.
     """
+    return _assigner(config.SerializeToString(deterministic=True))
+
+
+@lru_cache(maxsize=256)
+def _assigner(data: bytes) -> FCOSAssigner:
+    config = pb.FCOSAssigner.FromString(data)
     return FCOSAssigner(
         strides=tuple(config.strides) or DEFAULT_STRIDES,
         regress_ranges=tuple((r.min, r.max) for r in config.regress_ranges) or None,

@@ -28,6 +28,9 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _HEALTH_NAMES = ("", SERVICE_NAME)
 
+_FLUSH_SECONDS = 0.5
+"""How long connections may take to carry the last answers."""
+
 _CLOSE_SECONDS = 5
 """How long gRPC may take to close connections that carry nothing any more."""
 
@@ -112,9 +115,11 @@ class Server:
         """Stops everything that was started; returns whether every request was answered."""
         stopped = self._grpc.stop(grace)  # refuses new calls at once
         answered = self._handlers.in_flight.wait_until_none(grace)
-        # What is left open has nothing to say: idle streams, and watchers of health.
-        self._grpc.stop(None)
-        stopped.wait(_CLOSE_SECONDS)
+        # The last answers may still be on their way. What stays open then has nothing to say: watchers
+        # of health.
+        if not stopped.wait(_FLUSH_SECONDS):
+            self._grpc.stop(None)
+            stopped.wait(_CLOSE_SECONDS)
         self._engine.close()
         self._handlers.close()
         if self._sharing is not None:

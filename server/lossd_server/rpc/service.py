@@ -45,7 +45,7 @@ class LossService:
                 encode.loss_result(outcome, payloads, item.outputs)
                 for outcome, item in zip(outcomes, request.message.items, strict=True)
             ]
-        self._metrics.count_outcomes(outcomes)
+        self._metrics.of("ComputeLoss").count_outcomes(outcomes)
         return Parcel(pb.ComputeLossResponse(results=results, timings=stages.timings()), payloads)
 
     def assign_targets(
@@ -59,7 +59,7 @@ class LossService:
         payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
         with stages.timed("encode"):
             results = [encode.target_result(found, form, preset, payloads) for found in assignments]
-        self._metrics.count_assignments(assignments)
+        self._metrics.of("AssignTargets").count_assignments(assignments)
         return Parcel(pb.AssignTargetsResponse(results=results, timings=stages.timings()), payloads)
 
     def get_server_info(

@@ -137,23 +137,25 @@ class FCOSAssigner:
             sizes: Height and width of each level.
             field: What the sizes come from, for errors.
         """
-        checks.require_count("feature_sizes", len(sizes), "strides", len(self.strides))
-        for level, size in enumerate(sizes):
-            for axis, extent in zip(("height", "width"), size, strict=True):
-                checks.require_number(f"feature_sizes[{level}].{axis}", extent, at_least=0, whole=True)
-        total = sum(int(height) * int(width) for height, width in sizes)
-        if total > MAX_LOCATIONS:
-            raise InvalidInputError(
-                Reason.MESSAGE_TOO_LARGE,
-                f"come to {total} locations, at most {MAX_LOCATIONS} are served",
-                field=field,
-                value=total,
-                limit=MAX_LOCATIONS,
-            )
+        _checked_pyramid(self, tuple(map(tuple, sizes)), field)
 
 
 @lru_cache(maxsize=256)
-def _checked_pyramid(assigner: FCOSAssigner, sizes: tuple[tuple[int, int], ...]) -> Pyramid:
+def _checked_pyramid(
+    assigner: FCOSAssigner, sizes: tuple[tuple[int, int], ...], field: str = "feature_sizes"
+) -> Pyramid:
     """Returns the pyramid of an assigner's strides on levels of these sizes, checked when first wanted."""
-    assigner.check_sizes(sizes)
+    checks.require_count("feature_sizes", len(sizes), "strides", len(assigner.strides))
+    for level, size in enumerate(sizes):
+        for axis, extent in zip(("height", "width"), size, strict=True):
+            checks.require_number(f"feature_sizes[{level}].{axis}", extent, at_least=0, whole=True)
+    total = sum(int(height) * int(width) for height, width in sizes)
+    if total > MAX_LOCATIONS:
+        raise InvalidInputError(
+            Reason.MESSAGE_TOO_LARGE,
+            f"come to {total} locations, at most {MAX_LOCATIONS} are served",
+            field=field,
+            value=total,
+            limit=MAX_LOCATIONS,
+        )
     return pyramid(assigner.strides, sizes)

@@ -11,8 +11,6 @@ from lossd_server.kernels import loaded_library
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.native.numbers import FLOAT_TYPES, address, thread_count
 
-_LARGEST_GAMMA = 4
-
 _SMALL = 1 << 16
 """Logits below which another thread costs more than it saves."""
 
@@ -60,7 +58,7 @@ def focal_sums_natively(grids: Sequence[FocalGrid], constants: FocalConstants) -
     It applies on the CPU, for every type but float64 and for whole gammas up to 4.
     """
     library = loaded_library()
-    if library is None or constants.gamma not in range(_LARGEST_GAMMA + 1) or not all(map(_applies, grids)):
+    if library is None or not constants.has_kernel or not all(map(_applies, grids)):
         return None
     problems = (_Grid * len(grids))(*map(_problem, grids))
     threads = thread_count(sum(grid.logits.numel() for grid in grids), _SMALL)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lossd_client import Client, FocalLoss, LossdError, UnavailableError
-from tests.client.sharing import Outside, is_shared, memory_files
+from tests.client.shared.support import Outside, is_shared, memory_files
 from tests.client.test_processes import FORK_WARNING, evaluate_when_back
 from tests.domain.regions import wait_until
 
@@ -97,7 +97,7 @@ def test_a_client_that_is_killed_leaves_nothing(outside):
     script = f"""
     import time
     from lossd_client import Client
-    from tests.client.test_shared_processes import evaluate
+    from tests.client.shared.test_processes import evaluate
     client = Client({outside.target!r})
     kept = [evaluate(client) for _ in range(3)]
     print("ready", flush=True)
@@ -120,7 +120,7 @@ def test_a_client_that_is_killed_leaves_nothing(outside):
 def test_clients_that_are_killed_while_they_call_harm_nobody(outside):
     script = f"""
     from lossd_client import Client
-    from tests.client.test_shared_processes import evaluate
+    from tests.client.shared.test_processes import evaluate
     client = Client({outside.target!r})
     print("ready", flush=True)
     while True:

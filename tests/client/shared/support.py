@@ -10,6 +10,8 @@ from typing import Any, Self
 import numpy as np
 
 from lossd_client import Client
+from tests.client.support import same_bits
+from tests.service.support import focal_grid_arrays
 
 SCRIPT = """
 import sys, time
@@ -60,3 +62,24 @@ def is_shared(client: Client, array: Any) -> bool:
     """Whether an array lies in memory that the client's server has."""
     pool = client._sharing.pool()
     return pool is not None and pool.find(np.asarray(array)) is not None
+
+
+def grid(rows=100):
+    arrays = focal_grid_arrays(np.random.default_rng(rows), rows)
+    return np.tile(arrays["inputs"], (1, 1, 10, 10)), np.tile(arrays["targets"], (1, 10, 10))
+
+
+def flat(value):
+    return value if isinstance(value, list) else [value]
+
+
+def assert_same(result, expected):
+    assert same_bits(result.loss, expected.loss)
+    assert result.raw_sums == expected.raw_sums
+    assert result.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert isinstance(result.gradients[name], list) == isinstance(gradient, list)
+        assert all(map(same_bits, flat(result.gradients[name]), flat(gradient)))
+
+
+LOGITS, LABELS = grid()
