@@ -2,7 +2,7 @@
 
 What pays nothing is not in it. An echo of 6.4 or 51 MB takes as long, within what one run differs from the
 next (5 and 10 %), under larger frames, write buffer or read-ahead, a fixed window or
-`optimization_target`: gRPC raises frames and windows by itself. And 16 calls of 6.4 MB at a time, or four
+`optimization_target`. And 16 calls of 6.4 MB at a time, or four
 of 51, take as long over one connection as over two or four: 0.8 to 1.4 times, and not the same in two
 runs. `lossd bench options channels` prints it.
 """
