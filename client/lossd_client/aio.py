@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 import numpy as np
 
+from lossd.channel_options import client_options
 from lossd_client._arrays import Array
 from lossd_client._calls import Call
-from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._requests import (
     WINDOW,
@@ -228,7 +228,7 @@ class AsyncClient:
         if self._given_channel is not None:
             return self._given_channel
         if self._own_channel is None or self._home != _home():
-            self._own_channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
+            self._own_channel = grpc.aio.insecure_channel(self._target, options=client_options())
             self._home = _home()
         return self._own_channel
 

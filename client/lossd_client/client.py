@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 import numpy as np
 
+from lossd.channel_options import client_options
 from lossd_client._arrays import Array
 from lossd_client._calls import Call
-from lossd_client._channel import OPTIONS
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._requests import (
     WINDOW,
@@ -325,7 +325,7 @@ class Client:
             return self._given_channel
         if self._own_channel is None or self._process != os.getpid():
             # A parent's channel is dropped without a close: its threads are not here to answer.
-            self._own_channel = grpc.insecure_channel(self._target, options=OPTIONS)
+            self._own_channel = grpc.insecure_channel(self._target, options=client_options())
             self._process = os.getpid()
         return self._own_channel
 

@@ -3,14 +3,16 @@
 import io
 import json
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from lossd_server.bench import inputs, memory, reference, run, runner
+from lossd_server.bench import inputs, memory, option_cases, reference, run, runner
 from lossd_server.bench.cases import CASES, select
 from lossd_server.bench.child import Child
+from lossd_server.bench.echo import METHOD, SERVERS, EchoProcess
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.bench.report import from_json, to_json
 from lossd_server.bench.timing import QUICK, measure, summarise
@@ -166,6 +168,28 @@ def test_calls_of_a_server_in_a_child_process(tmp_path):
     for name in ("bfloat16", "float16"):
         assert 1e-4 < case.path(name).gradient_error < 1e-2
         assert case.path(name).value_error < 1e-2
+
+
+def test_choices_of_grpc_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(option_cases, "_SIZES", dict.fromkeys(option_cases._SIZES, 1_024))
+    file = tmp_path / "options.json"
+    quick_run(["options-L", "channels-L", "channels-beside", "servers-callers"], json_path=file)
+    options, channels, beside, servers = from_json(file.read_text()).cases
+    assert [path.name for path in options.paths] == [*SERVERS][:-1]
+    assert [path.name for path in channels.paths] == ["1 connection", "2 connections", "4 connections"]
+    assert [path.name for path in beside.paths] == ["same connection", "another"]
+    assert [path.name for path in servers.paths] == ["threads", "asyncio"]
+
+
+def test_echoes_answer_with_what_they_are_sent():
+    echoes = EchoProcess()
+    try:
+        for name, address in echoes.addresses.items():
+            with grpc.insecure_channel(address, options=SERVERS[name].client_options) as channel:
+                assert channel.unary_unary(METHOD)(b"what") == b"what"
+    finally:
+        echoes.stop()
+    assert echoes._process.returncode == 0
 
 
 def test_the_child_ends():

@@ -107,6 +107,12 @@ def short(request: Any) -> None:
     request.items[0].focal.inputs.inline = b"123456789"
 
 
+def stored_otherwise(request: Any) -> None:
+    tensor = request.items[0].focal.inputs
+    tensor.ClearField("inline")
+    tensor.MergeFromString(b"\x2a\x02\x08\x01")  # field 5, a message
+
+
 def without(name: str) -> Callable[[Any], object]:
     return on_item(lambda inputs: inputs.ClearField(name))
 
@@ -134,6 +140,8 @@ LOSS = [
     Bad("no-dtype", focal, set_dtype("targets", 0), INVALID, "INVALID_DTYPE", TARGETS, {"dtype": "0"}),
     Bad("no-storage", focal, on_item(lambda i: i.inputs.ClearField("inline")),
         INVALID, "INVALID_TENSOR", INPUTS, {"length": "0"}),
+    Bad("storage-of-a-later-contract", focal, stored_otherwise, INVALID, "INVALID_TENSOR", INPUTS,
+        {"length": "0"}),
     # Focal inputs.
     Bad("integer-logits", focal, put("inputs", np.zeros((2, 5), np.int32)), INVALID, "INVALID_DTYPE", INPUTS,
         {"value": "int32"}),

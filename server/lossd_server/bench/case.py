@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lossd_server.bench.child import Child
+from lossd_server.bench.echo import EchoProcess
 
 Outcome = Sequence[Any]
 """The value first, then gradients or further outputs: tensors, numpy arrays or numbers."""
@@ -79,6 +80,7 @@ class Workbench:
         self.coco = coco
         self.resources = ExitStack()
         self._child: Child | None = None
+        self._echoes: EchoProcess | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +94,13 @@ class Workbench:
             self._child = Child.start(str(self.device))
             self.resources.callback(self._child.stop)
         return self._child
+
+    def echoes(self) -> EchoProcess:
+        """Returns bare echo servers in a child process, which is started when first asked for."""
+        if self._echoes is None:
+            self._echoes = EchoProcess()
+            self.resources.callback(self._echoes.stop)
+        return self._echoes
 
 
 def copy_path(tensors: Sequence[Tensor]) -> Path:

@@ -2,23 +2,22 @@
 
 import json
 import logging
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from subprocess import Popen
 
 import grpc
 import structlog
 
+from lossd.channel_options import server_options
 from lossd.tensors import Array
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel, Payloads
+from lossd_server.bench import process
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, keep_freed_memory, resolve_device
-from lossd_server.errors import LossdError, Reason
 from lossd_server.rpc import Server, decode, encode
-from lossd_server.rpc.options import server_options
 
 ECHO = "/lossd.bench.Bare/Echo"
 """Answers with the bytes that it was sent."""
@@ -26,9 +25,6 @@ SINK = "/lossd.bench.Bare/Sink"
 """Answers with nothing."""
 STOCK = "/lossd.bench.Bare/Stock"
 """`ComputeLoss` with no codec but protobuf's own."""
-
-_SCRIPT = "import sys; from lossd_server.bench.child import main; main(sys.argv[1])"
-_STOP_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +38,7 @@ class Child:
         bare_address: Where the other handlers listen.
     """
 
-    process: subprocess.Popen[str]
+    process: Popen[str]
     address: str
     unix_address: str
     bare_address: str
@@ -54,26 +50,12 @@ class Child:
         Raises:
             LossdError: It ended before.
         """
-        process = subprocess.Popen(  # noqa: S603  # this interpreter, this file
-            [sys.executable, "-c", _SCRIPT, device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        line = process.stdout.readline() if process.stdout else ""
-        if not line:
-            process.kill()
-            process.wait()
-            raise LossdError(Reason.INTERNAL, "the benchmark's server did not start")
-        return cls(process=process, **json.loads(line))
+        child, line = process.start(__name__, device)
+        return cls(process=child, **json.loads(line))
 
     def stop(self) -> None:
-        """Ends the child: by closing its input, or by force if it does not listen to that."""
-        try:
-            self.process.communicate(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
+        """Ends the child."""
+        process.stop(self.process)
 
 
 def main(device: str) -> None:
@@ -86,7 +68,7 @@ def main(device: str) -> None:
 
 
 def _serve(config: ServerConfig) -> None:
-    bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config))
+    bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config.max_message_bytes))
     bare.add_generic_rpc_handlers((_Bare(Engine(resolve_device(config.device))),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
@@ -97,9 +79,7 @@ def _serve(config: ServerConfig) -> None:
             "unix_address": unix_address,
             "bare_address": f"127.0.0.1:{port}",
         }
-        sys.stdout.write(json.dumps(addresses) + "\n")
-        sys.stdout.flush()
-        sys.stdin.read()
+        process.listening(json.dumps(addresses))
     bare.stop(0).wait()
 
 

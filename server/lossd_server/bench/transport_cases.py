@@ -8,12 +8,12 @@ import grpc
 import torch
 from torch import Tensor
 
+from lossd.channel_options import client_options
 from lossd.tensors import Array, pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd_client import Client
 from lossd_client import FocalLoss as FocalConfig
-from lossd_client._channel import OPTIONS
 from lossd_server.bench import inputs, reference
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
 from lossd_server.bench.child import ECHO, SINK, STOCK
@@ -179,6 +179,6 @@ def _bare(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callab
 
 
 def _bare_channel(bench: Workbench) -> grpc.Channel:
-    channel = grpc.insecure_channel(bench.child().bare_address, options=OPTIONS)
+    channel = grpc.insecure_channel(bench.child().bare_address, options=client_options())
     bench.resources.callback(channel.close)
     return channel

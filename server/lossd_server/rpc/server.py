@@ -12,13 +12,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lossd import __version__
+from lossd.channel_options import server_options
 from lossd_server.config import ServerConfig, unix_path
 from lossd_server.engine import Engine, describe_device, load_custom_losses, resolve_device
 from lossd_server.errors import ConfigurationError, Reason
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
 from lossd_server.rpc.interceptor import MetricsInterceptor
 from lossd_server.rpc.metrics import Metrics
-from lossd_server.rpc.options import server_options
 from lossd_server.rpc.service import LossService
 from lossd_server.shared_memory import RegionListener, Regions
 
@@ -139,7 +139,7 @@ class Server:
         server = grpc.server(
             self._pool,
             interceptors=[MetricsInterceptor(self._metrics)],
-            options=server_options(config),
+            options=server_options(config.max_message_bytes),
         )
         server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
