@@ -29,9 +29,9 @@ class _Command(click.Command):
             ) from error
 
 
-# Torch's idle helpers spin for milliseconds and keep the kernel's threads, and everyone else, from their
-# cores; this is tens of microseconds. Read once, when torch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# Torch's idle helpers spin for milliseconds and keep the kernels' threads, and everyone else, from their
+# cores; this is some tens of microseconds. Read once, when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

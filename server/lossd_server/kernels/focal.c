@@ -11,6 +11,8 @@
 #include "tasks.h"
 
 #define BLOCK 64           /* logits of a line that are computed together: more would flood the store buffer */
+#define AHEAD 512          /* how many logits later those are computed that are fetched */
+#define CACHE_LINE 64
 #define CELLS_OF_TASK 2048
 #define LANES 8            /* sums side by side where a line is one cell's */
 #define IGNORED (-2)
@@ -167,6 +169,18 @@ static void line_of_task(
     if (gradient && !write_in_place) write_line(gradient, g->gradient_type, gradient_stride, places, n, slopes);
 }
 
+/* Fetches the block of logits that is computed some blocks later, and makes room for its gradient. The
+ * processor foresees a line by itself, but no further than to the end of a page, of which a line has two. */
+INLINE void fetch_ahead(const focal_task *t, int64_t class, int64_t cell) {
+    const focal_grid *g = t->grid;
+    if (cell >= t->count) class++, cell -= t->count;
+    if (class >= g->classes || cell >= t->count || t->places) return;
+    const char *logits = logits_at(t, class, cell), *gradient = t->gradient ? gradient_at(t, class, cell) : 0;
+    for (int64_t at = 0; at < BLOCK * size_of(g->logits_type); at += CACHE_LINE) __builtin_prefetch(logits + at, 0);
+    for (int64_t at = 0; gradient && at < BLOCK * size_of(g->gradient_type); at += CACHE_LINE)
+        __builtin_prefetch(gradient + at, 1);
+}
+
 /* All classes of the task's cells, each class in lines over the cells. */
 static void lines_of_cells(focal_task *t, factor by) {
     const focal_grid *g = t->grid;
@@ -175,6 +189,7 @@ static void lines_of_cells(focal_task *t, factor by) {
         for (int64_t first = 0; first < t->count; first += BLOCK) {
             int64_t n = t->count - first < BLOCK ? t->count - first : BLOCK;
             int64_t cell = t->places ? 0 : first;
+            if (g->logits_cell_stride == 1) fetch_ahead(t, c, first + AHEAD);
             int32_t class = c; /* as wide as a label, so that they compare side by side */
             line_of_task(
                 t, logits_at(t, c, cell), g->logits_cell_stride, t->gradient ? gradient_at(t, c, cell) : 0,
@@ -362,4 +377,24 @@ int lossd_focal(focal_grid *grids, int32_t count, const focal_constants *constan
     }
     free(found);
     return 0;
+}
+
+/* Returns how many of so many labels are of an object, or -1 if one is neither a class nor -1. Not for
+ * unsigned labels of 32 bits and more. */
+int64_t lossd_count_objects(const void *labels, int32_t type, int64_t count, int64_t classes) {
+    int64_t objects = 0, outside = 0;
+#define COUNT(kind)                                                  \
+    for (int64_t i = 0; i < count; i++) {                            \
+        int64_t label = ((const kind *)labels)[i];                   \
+        objects += label >= 0, outside |= (label < -1) | (label >= classes); \
+    }
+    switch (type) {
+        case INT8: COUNT(int8_t) break;
+        case UINT8: COUNT(uint8_t) break;
+        case INT16: COUNT(int16_t) break;
+        case UINT16: COUNT(uint16_t) break;
+        case INT32: COUNT(int32_t) break;
+        default: COUNT(int64_t)
+    }
+    return outside ? -1 : objects;
 }

@@ -44,6 +44,7 @@ def load_library() -> ctypes.CDLL | None:
 
 def _declare(library: ctypes.CDLL) -> None:
     """Says what comes back, where that is not an int."""
+    library.lossd_count_objects.restype = ctypes.c_int64
     library.lossd_pairs.restype = ctypes.c_int64
     library.lossd_paint.restype = ctypes.c_int64
     library.lossd_positives.restype = None

@@ -12,6 +12,7 @@ from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
+from lossd_server.losses.native import count_objects_natively
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
@@ -98,9 +99,12 @@ class FocalLoss(LossModule):
     def prepare(self, arguments: Arguments) -> Arguments:
         """Checks arguments, numpy or torch, and returns them with the number of rows that count."""
         self.check(arguments)
-        labels = checks.host_array(arguments["targets"])
-        checks.require_labels("targets", labels, num_classes=arguments["inputs"].shape[1])
-        return {**arguments, "valid_count": int(np.count_nonzero(labels >= 0))}
+        labels, classes = checks.host_array(arguments["targets"]), arguments["inputs"].shape[1]
+        count = count_objects_natively(labels, classes)
+        if count is None:
+            checks.require_labels("targets", labels, num_classes=classes)
+            count = int(np.count_nonzero(labels >= 0))
+        return {**arguments, "valid_count": count}
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared logits and labels; see `LossModule.evaluate`."""

@@ -1,6 +1,7 @@
 """The compiled kernels of the losses, called with tensors."""
 
 from lossd_server.losses.native.focal import focal_sums_natively
+from lossd_server.losses.native.labels import count_objects_natively
 from lossd_server.losses.native.rows import row_sums_natively
 
-__all__ = ["focal_sums_natively", "row_sums_natively"]
+__all__ = ["count_objects_natively", "focal_sums_natively", "row_sums_natively"]
