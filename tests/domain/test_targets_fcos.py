@@ -9,20 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lossd_server.kernels import load_library
 from lossd_server.targets import BoxFormat, FCOSAssigner, GroundTruth
-from tests.domain.support import needs_a_compiler, no_kernels
 
-
-@pytest.fixture(scope="module", autouse=True, params=[pytest.param("C", marks=needs_a_compiler), "numpy"])
-def _painter(request):
-    """Runs every test with the compiled painter and without."""
-    if request.param == "C":
-        assert load_library() is not None
-        yield
-    else:
-        with no_kernels():
-            yield
+pytestmark = pytest.mark.usefixtures("painter")
 
 
 SIZES = [(19, 25), (10, 13), (5, 7), (3, 4), (2, 2)]  # of 150 x 200 pixels

@@ -10,21 +10,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lossd_server.kernels import load_library
 from lossd_server.targets import FCOSAssigner
 from tests.domain import oracle_targets
-from tests.domain.support import needs_a_compiler, no_kernels
 
-
-@pytest.fixture(scope="module", autouse=True, params=[pytest.param("C", marks=needs_a_compiler), "numpy"])
-def _painter(request):
-    """Runs every test with the compiled painter and without."""
-    if request.param == "C":
-        assert load_library() is not None
-        yield
-    else:
-        with no_kernels():
-            yield
+pytestmark = pytest.mark.usefixtures("painter")
 
 
 SHARED = Path(os.environ.get("LOSSD_SHARED", Path(__file__).parents[2].parent / "shared"))

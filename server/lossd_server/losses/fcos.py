@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,8 @@ from lossd_server.losses.fcos_arguments import (
     arguments_by_name,
     check_dense_targets,
     check_predictions,
+    component_weight,
+    member_named,
     read_dense_targets,
 )
 from lossd_server.losses.fcos_terms import (
@@ -37,8 +38,6 @@ from lossd_server.losses.locations import LevelTargets, from_assignment
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
 from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
 from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
-
-E = TypeVar("E", bound=StrEnum)
 
 
 class FCOSLoss(LossModule):
@@ -93,20 +92,20 @@ class FCOSLoss(LossModule):
         self.num_classes = num_classes
         self.focal = FocalConstants(alpha=focal_alpha, gamma=focal_gamma)
         self.weights = (
-            _weight("cls_weight", cls_weight, "cls_loss_weight", cls_loss_weight),
-            _weight("reg_weight", reg_weight, "reg_loss_weight", reg_loss_weight),
-            _weight(
+            component_weight("cls_weight", cls_weight, "cls_loss_weight", cls_loss_weight),
+            component_weight("reg_weight", reg_weight, "reg_loss_weight", reg_loss_weight),
+            component_weight(
                 "centerness_weight",
                 centerness_weight,
                 "centerness_loss_weight",
                 centerness_loss_weight,
             ),
         )
-        self.preset = None if preset is None else _named(LossPreset, preset, "preset")
+        self.preset = None if preset is None else member_named(LossPreset, preset, "preset")
         self.assigner = assigner or FCOSAssigner(
             strides=tuple(strides),
             regress_ranges=None if regress_ranges is None else tuple(regress_ranges),
-            box_format=_named(BoxFormat, box_format, "box_format"),
+            box_format=member_named(BoxFormat, box_format, "box_format"),
         )
         checks.require_number("num_classes", num_classes, at_least=1, whole=True)
         check_focal_constants(self.focal, alpha_field="focal_alpha", gamma_field="focal_gamma")
@@ -281,28 +280,3 @@ class FCOSLoss(LossModule):
 
 def _weighted_total(components: Sequence[Component]) -> float | Tensor:
     return sum((c.value * c.weight for c in components if c.weight), start=0.0)
-
-
-def _weight(name: str, value: float | None, alias: str, alias_value: float | None) -> float:
-    """Returns a component's weight, given under its name or under the documented one; 1 by default."""
-    if value is not None and alias_value is not None:
-        raise InvalidInputError(Reason.UNEXPECTED_FIELD, f"is given, and so is {alias}", field=name)
-    weight = alias_value if value is None else value
-    if weight is None:
-        return 1.0
-    checks.require_number(name, weight, at_least=0)
-    return weight
-
-
-def _named(kind: type[E], name: str, field: str) -> E:
-    """Returns the member of that name; raises `InvalidInputError` when there is none."""
-    try:
-        return kind(name)
-    except ValueError:
-        raise InvalidInputError(
-            Reason.INVALID_OPTION,
-            f"is {name!r}, want one of {', '.join(kind)}",
-            field=field,
-            value=name,
-            allowed=", ".join(kind),
-        ) from None

@@ -1,7 +1,8 @@
-"""The arguments of an FCOS loss: their names, and what is refused about them."""
+"""The settings and arguments of an FCOS loss: their names, and what is refused about them."""
 
 from collections.abc import Sequence
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -10,6 +11,8 @@ from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.locations import LevelTargets, from_dense, host_levels
 from lossd_server.losses.module import Arguments
+
+E = TypeVar("E", bound=StrEnum)
 
 PREDICTIONS = ("cls_preds", "reg_preds", "centerness_preds")
 DENSE_TARGETS = ("cls_targets", "reg_targets", "centerness_targets")
@@ -106,3 +109,28 @@ def _check_ignored(ignored: Sequence[Any], sizes: Sequence[tuple[int, int, int]]
     for level, (target, size) in enumerate(zip(ignored, sizes, strict=True)):
         checks.require_dtype(f"ignored_targets[{level}]", target, ("bool",))
         checks.require_shape(f"ignored_targets[{level}]", target, size)
+
+
+def component_weight(name: str, value: float | None, alias: str, alias_value: float | None) -> float:
+    """Returns a component's weight, given under its name or under the documented one; 1 by default."""
+    if value is not None and alias_value is not None:
+        raise InvalidInputError(Reason.UNEXPECTED_FIELD, f"is given, and so is {alias}", field=name)
+    weight = alias_value if value is None else value
+    if weight is None:
+        return 1.0
+    checks.require_number(name, weight, at_least=0)
+    return weight
+
+
+def member_named(kind: type[E], name: str, field: str) -> E:
+    """Returns the member of that name; raises `InvalidInputError` when there is none."""
+    try:
+        return kind(name)
+    except ValueError:
+        raise InvalidInputError(
+            Reason.INVALID_OPTION,
+            f"is {name!r}, want one of {', '.join(kind)}",
+            field=field,
+            value=name,
+            allowed=", ".join(kind),
+        ) from None
