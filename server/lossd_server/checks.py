@@ -38,8 +38,7 @@ def host_array(array: Any) -> NDArray[Any]:
     name = dtype_name(array)
     if isinstance(array, np.ndarray):
         return array.astype(np.float32) if name == "bfloat16" else array
-    tensor = array.detach().cpu()
-    values: NDArray[Any] = (tensor.float() if name == "bfloat16" else tensor).numpy()
+    values: NDArray[Any] = (array.float() if name == "bfloat16" else array).numpy(force=True)
     return values
 
 
