@@ -39,8 +39,6 @@ def _empty(tensor: Tensor, options: EvaluationOptions) -> Tensor:
 
 def _dense_strides(tensor: Tensor) -> Sequence[int]:
     """Returns row-major strides, or those of maps with their channels last, or of rows class by class."""
-    if tensor.is_contiguous() and tensor.numel():
-        return tensor.stride()
     if tensor.dim() == 2 and tensor.stride(0) == 1 != tensor.stride(1):
         return 1, len(tensor)
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
