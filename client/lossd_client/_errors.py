@@ -10,7 +10,7 @@ LossdError
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -113,8 +113,7 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         first_item: Place of the request's first item in the caller's batch, when that was split.
     """
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    status = rpc_status.from_call(error)
-    for detail in status.details if status else ():
+    for detail in _details_of(error):
         detail.Unpack(info)
         detail.Unpack(retry)
     metadata = dict(info.metadata)
@@ -129,6 +128,15 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() or None,
     )
     return at_item(ours, first_item)
+
+
+def _details_of(error: Any) -> Iterable[Any]:
+    """Returns what the server said beside code and message; nothing if it came too late to be its word."""
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # cancelled here as the server's own status arrived: they contradict each other
+        return ()
+    return status.details if status else ()
 
 
 def error_of_answer(error: pb.Error) -> LossdError:

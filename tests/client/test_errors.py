@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from google.rpc import code_pb2, status_pb2
 
 from lossd_client import (
     Client,
@@ -23,6 +24,7 @@ from lossd_client import (
     TooLargeError,
     UnavailableError,
 )
+from lossd_client._errors import error_of_call
 from tests.service import custom_modules
 from tests.service.support import fcos_truth_arrays, make_server
 
@@ -257,3 +259,21 @@ def test_an_answer_that_is_no_message_is_a_fault_of_the_server():
             assert "7 bytes is no ComputeLossResponse" in error.message
     finally:
         server.stop(None).wait()
+
+
+def test_a_call_that_was_cancelled_as_its_refusal_arrived_is_cancelled():
+    """What gRPC then holds is its own code beside the server's details, which name another."""
+    details = status_pb2.Status(code=code_pb2.UNAVAILABLE, message="the server is stopping")
+
+    class Cancelled:
+        def code(self):
+            return grpc.StatusCode.CANCELLED
+
+        def details(self):
+            return "Locally cancelled by application!"
+
+        def trailing_metadata(self):
+            return (("grpc-status-details-bin", details.SerializeToString()),)
+
+    error = error_of_call(Cancelled())
+    assert (error.code, error.reason) == (grpc.StatusCode.CANCELLED, "")
