@@ -4,6 +4,7 @@ import gc
 import threading
 
 import numpy as np
+import pytest
 import torch
 
 from lossd_server.engine.buffers import BufferPool
@@ -81,3 +82,10 @@ def test_threads_may_share_one():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_what_the_host_has_not_is_a_memory_error():
+    pool = BufferPool(MEBIBYTE)
+    with pytest.raises(MemoryError):
+        pool.allocate(1 << 62)
+    assert len(pool.allocate(MEBIBYTE)) == MEBIBYTE

@@ -1,9 +1,10 @@
 """Host memory for gradients, used again as soon as nobody holds it."""
 
+import contextlib
 import mmap
 import threading
 import weakref
-from collections import OrderedDict
+from collections import deque
 
 import numpy as np
 import torch
@@ -23,41 +24,55 @@ class BufferPool:
     gradient to it does. Threads may share one.
 
     Args:
-        max_idle_bytes: Most memory kept for later; beyond it, what was idle longest is let go.
+        max_idle_bytes: Most memory kept for later; beyond it, what was idle longest is let go at the
+            next call.
     """
 
     def __init__(self, max_idle_bytes: int) -> None:
         self._max_idle_bytes = max_idle_bytes
-        self._idle: OrderedDict[int, mmap.mmap] = OrderedDict()  # by address of the object, oldest first
-        # Memory comes back whenever a reference is dropped: also while this thread holds the lock.
-        self._lock = threading.RLock()
+        self._idle: list[mmap.mmap] = []  # the longest idle first
+        # Memory comes back whenever a reference is dropped, in any thread and in the middle of any line:
+        # what happens there takes no lock.
+        self._returned: deque[mmap.mmap] = deque()
+        self._lock = threading.Lock()
 
     @property
     def idle_bytes(self) -> int:
         """Bytes kept for later."""
         with self._lock:
-            return sum(map(len, self._idle.values()))
+            self._settle()
+            return sum(map(len, self._idle))
 
     def allocate(self, size: int) -> Tensor:
-        """Returns `size` bytes as a uint8 tensor."""
+        """Returns `size` bytes as a uint8 tensor; raises `MemoryError` where there are not so many."""
         if size < _SMALLEST:
             return torch.empty(size, dtype=torch.uint8)
         block = self._take(-(-size // _HUGE_PAGE) * _HUGE_PAGE)
         array = np.frombuffer(block, np.uint8, size)
-        weakref.finalize(array, self._give_back, block).atexit = False
+        weakref.finalize(array, self._returned.append, block).atexit = False
         return torch.from_numpy(array)
 
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:
-            for key in reversed(self._idle):
-                if len(self._idle[key]) == size:
-                    return self._idle.pop(key)
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        block.madvise(mmap.MADV_HUGEPAGE)
-        return block
+            self._settle()
+            for place in reversed(range(len(self._idle))):
+                if len(self._idle[place]) == size:
+                    return self._idle.pop(place)
+        return _new_block(size)
 
-    def _give_back(self, block: mmap.mmap) -> None:
-        with self._lock:
-            self._idle[id(block)] = block
-            while self.idle_bytes > self._max_idle_bytes:
-                self._idle.popitem(last=False)
+    def _settle(self) -> None:
+        """Keeps what came back, as far as there is room."""
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        while sum(map(len, self._idle)) > self._max_idle_bytes:
+            del self._idle[0]
+
+
+def _new_block(size: int) -> mmap.mmap:
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
