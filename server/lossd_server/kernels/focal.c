@@ -273,12 +273,23 @@ static void choose_cells(focal_task *t, int64_t image, int64_t cell) {
     for (int64_t i = 0; few && i < t->count; i++) t->labels[i] = t->labels[t->sorted[i]];
 }
 
-/* Zeros in the gradient of every cell that takes no part, whether or not it was computed. */
+/* Zeros in the gradient of every cell that takes no part, where all were computed. */
 static void clear_idle_cells(const focal_task *t) {
     const focal_grid *g = t->grid;
     for (int64_t c = 0; c < g->classes; c++)
         for (int64_t i = 0; i < t->idle_count; i++)
             set_number_at(gradient_at(t, c, t->idle[i]), g->gradient_type, 0, 0.0f);
+}
+
+/* Zeros in the gradient of all cells, line by line, where few will be computed. */
+static void clear_all_cells(const focal_task *t) {
+    const focal_grid *g = t->grid;
+    int64_t size = size_of(g->gradient_type);
+    if (g->gradient_cell_stride == 1)
+        for (int64_t c = 0; c < g->classes; c++) memset(gradient_at(t, c, 0), 0, t->cells * size);
+    else if (g->gradient_class_stride == 1)
+        for (int64_t s = 0; s < t->cells; s++) memset(gradient_at(t, 0, s), 0, g->classes * size);
+    else clear_idle_cells(t);
 }
 
 /* Weighs and adds up the sums of the task's cells, and returns their total. */
@@ -331,10 +342,11 @@ static focal_found compute_task(
     for (int64_t i = 0; i < t.count; i++) t.sums[i] = 0.0f;
     factor negative = factor_of(constants->negative_weight * g->scale);
     factor positive = factor_of(-constants->positive_weight * g->scale); /* by -x */
+    if (t.gradient && t.places) clear_all_cells(&t);
     if (g->logits_class_stride == 1 && g->logits_cell_stride != 1) lines_of_classes(&t, negative);
     else lines_of_cells(&t, negative);
     own_classes(&t, positive);
-    if (t.gradient) clear_idle_cells(&t);
+    if (t.gradient && !t.places) clear_idle_cells(&t);
     if (t.places) look_at_all(&t);
     float *rows = g->rows ? g->rows + image * g->cells + cell : 0;
     return (focal_found){finish_rows(&t, constants, rows), any_stray(&t.seen)};
