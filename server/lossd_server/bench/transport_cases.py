@@ -13,6 +13,7 @@ from lossd.tensors import Array, pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd_client import Client
+from lossd_client import FCOSAssigner as AssignerConfig
 from lossd_client import FocalLoss as FocalConfig
 from lossd_server.bench import inputs, reference
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
@@ -20,14 +21,16 @@ from lossd_server.bench.child import ECHO, SINK, STOCK
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.losses import EvaluationOptions, FocalLoss
+from lossd_server.targets import FCOSAssigner
 
 _CALLS = 100
+_IMAGE, _BOXES, _ECHO_BYTES = (800, 1333), 20, 1000
 _WIRE_TYPES = ("bfloat16", "float16")
 
 
 def transport_cases() -> list[CaseSpec]:
     """Returns the cases of the transports, small ones first."""
-    return [
+    losses = [
         CaseSpec(
             name=f"rpc{'' if gradients else '-value'}-{size}",
             title=f"focal loss by call, {list(shape)}, {'value and gradient' if gradients else 'value only'}",
@@ -37,6 +40,12 @@ def transport_cases() -> list[CaseSpec]:
         for gradients in (True, False)
         for size, shape in inputs.SHAPES.items()
     ]
+    targets = CaseSpec(
+        name="rpc-assign",
+        title=f"sparse targets of {_BOXES} boxes by call, against an echo of {_ECHO_BYTES} bytes",
+        build=_assign,
+    )
+    return [*losses, targets]
 
 
 def stream_cases() -> list[CaseSpec]:
@@ -64,6 +73,23 @@ def _stream_or_calls(bench: Workbench) -> Case:
         collections.deque(client.compute_loss_stream(loss, items, gradients=True), maxlen=0)
 
     return Case(paths=(Path(name="calls", call=calls), Path(name="stream", call=stream)), base="calls")
+
+
+def _assign(bench: Workbench) -> Case:
+    boxes, labels = (tensor.numpy() for tensor in inputs.boxes_and_labels(_BOXES, _IMAGE, seed=20))
+    ground_truth, assigner = [{"boxes": boxes, "labels": labels}], FCOSAssigner()
+    sizes = assigner.feature_sizes(_IMAGE)
+    client = bench.resources.enter_context(Client(bench.child().address))
+
+    def here() -> None:
+        assigner.assign(ground_truth, sizes).sparse()
+
+    def by_call() -> None:
+        client.assign_targets(AssignerConfig(), ground_truth, image_size=_IMAGE, sparse=True)
+
+    echo = _bare(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO)
+    paths = (Path(name="here", call=here), Path(name="rpc", call=by_call), Path(name="bare", call=echo))
+    return Case(paths=paths, base="bare")
 
 
 def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Case:
