@@ -17,6 +17,7 @@ class MetricsInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._wrapped: dict[str, tuple[_Handler, _Handler]] = {}
 
     def intercept_service(
         self,
@@ -27,8 +28,16 @@ class MetricsInterceptor(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         if handler is None:
             return None
-        _, service, method = handler_call_details.method.split("/")
-        return self._wrap(handler, service, method)
+        return self._wrapped_once(handler, handler_call_details.method)
+
+    def _wrapped_once(self, handler: _Handler, path: str) -> _Handler:
+        """Returns the wrapped handler, the same for every call of a method: labels take time to look up."""
+        known, wrapped = self._wrapped.get(path, (None, None))
+        if known is not handler:
+            _, service, method = path.split("/")
+            wrapped = self._wrap(handler, service, method)
+            self._wrapped[path] = handler, wrapped
+        return wrapped
 
     def _wrap(self, handler: _Handler, service: str, method: str) -> _Handler:
         """Returns the handler with its one behaviour observed."""
