@@ -1,0 +1,102 @@
+"""Which work runs on the thread that brings it, and that none of it wakes torch's helpers there."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lossd_server.engine import CustomLoss, Engine, LossItem, LossJob
+from lossd_server.engine.affinity import leaves_torch_asleep
+from lossd_server.kernels import load_library
+from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss
+from tests.domain.support import needs_a_compiler, no_kernels
+
+pytestmark = needs_a_compiler
+
+SIDE = 100
+"""Cells enough for torch to want helpers."""
+
+
+class Sum(nn.Module):
+    def forward(self, pred):
+        return pred.sum()
+
+
+def arguments_of(loss, dtype=np.float32):
+    maps = {
+        name: [np.ones((2, n, SIDE, SIDE), dtype)] for name, n in (("cls", 3), ("reg", 4), ("centerness", 1))
+    }
+    boxes = np.tile(np.array([0, 0, 8, 8], dtype), (SIDE * SIDE, 1))
+    rows = np.full(SIDE * SIDE, 0.5, dtype)
+    labels = np.zeros((2, SIDE, SIDE), np.int64)
+    return {
+        "FocalLoss": {"inputs": maps["cls"][0], "targets": labels},
+        "GIoULoss": {"pred_boxes": boxes, "target_boxes": boxes, "weights": rows},
+        "CenternessLoss": {"pred": rows, "target": rows},
+        "FCOSLoss": {
+            **{f"{name}_preds": levels for name, levels in maps.items()},
+            "ground_truth": [{"boxes": np.array([[0, 0, 60, 60]], np.float32), "labels": np.array([1])}] * 2,
+        },
+        "CustomLoss": {"pred": rows},
+    }[type(loss).__name__]
+
+
+def job_of(loss, dtype=np.float32, **options):
+    arguments = arguments_of(loss, dtype)
+    prepared = arguments if isinstance(loss, CustomLoss) else loss.prepare(arguments)
+    item = LossItem(path="items[0]", arguments=prepared, options=EvaluationOptions(**options))
+    return LossJob(loss=loss, items=[item])
+
+
+OURS = [FocalLoss(), GIoULoss(), CenternessLoss(), FCOSLoss(3, strides=(8,), regress_ranges=((-1, 64),))]
+ELSEWHERE = {
+    "a gamma that no kernel knows": lambda: job_of(FocalLoss(gamma=1.5)),
+    "an FCOS loss with such a gamma": lambda: job_of(
+        FCOSLoss(3, focal_gamma=0.5, strides=(8,), regress_ranges=((-1, 64),))
+    ),
+    "float64": lambda: job_of(GIoULoss(), np.float64),
+    "half precision": lambda: job_of(OURS[3], np.float16),
+    "bfloat16": lambda: job_of(OURS[3], ml_dtypes.bfloat16),
+    "gradients in float64": lambda: job_of(GIoULoss(), gradient_dtype=torch.float64),
+    "a loss of the operator's": lambda: job_of(CustomLoss("Sum", Sum())),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    assert load_library() is not None
+
+
+@pytest.mark.parametrize("loss", OURS, ids=lambda loss: type(loss).__name__)
+def test_what_the_kernels_do_all_of_stays_where_it_is(loss):
+    job = job_of(loss, gradients=loss.differentiable)
+    assert leaves_torch_asleep(job)
+    with no_kernels():
+        assert not leaves_torch_asleep(job)
+
+
+@pytest.mark.parametrize("why", ELSEWHERE)
+def test_what_may_wake_torch_goes_to_its_thread(why):
+    assert not leaves_torch_asleep(ELSEWHERE[why]())
+
+
+def thread_count():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_no_thread_gets_helpers_of_its_own():
+    engine = Engine(torch.device("cpu"))
+    jobs = [job_of(loss, gradients=loss.differentiable) for loss in OURS]
+    with ThreadPoolExecutor(6) as pool:
+        ready = threading.Barrier(6)
+        list(pool.map(lambda _: ready.wait(), range(6)))
+        before = thread_count()
+        for _ in range(10):
+            list(pool.map(engine.compute, jobs * 3))
+        assert thread_count() <= before
+    engine.close()
