@@ -18,8 +18,8 @@ from tests.domain.support import needs_a_compiler, no_kernels
 
 pytestmark = needs_a_compiler
 
-SIDE = 100
-"""Cells enough for torch to want helpers."""
+SIDE = 200
+"""Of a map with cells enough for torch to want helpers: it does from 32,768 numbers on."""
 
 
 class Sum(nn.Module):
@@ -36,8 +36,8 @@ def arguments_of(loss, dtype=np.float32):
     labels = np.zeros((2, SIDE, SIDE), np.int64)
     return {
         "FocalLoss": {"inputs": maps["cls"][0], "targets": labels},
-        "GIoULoss": {"pred_boxes": boxes, "target_boxes": boxes, "weights": rows},
-        "CenternessLoss": {"pred": rows, "target": rows},
+        "GIoULoss": {"pred_boxes": boxes, "target_boxes": boxes.astype(np.int32), "weights": rows},
+        "CenternessLoss": {"pred": rows, "target": rows, "weights": rows},
         "FCOSLoss": {
             **{f"{name}_preds": levels for name, levels in maps.items()},
             "ground_truth": [{"boxes": np.array([[0, 0, 60, 60]], np.float32), "labels": np.array([1])}] * 2,
@@ -63,6 +63,8 @@ ELSEWHERE = {
     "half precision": lambda: job_of(OURS[3], np.float16),
     "bfloat16": lambda: job_of(OURS[3], ml_dtypes.bfloat16),
     "gradients in float64": lambda: job_of(GIoULoss(), gradient_dtype=torch.float64),
+    "a loss of every row": lambda: job_of(FocalLoss(reduction="none")),
+    "a loss of every box": lambda: job_of(GIoULoss("none")),
     "a loss of the operator's": lambda: job_of(CustomLoss("Sum", Sum())),
 }
 

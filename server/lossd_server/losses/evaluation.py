@@ -110,6 +110,13 @@ def as_tensor(number: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tenso
     return torch.scalar_tensor(number, dtype=dtype, device=like.device)
 
 
+def to_float64(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float64; on a CPU by numpy where that has the type, which wakes no helpers."""
+    if tensor.is_cuda or tensor.dtype == torch.bfloat16:
+        return tensor.double()
+    return torch.from_numpy(tensor.detach().numpy().astype(np.float64))
+
+
 def find_non_finite(
     arguments: Mapping[str, object], finite_inputs: frozenset[str] = frozenset()
 ) -> list[NonFinite]:

@@ -112,8 +112,8 @@ class FCOSLoss(LossModule):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the compiled kernels know its settings."""
-        return self.focal.has_kernel
+        """Whether the compiled kernels do all of it on the host; they know some gammas alone."""
+        return super().has_kernels and self.focal.has_kernel
 
     def forward(
         self,

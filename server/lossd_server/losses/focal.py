@@ -50,8 +50,8 @@ class FocalLoss(LossModule):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the compiled kernels know its settings."""
-        return self.constants.has_kernel
+        """Whether the compiled kernels do all of it on the host; they know some gammas alone."""
+        return super().has_kernels and self.constants.has_kernel
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Computes the focal loss.

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from lossd_server import checks
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, to_float64
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
@@ -87,7 +87,7 @@ class GIoULoss(LossModule):
         reduced = reduce_rows(
             RowFormula.GIOU,
             pred.t(),
-            target if target.is_floating_point() else target.double(),
+            target if target.is_floating_point() else to_float64(target),
             arguments.get("weights"),
             reduction=self.reduction,
             divisor=self.reduction.divisor(weight, least=self.eps, normalizer=options.normalizer),

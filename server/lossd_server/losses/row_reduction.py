@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lossd_server.checks import host_array
-from lossd_server.losses.evaluation import Numbers, as_tensor
+from lossd_server.losses.evaluation import Numbers, as_tensor, to_float64
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.reduction import Reduction
 from lossd_server.losses.row_group import RowGroup
@@ -66,7 +66,7 @@ def reduce_rows(
     group = RowGroup(
         preds=preds.unsqueeze(0),
         targets=targets.contiguous(),
-        factors=None if weights is None else weights.double(),
+        factors=None if weights is None else to_float64(weights),
         gradient=None if gradient is None else gradient.unsqueeze(0),
         scale=1 / divisor,
         rows=rows,
