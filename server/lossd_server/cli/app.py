@@ -80,6 +80,9 @@ def serve(log_format: str, **settings: object) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
     # gRPC's core writes lines of its own about what `lossd serve` says in one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from lossd_server.cli.log import configure_logging  # noqa: PLC0415
+
+    configure_logging(log_format)  # and then torch, whose import may warn
     from lossd_server.cli.serve import run  # noqa: PLC0415
 
     run(settings, log_format)

@@ -1,6 +1,5 @@
 """`lossd serve`: a server in the foreground, from its settings to its last call."""
 
-import logging
 import os
 import signal
 import sys
@@ -8,8 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import structlog
-
+from lossd_server.cli.log import say_why_not
 from lossd_server.config import ServerConfig
 from lossd_server.engine import keep_freed_memory, use_granted_cores
 from lossd_server.errors import LossdError
@@ -24,7 +22,6 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
 
     Exits with 1, and one line that says why, where the settings cannot be served.
     """
-    configure_logging(log_format)
     keep_freed_memory()
     use_granted_cores()
     sys.path.insert(0, "")  # `--load` finds modules in the working directory, as `python -m` does
@@ -41,28 +38,13 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
         server = Server(_config(settings))
         server.start()
     except LossdError as error:
-        sys.exit(f"lossd: {error}")
+        say_why_not(error, log_format)
+        sys.exit(1)
     stop.wait()
     server.stop()
     # Work that outlasted the drain runs in threads that the interpreter would wait for.
     sys.stderr.flush()
     os._exit(0)
-
-
-def configure_logging(log_format: str) -> None:
-    """Writes one line an event to standard error, for people or as JSON."""
-    json = log_format == "json"
-    for_people = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            *([structlog.processors.format_exc_info] if json else []),
-            structlog.processors.JSONRenderer() if json else for_people,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _config(settings: Mapping[str, Any]) -> ServerConfig:

@@ -25,9 +25,10 @@ from lossd_server.rpc.decode import parse
 from lossd_server.rpc.in_flight import InFlight
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.pipeline import WIDTH, Pipeline
+from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
-from lossd_server.rpc.status import code_of, status_of, stream_error
+from lossd_server.rpc.status import status_of, stream_error
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
@@ -78,6 +79,7 @@ class Handlers:
     def __init__(self, service: LossService, metrics: Metrics, *, max_streams: int) -> None:
         self.in_flight = InFlight()
         self._metrics = metrics
+        self._refusals = Refusals(metrics)
         self._max_streams = max_streams
         self._stream_places = threading.BoundedSemaphore(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
@@ -114,6 +116,7 @@ class Handlers:
 
     def close(self) -> None:
         """Lets the threads of streams go."""
+        self._refusals.close()
         self._stream_pool.shutdown(wait=False, cancel_futures=True)
 
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
@@ -168,7 +171,7 @@ class Handlers:
                 answer = Parcel(stream.response(id=mark, response=response.message), response.payloads)
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)
-                self._record(method, refusal, call)
+                self._refusals.record(method.name, refusal, call.peer())
                 answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
             return self._serialize(method, answer, stages)
 
@@ -191,21 +194,8 @@ class Handlers:
 
     def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         refusal = _as_lossd_error(error)
-        self._record(method, refusal, call)
+        self._refusals.record(method.name, refusal, call.peer())
         call.abort_with_status(rpc_status.to_status(status_of(refusal)))
-
-    def _record(self, method: _Method, error: LossdError, call: grpc.ServicerContext) -> None:
-        """Counts a refusal and writes its one line."""
-        self._metrics.refusals.labels(method.name, error.reason).inc()
-        _log.warning(
-            "refused",
-            method=method.name,
-            code=code_of(error).name,
-            reason=str(error.reason),
-            field=error.field,
-            message=error.message,
-            peer=call.peer(),
-        )
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():

@@ -40,13 +40,13 @@ def status_of(error: LossdError) -> status_pb2.Status:
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))]
     if isinstance(error, InvalidInputError) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=_shorten(error.field), description=_shorten(error.message)
+            field=shorten(error.field), description=shorten(error.message)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, UnavailableError):
         delay = Duration(seconds=RETRY_SECONDS)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code_of(error).value[0], message=_shorten(str(error)))
+    status = status_pb2.Status(code=code_of(error).value[0], message=shorten(str(error)))
     for detail in details:
         packed = AnyMessage()
         packed.Pack(detail)
@@ -58,17 +58,18 @@ def stream_error(error: LossdError) -> pb.Error:
     """Returns the same as a message, for an answer on a stream."""
     return pb.Error(
         code=code_of(error).value[0],
-        message=_shorten(str(error)),
+        message=shorten(str(error)),
         reason=number_of(REASONS, error.reason),
-        field=_shorten(error.field),
+        field=shorten(error.field),
         metadata=_metadata(error),
     )
 
 
 def _metadata(error: LossdError) -> dict[str, str]:
-    values = {name: _shorten(value) for name, value in error.values.items()}
-    return {**values, "field": _shorten(error.field)} if error.field else values
+    values = {name: shorten(value) for name, value in error.values.items()}
+    return {**values, "field": shorten(error.field)} if error.field else values
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """Returns a text that is no longer than what errors carry."""
     return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"
