@@ -5,6 +5,8 @@ LossdError
 ├── InvalidInputError     the caller's data or settings; also a ValueError
 ├── CustomLossError       the operator's module failed
 ├── UnavailableError      not now: another replica, or later
+├── AccessError           the caller has no token
+├── RateLimitedError      the caller's token may ask no more for now
 ├── DeadlineError         too late to begin
 ├── OutOfMemoryError      too large for the device
 └── ConfigurationError    the operator's settings; the server does not start
@@ -62,6 +64,10 @@ class Reason(StrEnum):
     """No shared-memory region of that id is open to this caller."""
     INVALID_SLICE = "INVALID_SLICE"
     """A shared slice that does not lie within its region, or overlaps another."""
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    """No bearer token that the server knows."""
+    RATE_LIMITED = "RATE_LIMITED"
+    """The caller's token may ask no more for now."""
 
 
 class LossdError(Exception):
@@ -72,7 +78,10 @@ class LossdError(Exception):
         message: What is wrong, for people, without the field.
         field: Path of the offending field; empty when no single field is at fault.
         values: Every value that the message mentions, by name.
+        retry_seconds: When the caller may come again, where that is known.
     """
+
+    retry_seconds: float | None = None
 
     def __init__(self, reason: Reason, message: str, *, field: str = "", **values: object) -> None:
         super().__init__(reason, message, field)
@@ -119,6 +128,24 @@ class CustomLossError(LossdError):
 
 class UnavailableError(LossdError):
     """Not now: the server is stopping, or as busy as it may be."""
+
+
+class AccessError(LossdError):
+    """The caller bears no token that the server knows."""
+
+
+class RateLimitedError(LossdError):
+    """The caller's token may ask no more for now.
+
+    Args:
+        message: Which limit was reached.
+        retry_seconds: When there is room again.
+        **values: Every value that the message mentions, by name.
+    """
+
+    def __init__(self, message: str, *, retry_seconds: float, **values: object) -> None:
+        super().__init__(Reason.RATE_LIMITED, message, field="", **values)
+        self.retry_seconds = retry_seconds
 
 
 class DeadlineError(LossdError):

@@ -103,6 +103,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_INVALID_SLICE: _ErrorReason.ValueType  # 21
     """A shared slice does not lie within its region, or overlaps another."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 22
+    """The call bears no bearer token that the server knows."""
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 23
+    """The caller's token may ask no more for now; `google.rpc.RetryInfo` says when."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. In `google.rpc.ErrorInfo.reason` a value stands without
@@ -157,6 +161,10 @@ ended, or the server started anew.
 """
 ERROR_REASON_INVALID_SLICE: ErrorReason.ValueType  # 21
 """A shared slice does not lie within its region, or overlaps another."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 22
+"""The call bears no bearer token that the server knows."""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 23
+"""The caller's token may ask no more for now; `google.rpc.RetryInfo` says when."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

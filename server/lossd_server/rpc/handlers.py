@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import grpc
 import structlog
-from grpc_status import rpc_status
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
@@ -28,7 +27,7 @@ from lossd_server.rpc.pipeline import WIDTH, Pipeline
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
-from lossd_server.rpc.status import status_of, stream_error
+from lossd_server.rpc.status import stream_error
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
@@ -76,10 +75,12 @@ class Handlers:
         in_flight: The calls that are not answered yet.
     """
 
-    def __init__(self, service: LossService, metrics: Metrics, *, max_streams: int) -> None:
+    def __init__(
+        self, service: LossService, metrics: Metrics, refusals: Refusals, *, max_streams: int
+    ) -> None:
         self.in_flight = InFlight()
         self._metrics = metrics
-        self._refusals = Refusals(metrics)
+        self._refusals = refusals
         self._max_streams = max_streams
         self._stream_places = threading.BoundedSemaphore(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
@@ -116,7 +117,6 @@ class Handlers:
 
     def close(self) -> None:
         """Lets the threads of streams go."""
-        self._refusals.close()
         self._stream_pool.shutdown(wait=False, cancel_futures=True)
 
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
@@ -193,9 +193,7 @@ class Handlers:
                 metrics.observe_stages(stages.seconds)
 
     def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
-        refusal = _as_lossd_error(error)
-        self._refusals.record(method.name, refusal, call.peer())
-        call.abort_with_status(rpc_status.to_status(status_of(refusal)))
+        self._refusals.abort(method.name, _as_lossd_error(error), call)
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():

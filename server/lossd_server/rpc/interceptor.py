@@ -2,14 +2,20 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pool
 
 from lossd_server.rpc.metrics import Metrics
 
 _Handler = Any
 """A `grpc.RpcMethodHandler`; only its stub is generic, and only at run time are its attributes known."""
+
+_Behaviour = Callable[..., Any]
+_THREAD_POOL = "experimental_thread_pool"
+"""The attribute of a behaviour that names the threads that it is run on; gRPC looks for it."""
 
 
 class MetricsInterceptor(grpc.ServerInterceptor):
@@ -17,6 +23,7 @@ class MetricsInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._observed: dict[str, _ObservedMethod] = {}
         self._wrapped: dict[str, tuple[_Handler, _Handler]] = {}
 
     def intercept_service(
@@ -31,57 +38,68 @@ class MetricsInterceptor(grpc.ServerInterceptor):
         return self._wrapped_once(handler, handler_call_details.method)
 
     def _wrapped_once(self, handler: _Handler, path: str) -> _Handler:
-        """Returns the wrapped handler, the same for every call of a method: labels take time to look up."""
+        """Returns the wrapped handler, the same for every call of a method that is not refused."""
         known, wrapped = self._wrapped.get(path, (None, None))
         if known is not handler:
-            _, service, method = path.split("/")
-            wrapped = self._wrap(handler, service, method)
+            wrapped = _wrap(handler, self._method(path))
             self._wrapped[path] = handler, wrapped
         return wrapped
 
-    def _wrap(self, handler: _Handler, service: str, method: str) -> _Handler:
-        """Returns the handler with its one behaviour observed."""
-        requests = "stream" if handler.request_streaming else "unary"
-        responses = "stream" if handler.response_streaming else "unary"
-        observed = _ObservedMethod(
-            self._metrics,
-            (_TYPES[requests, responses], service, method),
-            getattr(handler, f"{requests}_{responses}"),
-        )
-        behaviour = observed.stream if handler.response_streaming else observed.unary
-        make: Callable[..., _Handler] = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
-        return make(
-            behaviour,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+    def _method(self, path: str) -> "_ObservedMethod":
+        """Returns the metrics of a method: looked up once, which takes time."""
+        if path not in self._observed:
+            self._observed[path] = _ObservedMethod(self._metrics, _labels(path))
+        return self._observed[path]
+
+
+def _labels(path: str) -> tuple[str, str, str]:
+    """Returns the type, service and name of a method, by the contract: that of a refusal may differ."""
+    _, service, name = path.split("/")
+    method = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name]
+    return _TYPES[method.client_streaming, method.server_streaming], service, name
 
 
 _TYPES = {
-    ("unary", "unary"): "unary",
-    ("stream", "unary"): "client_stream",
-    ("unary", "stream"): "server_stream",
-    ("stream", "stream"): "bidi_stream",
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
 }
 
 
-class _ObservedMethod:
-    """A method's behaviour with its metrics."""
+def _wrap(handler: _Handler, method: "_ObservedMethod") -> _Handler:
+    """Returns a handler with its one behaviour observed, on the threads that it wants."""
+    requests = "stream" if handler.request_streaming else "unary"
+    responses = "stream" if handler.response_streaming else "unary"
+    behaviour = getattr(handler, f"{requests}_{responses}")
+    observed = partial(method.stream if handler.response_streaming else method.unary, behaviour)
+    # Health's pool hangs on its class, whichever server came last, and is for another way of calling.
+    if hasattr(behaviour, _THREAD_POOL) and not hasattr(behaviour, "experimental_non_blocking"):
+        setattr(observed, _THREAD_POOL, getattr(behaviour, _THREAD_POOL))
+    make: Callable[..., _Handler] = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
+    return make(
+        observed,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
-    def __init__(self, metrics: Metrics, labels: tuple[str, str, str], behaviour: Callable[..., Any]) -> None:
+
+class _ObservedMethod:
+    """The metrics of a method, around whatever answers a call of it."""
+
+    def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
         self._labels = labels
-        self._behaviour = behaviour
         self._handled = metrics.handled
         self._started = metrics.started.labels(*labels)
         self._received = metrics.received.labels(*labels)
         self._sent = metrics.sent.labels(*labels)
         self._handling = metrics.handling.labels(*labels)
 
-    def unary(self, request: Any, call: grpc.ServicerContext) -> Any:
-        """Runs a method with one answer."""
+    def unary(self, behaviour: _Behaviour, request: Any, call: grpc.ServicerContext) -> Any:
+        """Runs a behaviour with one answer."""
         began = self._start()
         try:
-            response = self._behaviour(self._counted(request), call)
+            response = behaviour(self._counted(request), call)
             self._sent.inc()
         except BaseException:
             self._finish(began, call, failed=True)
@@ -89,11 +107,11 @@ class _ObservedMethod:
         self._finish(began, call)
         return response
 
-    def stream(self, request: Any, call: grpc.ServicerContext) -> Iterator[Any]:
-        """Runs a method with a stream of answers."""
+    def stream(self, behaviour: _Behaviour, request: Any, call: grpc.ServicerContext) -> Iterator[Any]:
+        """Runs a behaviour with a stream of answers."""
         began = self._start()
         try:
-            for response in self._behaviour(self._counted(request), call):
+            for response in behaviour(self._counted(request), call):
                 self._sent.inc()
                 yield response
         except BaseException:

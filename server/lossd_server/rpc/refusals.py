@@ -4,12 +4,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
+import grpc
 import structlog
 
 from lossd_server.errors import LossdError
 from lossd_server.rpc.metrics import Metrics
-from lossd_server.rpc.status import code_of, shorten
+from lossd_server.rpc.status import code_of, grpc_status_of, shorten
 
 LINES_PER_SECOND = 10
 """Most lines of one reason within a second: a server that refuses thousands has better things to do."""
@@ -32,6 +34,11 @@ class Refusals:
         self._clock = clock
         self._lock = threading.Lock()
         self._lines: dict[str, _Lines] = {}
+
+    def abort(self, method: str, error: LossdError, call: grpc.ServicerContext) -> NoReturn:
+        """Ends a call with an error, recorded."""
+        self.record(method, error, call.peer())
+        call.abort_with_status(grpc_status_of(error))
 
     def record(self, method: str, error: LossdError, peer: str) -> None:
         """Counts a refusal and writes its line.

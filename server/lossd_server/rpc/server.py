@@ -19,6 +19,7 @@ from lossd_server.errors import ConfigurationError, Reason
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
 from lossd_server.rpc.interceptor import MetricsInterceptor
 from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
 from lossd_server.shared_memory import RegionListener, Regions
 
@@ -60,8 +61,11 @@ class Server:
             experimental_non_blocking=True, experimental_thread_pool=self._health_pool
         )
         self._sharing = _sharing(self._config)
+        self._refusals = Refusals(self._metrics)
         service = LossService(self._engine, self._metrics, self._config, self._sharing)
-        self._handlers = Handlers(service, self._metrics, max_streams=self._config.max_streams)
+        self._handlers = Handlers(
+            service, self._metrics, self._refusals, max_streams=self._config.max_streams
+        )
         self._grpc = self._assemble()
         self._metrics_server: Any = None
 
@@ -122,6 +126,7 @@ class Server:
             stopped.wait(_CLOSE_SECONDS)
         self._engine.close()
         self._handlers.close()
+        self._refusals.close()
         if self._sharing is not None:
             self._sharing.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,9 +1,13 @@
 """What a caller is told of an error: the one place where a reason becomes a gRPC code."""
 
+from math import ceil
+from typing import Any
+
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
@@ -25,6 +29,8 @@ CODES: dict[Reason, grpc.StatusCode] = {
     Reason.OUT_OF_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
     Reason.TOO_MANY_STREAMS: grpc.StatusCode.UNAVAILABLE,
+    Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }
@@ -43,8 +49,9 @@ def status_of(error: LossdError) -> status_pb2.Status:
             field=shorten(error.field), description=shorten(error.message)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, UnavailableError):
-        delay = Duration(seconds=RETRY_SECONDS)
+    if isinstance(error, UnavailableError) or error.retry_seconds is not None:
+        delay = Duration()
+        delay.FromMilliseconds(_retry_milliseconds(error))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     status = status_pb2.Status(code=code_of(error).value[0], message=shorten(str(error)))
     for detail in details:
@@ -52,6 +59,11 @@ def status_of(error: LossdError) -> status_pb2.Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def grpc_status_of(error: LossdError) -> Any:
+    """Returns the same as gRPC takes it, a `grpc.Status`."""
+    return rpc_status.to_status(status_of(error))
 
 
 def stream_error(error: LossdError) -> pb.Error:
@@ -63,6 +75,11 @@ def stream_error(error: LossdError) -> pb.Error:
         field=shorten(error.field),
         metadata=_metadata(error),
     )
+
+
+def _retry_milliseconds(error: LossdError) -> int:
+    """Returns when to come again, rounded up: never before there is room."""
+    return ceil((RETRY_SECONDS if error.retry_seconds is None else error.retry_seconds) * 1000)
 
 
 def _metadata(error: LossdError) -> dict[str, str]:
