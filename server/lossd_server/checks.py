@@ -69,6 +69,8 @@ def require_dtype(field: str, array: ArrayLike, allowed: Sequence[str]) -> None:
 def require_shape(field: str, array: ArrayLike, expected: Sequence[int | str]) -> None:
     """Raises `INVALID_SHAPE` unless the shape fits; a string stands for any extent, by its name."""
     shape = list(array.shape)
+    if shape == expected:
+        return
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=True)
     )

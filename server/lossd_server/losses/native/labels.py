@@ -1,6 +1,5 @@
 """Labels counted by the compiled kernels."""
 
-import ctypes
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,6 @@ def count_objects_natively(labels: NDArray[Any], num_classes: int) -> int | None
     library, kind = loaded_library(), _TYPES.get(labels.dtype)
     if library is None or kind is None or not labels.flags.c_contiguous:
         return None
-    place = ctypes.c_void_p(labels.__array_interface__["data"][0])
-    found: int = library.lossd_count_objects(
-        place, kind, ctypes.c_int64(labels.size), ctypes.c_int64(num_classes)
-    )
+    place = labels.__array_interface__["data"][0]
+    found: int = library.lossd_count_objects(place, kind, labels.size, num_classes)
     return None if found < 0 else found
