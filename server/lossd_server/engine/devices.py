@@ -1,8 +1,12 @@
 """Which device evaluates."""
 
+from collections.abc import Mapping
+
 import torch
 
 from lossd_server.errors import ConfigurationError, Reason
+from lossd_server.kernels import loaded_library
+from lossd_server.losses.gpu import loaded_programs
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,3 +39,24 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether compiled kernels evaluate on the device, and not the slower operations of torch."""
+    return (loaded_programs() if device.type == "cuda" else loaded_library()) is not None
+
+
+def device_memory(device: torch.device) -> Mapping[str, int]:
+    """Returns the memory of a GPU in bytes; nothing for the CPU, and for a GPU that does not answer.
+
+    `allocated` is in tensors, `reserved` is what torch holds for them, `free` what the GPU has left for
+    whoever asks, and `total` all it has.
+    """
+    if device.type != "cuda":
+        return {}
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    except RuntimeError:
+        return {}
+    return {"allocated": allocated, "reserved": reserved, "free": free, "total": total}

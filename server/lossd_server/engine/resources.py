@@ -10,6 +10,11 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST = 2**30
 
+_MEMORY_V2 = Path("/sys/fs/cgroup/memory.max")
+_MEMORY_V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_NO_LIMIT = 1 << 62
+"""What version 1 says where there is none is a little below 2⁶³."""
+
 _QUOTA_V2 = Path("/sys/fs/cgroup/cpu.max")
 _QUOTA_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 _PERIOD_V1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
@@ -23,6 +28,15 @@ def use_granted_cores() -> None:
 def granted_cores() -> int:
     """Returns the cores that affinity and the control group grant, at least 1."""
     return max(min(len(os.sched_getaffinity(0)), _quota()), 1)
+
+
+def granted_memory() -> int | None:
+    """Returns the bytes that the control group grants; None where it sets no limit."""
+    try:
+        limit = int((_MEMORY_V2 if _MEMORY_V2.exists() else _MEMORY_V1).read_text())
+    except (OSError, ValueError):  # no control group here, or "max"
+        return None
+    return limit if limit < _NO_LIMIT else None
 
 
 def keep_freed_memory() -> bool:

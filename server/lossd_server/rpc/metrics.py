@@ -1,11 +1,17 @@
 """The server's Prometheus metrics. No label has values that a caller can choose."""
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 
+import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import LossOutcome
+from lossd_server.errors import Reason
+from lossd_server.rpc.collectors import register_process
 from lossd_server.rpc.stages import STAGES
+from lossd_server.rpc.status import CODES
 from lossd_server.targets import Assignment
 
 SECONDS = (
@@ -14,7 +20,20 @@ SECONDS = (
 BYTES = tuple(4.0**power for power in range(4, 15))
 ITEMS = tuple(2.0**power for power in range(13))
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["LossService"]
+_CODES = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, *CODES.values()}
+
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class State(StrEnum):
+    """Where a server is between its start and its end."""
+
+    STARTING = "starting"
+    """It listens, but is not warm yet."""
+    SERVING = "serving"
+    DRAINING = "draining"
+    """It refuses new work and finishes what runs."""
 
 
 class Metrics:
@@ -72,13 +91,43 @@ class Metrics:
             "Shared memory that callers passed and that is mapped.",
             registry=registry,
         )
+        self.kernels = Gauge(
+            "lossd_compiled_kernels",
+            "1 where compiled kernels evaluate on the device, 0 where slower operations of torch do.",
+            registry=registry,
+        )
         self.build = Info("lossd_build", "Version and device.", registry=registry)
+        self._state = Gauge(
+            "lossd_state", "1 for the state that the server is in.", ("state",), registry=registry
+        )
+        register_process(registry)
+        self.set_state(State.STARTING)
+        self._begin_at_zero()
+
+    def set_state(self, state: State) -> None:
+        """Says in which state the server is."""
+        for other in State:
+            self._state.labels(other).set(other is state)
 
     def of(self, method: str) -> "MethodMetrics":
         """Returns what is counted of one method."""
         if method not in self._methods:
             self._methods[method] = MethodMetrics(self, method)
         return self._methods[method]
+
+    def _begin_at_zero(self) -> None:
+        """Makes every series of this service: what first appears as 1 has not risen, for Prometheus."""
+        for method in _SERVICE.methods:
+            kind = "bidi_stream" if method.server_streaming else "unary"
+            labels = (kind, _SERVICE.full_name, method.name)
+            for metric in (self.started, self.received, self.sent, self.handling):
+                metric.labels(*labels)
+            for code in _CODES:
+                self.handled.labels(*labels, code.name)
+            if not method.server_streaming:  # a stream's requests count as those of its method
+                self.of(method.name)
+                for reason in Reason:
+                    self.refusals.labels(method.name, reason)
 
 
 class MethodMetrics:

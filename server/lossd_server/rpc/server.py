@@ -14,11 +14,19 @@ from grpc_reflection.v1alpha import reflection
 from lossd import __version__
 from lossd.channel_options import server_options
 from lossd_server.config import ServerConfig, unix_path
-from lossd_server.engine import Engine, describe_device, load_custom_losses, resolve_device
+from lossd_server.engine import (
+    Engine,
+    describe_device,
+    device_memory,
+    has_kernels,
+    load_custom_losses,
+    resolve_device,
+)
 from lossd_server.errors import ConfigurationError, Reason
+from lossd_server.rpc.collectors import register_device
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
 from lossd_server.rpc.interceptor import MetricsInterceptor
-from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.metrics import Metrics, State
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
 from lossd_server.shared_memory import RegionListener, Regions
@@ -94,6 +102,7 @@ class Server:
         self._grpc.start()
         self._engine.warm_up()
         self._set_health(_SERVING)
+        self._metrics.set_state(State.SERVING)
         _log.info(
             "serving",
             addresses=self.addresses,
@@ -110,6 +119,7 @@ class Server:
         """
         grace = self._config.drain_seconds if grace is None else grace
         self._set_health(_NOT_SERVING)
+        self._metrics.set_state(State.DRAINING)
         self._engine.drain()
         self._handlers.drain()
         drained = self._shut_down(grace)
@@ -152,8 +162,14 @@ class Server:
         reflection.enable_server_reflection(names, server)
         if self._sharing is not None:
             self._metrics.shared_memory.set_function(partial(getattr, self._sharing.regions, "held_bytes"))
-        self._metrics.build.info({"version": __version__, "device": describe_device(self._engine.device)})
+        self._describe_engine()
         return server
+
+    def _describe_engine(self) -> None:
+        device = self._engine.device
+        self._metrics.build.info({"version": __version__, "device": describe_device(device)})
+        self._metrics.kernels.set_function(partial(has_kernels, device))
+        register_device(self._metrics.registry, partial(device_memory, device))
 
     def _listen(self, address: str) -> str:
         """Listens on an address and returns it with the port that was taken."""

@@ -2,7 +2,7 @@
 
 from lossd_server.losses.gpu.focal import focal_sums_on_gpu
 from lossd_server.losses.gpu.head import head_sums_on_gpu
-from lossd_server.losses.gpu.library import load_kernels, load_programs
+from lossd_server.losses.gpu.library import load_kernels, load_programs, loaded_programs
 from lossd_server.losses.gpu.rows import row_sums_on_gpu
 from lossd_server.losses.gpu.warm_up import compile_programs
 
@@ -12,5 +12,6 @@ __all__ = [
     "head_sums_on_gpu",
     "load_kernels",
     "load_programs",
+    "loaded_programs",
     "row_sums_on_gpu",
 ]
