@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lossd_server.bench import inputs, memory, option_cases, reference, run, runner
+from lossd_server.bench import inputs, memory, option_cases, reference, runner
 from lossd_server.bench.cases import CASES, select
 from lossd_server.bench.child import Child
 from lossd_server.bench.echo import METHOD, SERVERS, EchoProcess
@@ -32,7 +32,7 @@ def malloc_left_alone(monkeypatch):
 
 def quick_run(names, **options):
     text = io.StringIO()
-    run(names=names, quick=True, console=Console(file=text), **options)
+    runner.run(names=names, quick=True, console=Console(file=text), **options)
     return text.getvalue()
 
 

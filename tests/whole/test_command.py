@@ -162,3 +162,36 @@ def test_a_benchmark_that_cannot_be_says_so_in_one_line(arguments):
     assert done.returncode == 1
     assert done.stderr.startswith("lossd: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_load_is_driven_against_a_server_that_runs(address, tmp_path):
+    file = tmp_path / "load.json"
+    options = ("--mix", "assign:2,stream-s", "--seconds", "0.5", "--target", address, "--json", str(file))
+    done = run("bench", "--load", *options)
+    assert done.returncode == 0, done.stderr
+    assert [kind["kind"] for kind in json.loads(file.read_text())["phases"][0]["kinds"]] == [
+        "assign",
+        "stream-s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mix", "nonsense"], "mix: has 'nonsense', want one of assign"),
+        (["--target", "127.0.0.1:1"], "no answer from 127.0.0.1:1"),
+        (["--device", "tpu"], "device: is 'tpu'"),
+    ],
+)
+def test_a_load_that_cannot_be_says_so_in_one_line(arguments, message):
+    done = run("bench", "--load", "--seconds", "0.5", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lossd: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_load_takes_no_names_of_cases():
+    done = run("bench", "--load", "focal")
+    assert done.returncode == 2
+    assert "no names of cases: focal" in done.stderr

@@ -8,6 +8,8 @@ import click
 from rich.console import Console
 
 from lossd import __version__
+from lossd_server.cli.load import load_options
+from lossd_server.cli.load import run as run_load
 from lossd_server.cli.settings import read_settings, server_option
 from lossd_server.errors import LossdError
 
@@ -131,6 +133,7 @@ def info(target: str) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A COCO annotation file, to assign targets to real objects.",
 )
+@load_options
 def bench(
     names: tuple[str, ...],
     *,
@@ -139,9 +142,19 @@ def bench(
     json_path: Path | None,
     compare: Path | None,
     coco: Path | None,
+    loaded: bool,
+    **load: object,
 ) -> None:
-    """Measure losses, targets and transport side by side; NAMES pick some cases by how they begin."""
-    from lossd_server import bench as benchmark  # noqa: PLC0415
+    """Measure losses, targets and transport side by side; NAMES pick some cases by how they begin.
+
+    With --load, have many callers at a time call a server instead, and say what became of their calls.
+    """
+    if loaded:
+        if names:
+            raise click.UsageError(f"--load takes --mix, and no names of cases: {' '.join(names)}")
+        run_load({"device": device, **load}, json_path)
+        return
+    from lossd_server.bench import runner as benchmark  # noqa: PLC0415
     from lossd_server.engine import resolve_device  # noqa: PLC0415
 
     try:
