@@ -1,10 +1,7 @@
-"""Compiles the C kernels when first wanted, and keeps them on disk for the next process."""
+"""Finds the C kernels: installed with the system's libraries, or compiled when first wanted and kept."""
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -12,17 +9,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-_UNITS = tuple(Path(__file__).with_name(name) for name in ("focal.c", "rows.c", "paint.c"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("arithmetic.h", "tasks.h"))
-
-_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
-          "-fno-trapping-math")  # fmt: skip
-_MACHINE_FLAGS = (
-    # gcc holds vectors to half their width unless told.
-    ("-march=native", "-mprefer-vector-width=512"),
-    ("-march=native",),
-    (),
-)
+from lossd_server.kernels.compiler import cached_name, compile_library, find_compiler, installed_name
 
 _lock = threading.Lock()
 _loaded: list[ctypes.CDLL] = []
@@ -53,66 +40,48 @@ def _declare(library: ctypes.CDLL) -> None:
 
 @lru_cache(maxsize=1)
 def _find_or_compile() -> ctypes.CDLL | None:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    path = cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
     try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _find_installed() or ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip()[-300:]
         warnings.warn(f"no compiled kernels, slower ones are used: {reason}", RuntimeWarning, stacklevel=4)
         return None
 
 
-def _compile(compiler: str | None, path: Path) -> None:
-    """Compiles to a file beside the final one, which appears whole or not at all."""
-    if compiler is None:
-        raise OSError("no C compiler on this machine")
-    for flags in _MACHINE_FLAGS:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as draft:
-            command = [compiler, *_FLAGS, *flags, *map(str, _UNITS), "-o", draft.name, "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
-        except subprocess.SubprocessError:
-            Path(draft.name).unlink()
-            if flags == _MACHINE_FLAGS[-1]:
-                raise
-            continue
-        Path(draft.name).replace(path)
-        return
+def _find_installed() -> ctypes.CDLL | None:
+    """Returns kernels that the dynamic loader finds: it knows which of several the processor can run."""
+    try:
+        return ctypes.CDLL(installed_name())
+    except OSError:
+        return None
+
+
+def _compiled() -> Path:
+    """Returns the library in the cache, put there if need be."""
+    compiler = find_compiler()
+    path = cache_directory() / cached_name(compiler)
+    if not path.exists():
+        compile_library(compiler, path)
+    return path
 
 
 def cache_directory() -> Path:
-    """Returns a directory that only this user can write to; a new one where the usual one is not."""
-    base = Path(
-        os.environ.get("LOSSD_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    )
-    directory = base / "lossd"
+    """Returns a directory that only this user can write to; a new one where the usual one is not.
+
+    Raises:
+        OSError: Nothing at all can be written to.
+    """
     try:
+        directory = _usual_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK):
             return directory
-    except OSError:
+    except (OSError, RuntimeError):  # the latter for a user who has no home
         pass
     return Path(tempfile.mkdtemp(prefix="lossd-"))
 
 
-def _fingerprint(compiler: str | None) -> str:
-    """Returns what a compiled kernel depends on: source, flags, compiler and processor."""
-    cpu = Path("/proc/cpuinfo")
-    features = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "")
-        if cpu.exists()
-        else ""
-    )
-    parts = (
-        *(source.read_text() for source in (*_UNITS, *_HEADERS)),
-        str(_FLAGS),
-        str(_MACHINE_FLAGS),
-        str(compiler),
-        platform.machine(),
-        features,
-    )
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _usual_directory() -> Path:
+    base = os.environ.get("LOSSD_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lossd"

@@ -52,9 +52,9 @@ def give_up(error: Exception) -> None:
 
 @lru_cache(maxsize=1)
 def _find(device: torch.device) -> ModuleType | None:
-    if "LOSSD_CACHE_DIR" in os.environ:
-        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
     try:
+        if "LOSSD_CACHE_DIR" in os.environ:
+            os.environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))
         _require_nvidia()
         from lossd_server.losses.gpu import programs  # noqa: PLC0415  # needs Triton
 
