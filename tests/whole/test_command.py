@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +134,57 @@ def test_info_without_a_server_says_so():
     assert done.returncode == 1
     assert "UNAVAILABLE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_health_is_the_exit_code_and_needs_no_torch(address):
+    done = run("health", address)
+    assert (done.returncode, done.stdout) == (0, "SERVING\n")
+    program = f"""
+import sys
+from lossd_server.cli.health import run
+try:
+    run({address!r}, 5.0)
+except SystemExit as end:
+    print(end.code or 0, "torch" in sys.modules)
+"""
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "SERVING\n0 False\n"
+
+
+def test_health_of_a_unix_socket(tmp_path):
+    target = f"unix:{tmp_path / 'lossd.sock'}"
+    with serving("--listen", target):
+        assert run("health", target).returncode == 0
+        assert run("health", LOSSD_HEALTH_TARGET=target).stdout == "SERVING\n"
+
+
+def test_health_of_a_server_that_is_not_there_says_so_in_one_line(tmp_path):
+    done = run("health", f"unix:{tmp_path / 'none.sock'}", "--timeout", "2")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "UNAVAILABLE" in done.stderr
+
+
+def test_health_of_a_server_that_does_not_answer_is_bad_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = run("health", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "0.5")
+    assert done.returncode == 1
+    assert "DEADLINE_EXCEEDED" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process 1 of our own takes root")
+def test_sigterm_ends_process_1_before_torch_is_there_too():
+    command = ["unshare", "--pid", "--fork", "--kill-child", *LOSSD, "serve", "--listen", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        [*command, "--metrics-port", "-1"],
+        env={**os.environ, "PYTHONVERBOSE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any("torch/__init__" in line for line in process.stderr)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "serving" not in rest
 
 
 def test_a_demo_of_a_file_that_is_no_coco_says_so():

@@ -1,6 +1,7 @@
 """The commands; what each needs is imported when it runs, so that `lossd info` needs no torch."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def app() -> None:
 )
 def serve(log_format: str, **settings: object) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    # As process 1 of a container it would not be ended by SIGTERM before torch is there.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # gRPC's core writes lines of its own about what `lossd serve` says in one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from lossd_server.cli.log import configure_logging  # noqa: PLC0415
@@ -114,6 +117,19 @@ def info(target: str) -> None:
     from lossd_server.cli.info import run  # noqa: PLC0415
 
     run(target, Console(highlight=False))
+
+
+@app.command(cls=_Command)
+@click.argument("target", default="127.0.0.1:50051", envvar="LOSSD_HEALTH_TARGET")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True, help="Seconds."
+)
+def health(target: str, timeout: float) -> None:
+    """Exit with 0 if the server at TARGET, host:port or unix:/path, is SERVING, else with 1."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from lossd_server.cli.health import run  # noqa: PLC0415
+
+    run(target, timeout)
 
 
 @app.command(cls=_Command)

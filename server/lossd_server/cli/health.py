@@ -1,0 +1,19 @@
+"""`lossd health`: whether a server serves, for probes that run a command."""
+
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+def run(target: str, timeout: float) -> None:
+    """Prints the status of the server at a target; exits with 1 unless it is SERVING."""
+    with grpc.insecure_channel(target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            sys.exit(f"lossd: {target}: {error.code().name}: {error.details()}")
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    print(status)
+    sys.exit(answer.status != health_pb2.HealthCheckResponse.SERVING)
