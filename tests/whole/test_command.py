@@ -143,11 +143,18 @@ def test_health_is_the_exit_code_and_needs_no_torch(address):
 import sys
 from lossd_server.cli.health import run
 try:
-    run({address!r}, 5.0)
+    run({address!r}, service='', timeout=5.0)
 except SystemExit as end:
     print(end.code or 0, "torch" in sys.modules)
 """
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "SERVING\n0 False\n"
+
+
+def test_health_of_one_service(address):
+    assert run("health", address, "--service", "lossd.v1.LossService").returncode == 0
+    done = run("health", address, "--service", "no.such.Service")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "NOT_FOUND" in done.stderr
 
 
 def test_health_of_a_unix_socket(tmp_path):
@@ -179,10 +186,13 @@ def test_sigterm_ends_process_1_before_torch_is_there_too():
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert any("torch/__init__" in line for line in process.stderr)
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGTERM)
-    _, rest = process.communicate(timeout=30)
+    try:
+        assert any("torch/__init__" in line for line in process.stderr)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+        _, rest = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert "serving" not in rest
 

@@ -124,12 +124,15 @@ def info(target: str) -> None:
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True, help="Seconds."
 )
-def health(target: str, timeout: float) -> None:
+@click.option(
+    "--service", default="", help="Service to ask for, such as lossd.v1.LossService.  [default: all]"
+)
+def health(target: str, service: str, timeout: float) -> None:
     """Exit with 0 if the server at TARGET, host:port or unix:/path, is SERVING, else with 1."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from lossd_server.cli.health import run  # noqa: PLC0415
 
-    run(target, timeout)
+    run(target, service=service, timeout=timeout)
 
 
 @app.command(cls=_Command)

@@ -6,12 +6,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
-def run(target: str, timeout: float) -> None:
-    """Prints the status of the server at a target; exits with 1 unless it is SERVING."""
+def run(target: str, *, service: str, timeout: float) -> None:
+    """Prints the status of a service, "" for all, at a target; exits with 1 unless it is SERVING."""
     with grpc.insecure_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
         except grpc.RpcError as error:
             sys.exit(f"lossd: {target}: {error.code().name}: {error.details()}")
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
