@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.certificates import Authority
+
 
 @pytest.fixture(scope="session")
 def coco_file() -> Path:
@@ -14,3 +16,15 @@ def coco_file() -> Path:
     if not path.exists():
         pytest.skip(f"no COCO annotations at {path}")
     return path
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """An authority that both sides of a connection know."""
+    return Authority(tmp_path, "ours")
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Authority:
+    """An authority that nobody knows."""
+    return Authority(tmp_path, "theirs")

@@ -43,13 +43,18 @@ def client_options() -> Options:
     return [(name, value) for side, name, value in _table(-1) if _Side.CLIENT in side]
 
 
-def server_options(max_message_bytes: int) -> Options:
+def server_options(max_message_bytes: int, *, max_connection_age_seconds: float = 0) -> Options:
     """Returns the options of a server.
 
     Args:
         max_message_bytes: Largest request that it reads.
+        max_connection_age_seconds: How long a connection takes new calls; 0 for ever.
     """
-    return [(name, value) for side, name, value in _table(max_message_bytes) if _Side.SERVER in side]
+    options = [(name, value) for side, name, value in _table(max_message_bytes) if _Side.SERVER in side]
+    if max_connection_age_seconds:
+        # With no end to the calls that run, as is gRPC's default: a stream is not cut.
+        options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1000)))
+    return options
 
 
 def _table(max_message_bytes: int) -> Iterator[tuple[_Side, str, int | str]]:

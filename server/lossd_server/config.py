@@ -8,6 +8,8 @@ from lossd_server.errors import InvalidInputError, Reason
 MEBIBYTE = 1 << 20
 
 _LARGEST_PORT = 65535
+_LONGEST_AGE = 2_000_000
+"""Seconds; gRPC keeps milliseconds in 31 bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,14 @@ class ServerConfig:
             request come to; 0 shares none. Shared only where one of `listen` is a Unix socket.
         max_total_shared_bytes: Most shared memory over all connections.
         drain_seconds: How long a stopping server waits for what runs.
+        max_connection_age_seconds: How long a connection takes new calls; then its client makes another,
+            and so finds servers that came later. Those that run go on. 0 for ever.
+        tls_cert: File with the server's certificate and the chain to its authority, PEM: TLS on every
+            TCP listener. Read anew when it changes, as the next two are.
+        tls_key: File with its private key.
+        tls_client_ca: File with the authorities of callers: each must have a certificate of theirs.
+        insecure: Whether listeners without TLS may be open to more than this machine.
+        unix_mode: Permissions of Unix sockets: who may write may connect.
         load: Custom losses beside those of entry points, as `[name=]package.module:Class`.
 
     Raises:
@@ -42,6 +52,12 @@ class ServerConfig:
     max_shared_bytes: int = 1024 * MEBIBYTE
     max_total_shared_bytes: int = 4096 * MEBIBYTE
     drain_seconds: float = 30.0
+    max_connection_age_seconds: float = 300.0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    insecure: bool = False
+    unix_mode: int = 0o600
     load: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -61,6 +77,13 @@ class ServerConfig:
             "max_total_shared_bytes", self.max_total_shared_bytes, at_least=self.max_shared_bytes
         )
         checks.require_number("drain_seconds", self.drain_seconds, at_least=0)
+        checks.require_number(
+            "max_connection_age_seconds", self.max_connection_age_seconds, at_least=0, at_most=_LONGEST_AGE
+        )
+        checks.require_number("unix_mode", self.unix_mode, at_least=0, at_most=0o777)
+        _require_with("tls_cert", self.tls_cert, "tls_key", self.tls_key)
+        _require_with("tls_key", self.tls_key, "tls_cert", self.tls_cert)
+        _require_with("tls_client_ca", self.tls_client_ca, "tls_cert", self.tls_cert)
 
     @property
     def shared_memory_path(self) -> str | None:
@@ -72,6 +95,12 @@ class ServerConfig:
 def unix_path(address: str) -> str:
     """Returns the path of a `unix:` address."""
     return address.removeprefix("unix:").removeprefix("//")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Returns host, without the brackets of IPv6, and port of a TCP address."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _check_address(address: str) -> None:
@@ -86,3 +115,9 @@ def _check_address(address: str) -> None:
             field="listen",
             value=address,
         )
+
+
+def _require_with(field: str, value: str | None, other: str, other_value: str | None) -> None:
+    """Raises `InvalidInputError` where a setting is made without another that it takes."""
+    if value is not None and other_value is None:
+        raise InvalidInputError(Reason.INVALID_OPTION, f"is not set, but {field} is", field=other, value="")

@@ -11,7 +11,7 @@ from rich.console import Console
 from lossd import __version__
 from lossd_server.cli.load import load_options
 from lossd_server.cli.load import run as run_load
-from lossd_server.cli.settings import read_settings, server_option
+from lossd_server.cli.settings import PermissionBits, read_settings, server_config, server_option
 from lossd_server.errors import LossdError
 
 _OPTIONAL = {"torch", "prometheus_client", "structlog", "grpc_health", "grpc_reflection"}
@@ -69,6 +69,21 @@ def app() -> None:
 )
 @server_option("--max-total-shared-bytes", type=int, help="Most shared memory over all connections.")
 @server_option("--drain-seconds", type=float, help="How long a stopping server waits for what runs.")
+@server_option(
+    "--max-connection-age-seconds",
+    type=float,
+    help="How long a connection takes new calls, before its client makes another; 0 for ever.",
+)
+@server_option("--tls-cert", help="PEM file of the certificate: TLS on every TCP listener.")
+@server_option("--tls-key", help="PEM file of its key.")
+@server_option("--tls-client-ca", help="PEM file of the authorities whose certificate callers must have.")
+@server_option("--insecure", is_flag=True, help="Let others than this machine in without TLS.")
+@server_option(
+    "--unix-mode",
+    type=PermissionBits(),
+    show_default="0600",
+    help="Permissions of Unix sockets: who may write may connect.",
+)
 @server_option("--load", multiple=True, help="[name=]package.module:Class of a custom loss; repeatable.")
 @click.option(
     "--log-format",
@@ -85,12 +100,17 @@ def serve(log_format: str, **settings: object) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # gRPC's core writes lines of its own about what `lossd serve` says in one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from lossd_server.cli.log import configure_logging  # noqa: PLC0415
+    from lossd_server.cli.log import configure_logging, say_why_not  # noqa: PLC0415
 
     configure_logging(log_format)  # and then torch, whose import may warn
+    try:
+        config = server_config(settings)
+    except LossdError as error:
+        say_why_not(error, log_format)
+        sys.exit(1)
     from lossd_server.cli.serve import run  # noqa: PLC0415
 
-    run(settings, log_format)
+    run(config, log_format)
 
 
 @app.command(cls=_Command)

@@ -4,8 +4,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
 
 from prometheus_client import disable_created_metrics
 
@@ -15,14 +13,11 @@ from lossd_server.engine import keep_freed_memory, use_granted_cores
 from lossd_server.errors import LossdError
 from lossd_server.rpc import Server
 
-NO_METRICS = -1
-"""The metrics port that means none."""
 
-
-def run(settings: Mapping[str, Any], log_format: str) -> None:
+def run(config: ServerConfig, log_format: str) -> None:
     """Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 
-    Exits with 1, and one line that says why, where the settings cannot be served.
+    Exits with 1, and one line that says why, where the configuration cannot be served.
     """
     keep_freed_memory()
     use_granted_cores()
@@ -38,7 +33,7 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        server = Server(_config(settings))
+        server = Server(config)
         server.start()
     except LossdError as error:
         say_why_not(error, log_format)
@@ -48,15 +43,3 @@ def run(settings: Mapping[str, Any], log_format: str) -> None:
     # Work that outlasted the drain runs in threads that the interpreter would wait for.
     sys.stderr.flush()
     os._exit(0)
-
-
-def _config(settings: Mapping[str, Any]) -> ServerConfig:
-    port = settings["metrics_port"]
-    return ServerConfig(
-        **{
-            **settings,
-            "listen": tuple(settings["listen"]),
-            "load": tuple(settings["load"]),
-            "metrics_port": None if port == NO_METRICS else port,
-        }
-    )

@@ -36,6 +36,14 @@ class State(StrEnum):
     """It refuses new work and finishes what runs."""
 
 
+class ReloadedFile(StrEnum):
+    """What is read anew when it changes."""
+
+    CERTIFICATE = "certificate"
+    """Certificate, key and authority of callers."""
+    TOKENS = "tokens"
+
+
 class Metrics:
     """All metrics of one server, in a registry of its own."""
 
@@ -96,6 +104,9 @@ class Metrics:
             "1 where compiled kernels evaluate on the device, 0 where slower operations of torch do.",
             registry=registry,
         )
+        self._reloads = Counter(
+            "lossd_reloads", "Files read anew while serving.", ("file", "outcome"), registry=registry
+        )
         self.build = Info("lossd_build", "Version and device.", registry=registry)
         self._state = Gauge(
             "lossd_state", "1 for the state that the server is in.", ("state",), registry=registry
@@ -103,6 +114,10 @@ class Metrics:
         register_process(registry)
         self.set_state(State.STARTING)
         self._begin_at_zero()
+
+    def count_reload(self, file: ReloadedFile, *, failed: bool) -> None:
+        """Counts a file that changed: read anew, or of no use, so that what was read before stays."""
+        self._reloads.labels(file, "failed" if failed else "ok").inc()
 
     def set_state(self, state: State) -> None:
         """Says in which state the server is."""
@@ -117,6 +132,9 @@ class Metrics:
 
     def _begin_at_zero(self) -> None:
         """Makes every series of this service: what first appears as 1 has not risen, for Prometheus."""
+        for file in ReloadedFile:
+            for outcome in ("ok", "failed"):
+                self._reloads.labels(file, outcome)
         for method in _SERVICE.methods:
             kind = "bidi_stream" if method.server_streaming else "unary"
             labels = (kind, _SERVICE.full_name, method.name)

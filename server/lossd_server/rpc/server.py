@@ -1,6 +1,5 @@
 """The server: its listeners, health, reflection and metrics, from start to drain."""
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
@@ -13,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lossd import __version__
 from lossd.channel_options import server_options
-from lossd_server.config import ServerConfig, unix_path
+from lossd_server.config import ServerConfig
 from lossd_server.engine import (
     Engine,
     describe_device,
@@ -26,9 +25,11 @@ from lossd_server.errors import ConfigurationError, Reason
 from lossd_server.rpc.collectors import register_device
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
 from lossd_server.rpc.interceptor import MetricsInterceptor
+from lossd_server.rpc.listeners import listen
 from lossd_server.rpc.metrics import Metrics, State
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
+from lossd_server.rpc.tls import Certificates
 from lossd_server.shared_memory import RegionListener, Regions
 
 _log = structlog.get_logger()
@@ -54,7 +55,7 @@ class Server:
         metrics_port: Port of the Prometheus endpoint, or None; known after `start`.
 
     Raises:
-        ConfigurationError: There is no such device, or a custom loss cannot be loaded.
+        ConfigurationError: There is no such device, a custom loss cannot be loaded, or a file of TLS.
     """
 
     def __init__(self, config: ServerConfig | None = None) -> None:
@@ -62,6 +63,9 @@ class Server:
         self.addresses: list[str] = []
         self.metrics_port: int | None = None
         self._metrics = Metrics()
+        self._credentials = (
+            Certificates(self._config, self._metrics).credentials() if self._config.tls_cert else None
+        )
         self._engine = Engine(resolve_device(self._config.device), load_custom_losses(self._config.load))
         self._pool = ThreadPoolExecutor(self._config.worker_threads, thread_name_prefix="lossd-rpc")
         self._health_pool = ThreadPoolExecutor(1, thread_name_prefix="lossd-health")
@@ -92,7 +96,7 @@ class Server:
         """
         self._set_health(_NOT_SERVING)
         try:
-            self.addresses = [self._listen(address) for address in self._config.listen]
+            self.addresses = listen(self._grpc, self._config, self._credentials)
             if self._sharing is not None:
                 self._sharing.start()
             self._serve_metrics()
@@ -154,7 +158,9 @@ class Server:
         server = grpc.server(
             self._pool,
             interceptors=[MetricsInterceptor(self._metrics)],
-            options=server_options(config.max_message_bytes),
+            options=server_options(
+                config.max_message_bytes, max_connection_age_seconds=config.max_connection_age_seconds
+            ),
         )
         server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -170,25 +176,6 @@ class Server:
         self._metrics.build.info({"version": __version__, "device": describe_device(device)})
         self._metrics.kernels.set_function(partial(has_kernels, device))
         register_device(self._metrics.registry, partial(device_memory, device))
-
-    def _listen(self, address: str) -> str:
-        """Listens on an address and returns it with the port that was taken."""
-        if address.startswith("unix:"):
-            _refuse_served_socket(address)
-        try:
-            port = self._grpc.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise ConfigurationError(
-                Reason.INVALID_OPTION,
-                f"cannot listen on {address}: taken, or no address of this machine",
-                field="listen",
-                address=address,
-            )
-        if address.startswith("unix:"):
-            return address
-        return f"{address.rpartition(':')[0]}:{port}"
 
     def _serve_metrics(self) -> None:
         port, host = self._config.metrics_port, self._config.metrics_host
@@ -217,18 +204,4 @@ def _sharing(config: ServerConfig) -> RegionListener | None:
     if config.shared_memory_path is None:
         return None
     limits = {"max_bytes": config.max_shared_bytes, "max_total_bytes": config.max_total_shared_bytes}
-    return RegionListener(config.shared_memory_path, Regions(**limits))
-
-
-def _refuse_served_socket(address: str) -> None:
-    """Raises `ConfigurationError` where someone listens; gRPC would take the path from under them."""
-    path = unix_path(address)
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except OSError:
-            return
-    raise ConfigurationError(
-        Reason.INVALID_OPTION, f"cannot listen on {address}: a server does", field="listen", address=address
-    )
+    return RegionListener(config.shared_memory_path, Regions(**limits), config.unix_mode)

@@ -17,6 +17,7 @@ from lossd_server.errors import ConfigurationError, Reason
 from lossd_server.shared_memory.mapping import RefusedError
 from lossd_server.shared_memory.packets import Packet, peer_uid, send
 from lossd_server.shared_memory.regions import Owner, Regions
+from lossd_server.unix_sockets import permissions
 
 MAX_CONNECTIONS = 64
 """Connections at a time. One without a region makes room for a new one."""
@@ -45,9 +46,11 @@ class RegionListener:
     Args:
         path: Where to listen; a socket that nobody listens on any more is replaced.
         regions: As above.
+        mode: Permissions of the socket; whoever may connect, only processes of this user are let in.
     """
 
-    def __init__(self, path: str, regions: Regions) -> None:
+    def __init__(self, path: str, regions: Regions, mode: int = 0o600) -> None:
+        self._mode = mode
         self.path = os.path.abspath(path)  # noqa: PTH100  # a link stays the link that callers know
         self.regions = regions
         self._connections: dict[_Connection, None] = {}  # in the order of their arrival
@@ -59,7 +62,7 @@ class RegionListener:
         Raises:
             ConfigurationError: The path is taken, too long, or not to be written to.
         """
-        self._listening = _listen(self.path)
+        self._listening = _listen(self.path, self._mode)
         self._wake, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listening, selectors.EVENT_READ)
@@ -167,12 +170,12 @@ class RegionListener:
         Path(self.path).unlink(missing_ok=True)
 
 
-def _listen(path: str) -> socket.socket:
+def _listen(path: str, mode: int) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         _remove_stale(path)
-        listening.bind(path)
-        Path(path).chmod(0o600)  # nobody can connect before it listens
+        with permissions(mode):
+            listening.bind(path)
         listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()

@@ -32,6 +32,9 @@ tls_key = "/etc/lossd/tls/tls.key"
 tls_client_ca = {{ printf "/etc/lossd/tls/%s" .Values.tls.clientCaKey | toJson }}
 {{- end }}
 {{- end }}
+{{- if and (eq .Values.mode "server") (not .Values.tls.enabled) }}
+insecure = true
+{{- end }}
 {{- if .Values.tokens.secretName }}
 tokens = {{ printf "/etc/lossd/tokens/%s" .Values.tokens.key | toJson }}
 {{- end }}
