@@ -1,5 +1,6 @@
 """A `lossd serve` of its own, as an operator starts it."""
 
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,18 @@ from contextlib import contextmanager
 import pytest
 
 LOSSD = [sys.executable, "-m", "lossd_server"]
+
+
+def run(*arguments, **environment):
+    """Runs a command to its end, a minute at most."""
+    return subprocess.run(
+        [*LOSSD, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 @contextmanager

@@ -15,51 +15,7 @@ import numpy as np
 import pytest
 
 from lossd_client import Client, CustomLoss, LossdError
-from tests.whole.conftest import LOSSD, serving
-
-BAD_STARTS = {
-    "device that is not here": (["--device", "tpu"], "device: is 'tpu'"),
-    "module that does not import": (["--load", "no_such_module:Loss"], "cannot load no_such_module:Loss"),
-    "module that is no loss": (["--load", "json:JSONDecoder"], "is no torch.nn.Module"),
-    "spec without a class": (["--load", "json"], "want package.module:Class"),
-    "streams that leave no thread": (["--max-streams", "64"], "max_streams: is 64, want at most 63"),
-    "shared memory below nothing": (["--max-shared-bytes", "-1"], "max_shared_bytes: is -1, want at least 0"),
-    "less shared memory in all than for one": (
-        ["--max-total-shared-bytes", "5"],
-        "max_total_shared_bytes: is 5",
-    ),
-    "message limit of nothing": (["--max-message-bytes", "10"], "max_message_bytes: is 10"),
-    "port that is none": (["--listen", "127.0.0.1:999999"], "listen: is '127.0.0.1:999999'"),
-    "address without a port": (["--listen", "localhost"], "listen: is 'localhost'"),
-    "metrics port that is none": (["--metrics-port", "70000"], "metrics_port: is 70000, want at most 65535"),
-    "address of another machine": (["--listen", "192.0.2.1:0"], "cannot listen on 192.0.2.1:0"),
-}
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        [*LOSSD, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.mark.parametrize("case", BAD_STARTS)
-def test_a_start_that_fails_says_why_in_one_line(case):
-    options, message = BAD_STARTS[case]
-    done = run("serve", "--metrics-port", "-1", *options)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_taken_port_is_a_failed_start(address):
-    done = run("serve", "--metrics-port", "-1", "--listen", address)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert f"cannot listen on {address}" in done.stderr
+from tests.whole.conftest import LOSSD, run, serving
 
 
 def test_sigterm_ends_the_server_with_0():
@@ -87,24 +43,6 @@ def test_work_that_outlasts_the_drain_does_not_hold_up_the_end(tmp_path):
     assert process.returncode == 0
 
 
-def test_a_unix_socket_in_use_is_a_failed_start(tmp_path):
-    target = f"unix:{tmp_path / 'lossd.sock'}"
-    with serving("--listen", target):
-        done = run("serve", "--metrics-port", "-1", "--listen", target)
-        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-        assert "a server does" in done.stderr
-        assert re.search(r"shared memory +1,073,741,824 bytes", run("info", target).stdout)
-
-
-def test_a_path_with_no_room_for_the_socket_beside_it_is_a_failed_start(tmp_path):
-    path = f"{tmp_path}/".ljust(106, "x")
-    done = run("serve", "--metrics-port", "-1", "--listen", f"unix:{path}")
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert f"cannot listen on {path}.shm for shared memory" in done.stderr
-    with serving("--max-shared-bytes", "0", "--listen", f"unix:{path}"):
-        assert "none here" in run("info", f"unix:{path}").stdout
-
-
 def test_settings_come_from_option_then_environment_then_file(tmp_path):
     settings = tmp_path / "lossd.toml"
     settings.write_text('max_streams = 3\nworker_threads = 20\ndrain_seconds = 1.5\nlog_format = "json"\n')
@@ -112,15 +50,6 @@ def test_settings_come_from_option_then_environment_then_file(tmp_path):
     with serving("--config", str(settings), "--max-streams", "7", **environment) as (_, address, line):
         assert json.loads(line)["event"] == "serving"
         assert re.search(r"streams at a time +7", run("info", address).stdout)
-
-
-@pytest.mark.parametrize("text", ["unknown_setting = 1", "not toml"])
-def test_a_bad_settings_file_is_refused(tmp_path, text):
-    settings = tmp_path / "lossd.toml"
-    settings.write_text(text)
-    done = run("serve", "--config", str(settings))
-    assert done.returncode == 2
-    assert str(settings) in done.stderr
 
 
 def test_info_says_what_the_server_offers(address):
