@@ -108,14 +108,16 @@ class Engine:
 
         Raises:
             UnavailableError: The engine drains.
-            InvalidInputError: Level sizes do not go with the strides.
+            InvalidInputError: Level sizes do not go with the strides, or too many locations are positive.
         """
         self._refuse_when_draining()
         began = time.monotonic()
-        assignments = []
+        assignments, room = [], job.max_positives
         for item in job.items:
             with errors_within(item.path):
-                assignments.append(job.assigner.assign_objects(item.objects, item.sizes))
+                found = job.assigner.assign_objects(item.objects, item.sizes, max_positives=room)
+            room -= len(found.location)
+            assignments.append(found)
         return assignments, Timing(queue=0.0, compute=time.monotonic() - began)
 
     def warm_up(self) -> None:

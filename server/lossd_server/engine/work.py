@@ -92,10 +92,11 @@ class AssignItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssignJob:
-    """A batch of assignments under one assigner."""
+    """A batch of assignments under one assigner, to be refused where more locations are positive."""
 
     assigner: FCOSAssigner
     items: list[AssignItem]
+    max_positives: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

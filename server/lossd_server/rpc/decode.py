@@ -18,7 +18,7 @@ from lossd_server.rpc.inputs import InputReader
 from lossd_server.rpc.losses import assigner_of, loss_of
 from lossd_server.rpc.outputs import read_outputs
 from lossd_server.shared_memory import Regions, Slices
-from lossd_server.targets import FCOSAssigner
+from lossd_server.targets import BYTES_OF_POSITIVE, FCOSAssigner
 
 M = TypeVar("M", bound=Message)
 
@@ -33,8 +33,9 @@ GRADIENT_DTYPES: dict[int, torch.dtype] = {
 }
 
 _DENSE_BYTES_PER_LOCATION = 8 + 16 + 4 + 1
+_SPARSE_FORMATS = {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
 _SPARSE_BYTES_PER_LOCATION = 4
-"""What a location costs before a box is looked at."""
+"""What a location costs before a box is looked at, where none is a crowd region."""
 
 
 def parse(message_type: type[M], data: bytes) -> Parcel[M]:
@@ -110,7 +111,8 @@ def read_assign_job(
         with errors_within(f"items[{index}]"):
             items.append(_read_assign_item(f"items[{index}]", item, assigner, reader))
     _require_answer_size(items, request.format, max_answer_bytes)
-    return AssignJob(assigner=assigner, items=items)
+    most = _most_positives(items, request.format, max_answer_bytes)
+    return AssignJob(assigner=assigner, items=items, max_positives=most)
 
 
 def _custom_loss(name: str, custom_losses: Mapping[str, CustomLoss]) -> CustomLoss:
@@ -257,9 +259,10 @@ def _require_items(count: int) -> None:
 
 def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes: int) -> None:
     """Refuses a few bytes that ask for gigabytes."""
-    sparse = target_format in {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
+    locations = _location_count(items)
+    crowded = any(image.iscrowd.any() for item in items for image in item.objects)
+    sparse = target_format in _SPARSE_FORMATS and not crowded
     per_location = _SPARSE_BYTES_PER_LOCATION if sparse else _DENSE_BYTES_PER_LOCATION
-    locations = sum(len(item.objects) * sum(h * w for h, w in item.sizes) for item in items)
     if locations * per_location > max_bytes:
         raise InvalidInputError(
             Reason.MESSAGE_TOO_LARGE,
@@ -268,3 +271,14 @@ def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes:
             value=locations,
             limit=max_bytes // per_location,
         )
+
+
+def _most_positives(items: list[AssignItem], target_format: int, max_bytes: int) -> int:
+    """Returns how many positives the answer has room for."""
+    locations, sparse = _location_count(items), max_bytes // BYTES_OF_POSITIVE
+    dense_fits = locations * _DENSE_BYTES_PER_LOCATION <= max_bytes
+    return max(locations, sparse) if dense_fits and target_format != pb.TARGET_FORMAT_SPARSE else sparse
+
+
+def _location_count(items: list[AssignItem]) -> int:
+    return sum(len(item.objects) * sum(h * w for h, w in item.sizes) for item in items)

@@ -12,7 +12,8 @@ from lossd_server.targets.pyramid import Pyramid
 # Classes are int64, distances and centerness float32, image, level, row and column int32.
 _BYTES_OF_LOCATION = 8 + 4 * 4 + 4
 _BYTES_OF_CELL = 4 * 4
-_BYTES_OF_POSITIVE = _BYTES_OF_LOCATION + _BYTES_OF_CELL + 4
+BYTES_OF_POSITIVE = _BYTES_OF_LOCATION + _BYTES_OF_CELL + 4
+"""What one positive location takes in the sparse form."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -101,7 +102,7 @@ class Assignment:
     def is_smaller_sparse(self) -> bool:
         """Returns whether the positives alone, and the ignored locations, take fewer bytes than all."""
         ignored = 0 if self.ignored is None else int(np.count_nonzero(self.ignored))
-        sparse = len(self.location) * _BYTES_OF_POSITIVE + ignored * _BYTES_OF_CELL
+        sparse = len(self.location) * BYTES_OF_POSITIVE + ignored * _BYTES_OF_CELL
         dense = _BYTES_OF_LOCATION + (0 if self.ignored is None else 1)
         return sparse < self.batch_size * self.pyramid.location_count * dense
 

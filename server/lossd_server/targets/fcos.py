@@ -125,10 +125,22 @@ class FCOSAssigner:
             for field, image in zip(fields, ground_truth, strict=True)
         ]
 
-    def assign_objects(self, objects: Sequence[Objects], sizes: Sequence[tuple[int, int]]) -> Assignment:
-        """Assigns the locations of images whose objects were read before; see `assign`."""
+    def assign_objects(
+        self,
+        objects: Sequence[Objects],
+        sizes: Sequence[tuple[int, int]],
+        *,
+        max_positives: int | None = None,
+    ) -> Assignment:
+        """Assigns the locations of images whose objects were read before; see `assign`.
+
+        Args:
+            objects: Those of each image.
+            sizes: Height and width of each level.
+            max_positives: More positives of boxes of one type are refused; None is no limit.
+        """
         levels = _checked_pyramid(self, tuple(map(tuple, sizes)))
-        return paint_targets(objects, levels, self.ranges, ASSIGNER_RULES[self.preset])
+        return paint_targets(objects, levels, self.ranges, ASSIGNER_RULES[self.preset], max_positives)
 
     def check_sizes(self, sizes: Sequence[tuple[int, int]], *, field: str = "feature_sizes") -> None:
         """Raises `InvalidInputError` unless there is a size for each stride, and not too large a one.

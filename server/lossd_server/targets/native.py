@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lossd_server.kernels import loaded_library
 from lossd_server.targets.boxes import Boxes
-from lossd_server.targets.positives import Positives, require_pairs
+from lossd_server.targets.positives import Positives, require_pairs, require_positives
 from lossd_server.targets.presets import AssignerRules
 from lossd_server.targets.pyramid import Pyramid
 
@@ -37,7 +37,12 @@ class _Positives(ctypes.Structure):
 
 
 def assign_natively(
-    boxes: Boxes, batch_size: int, levels: Pyramid, bounds: NDArray[np.float64], rules: AssignerRules
+    boxes: Boxes,
+    batch_size: int,
+    levels: Pyramid,
+    bounds: NDArray[np.float64],
+    rules: AssignerRules,
+    max_positives: int | None,
 ) -> Positives | None:
     """Returns the positives of boxes of one type, by the compiled painter; None where there is none."""
     library = loaded_library()
@@ -73,6 +78,7 @@ def assign_natively(
     reference, batch = ctypes.byref(job), ctypes.c_int64(batch_size)
     require_pairs(library.lossd_pairs(reference))
     count = library.lossd_paint(reference, batch)
+    require_positives(count, max_positives)
     image, location, box = np.empty((3, count), np.int64)
     ltrb, centerness = np.empty((count, 4), np.float32), np.empty(count, np.float32)
     found = _Positives(*map(_address, (image, location, box, ltrb, centerness)))

@@ -16,7 +16,7 @@ from lossd_server.targets.assignment import Assignment
 from lossd_server.targets.boxes import Boxes, in_paint_order
 from lossd_server.targets.ground_truth import Objects
 from lossd_server.targets.native import assign_natively
-from lossd_server.targets.positives import Positives, require_pairs
+from lossd_server.targets.positives import Positives, require_pairs, require_positives
 from lossd_server.targets.presets import AssignerRules
 from lossd_server.targets.pyramid import Pyramid
 
@@ -32,12 +32,26 @@ def paint_targets(
     levels: Pyramid,
     ranges: Sequence[tuple[float, float]],
     rules: AssignerRules,
+    max_positives: int | None = None,
 ) -> Assignment:
-    """Assigns images whose boxes have one type together, so that no image depends on its neighbours."""
+    """Assigns images whose boxes have one type together, so that no image depends on its neighbours.
+
+    Args:
+        objects: Those of each image.
+        levels: The locations.
+        ranges: What each level regresses, pixels.
+        rules: Whose rules to follow.
+        max_positives: More positives of boxes of one type are refused; None is no limit.
+
+    Raises:
+        InvalidInputError: Boxes reach too many locations, or too many are positive.
+    """
     bounds = np.array(ranges, np.float64).T
     types = sorted({image.boxes.dtype for image in objects}, key=str) or [np.dtype(np.float32)]
     groups = [
-        _assign_group(in_paint_order(objects, kind, rules), len(objects), levels, bounds, rules)
+        _assign_group(
+            in_paint_order(objects, kind, rules), len(objects), levels, bounds, rules, max_positives
+        )
         for kind in types
     ]
     image, location, labels, matched, ltrb, centerness = map(np.concatenate, zip(*groups, strict=True))
@@ -57,23 +71,34 @@ def paint_targets(
 
 
 def _assign_group(
-    boxes: Boxes, batch_size: int, levels: Pyramid, bounds: NDArray[np.float64], rules: AssignerRules
+    boxes: Boxes,
+    batch_size: int,
+    levels: Pyramid,
+    bounds: NDArray[np.float64],
+    rules: AssignerRules,
+    max_positives: int | None,
 ) -> tuple[NDArray[Any], ...]:
     """Returns image, location, label, box index, distances and centerness of each positive."""
-    found = assign_natively(boxes, batch_size, levels, bounds, rules)
+    found = assign_natively(boxes, batch_size, levels, bounds, rules, max_positives)
     if found is None:
-        found = _assign_by_numpy(boxes, batch_size, levels, bounds, rules)
+        found = _assign_by_numpy(boxes, batch_size, levels, bounds, rules, max_positives)
     labels, index = boxes.labels[found.box], boxes.index[found.box]
     return found.image, found.location, labels, index, found.ltrb, found.centerness
 
 
 def _assign_by_numpy(
-    boxes: Boxes, batch_size: int, levels: Pyramid, bounds: NDArray[np.float64], rules: AssignerRules
+    boxes: Boxes,
+    batch_size: int,
+    levels: Pyramid,
+    bounds: NDArray[np.float64],
+    rules: AssignerRules,
+    max_positives: int | None,
 ) -> Positives:
     # Areas and distances of boxes near the end of float32 overflow to infinity, which orders well.
     with np.errstate(over="ignore"):
         painted = _paint(boxes, batch_size, levels, bounds, rules)
         flat = np.flatnonzero(painted >= 0)
+        require_positives(len(flat), max_positives)
         box = painted[flat].astype(np.int64)
         image, location = np.divmod(flat, max(levels.location_count, 1))
         level, row, column = levels.cells_of(location)

@@ -42,3 +42,15 @@ def require_pairs(count: int) -> None:
             value=count,
             limit=MAX_PAIRS,
         )
+
+
+def require_positives(count: int, limit: int | None) -> None:
+    """Raises `MESSAGE_TOO_LARGE` for more positives than may be answered; None is no limit."""
+    if limit is not None and count > limit:
+        raise InvalidInputError(
+            Reason.MESSAGE_TOO_LARGE,
+            f"boxes come to {count} positive locations, at most {limit} are answered",
+            field="ground_truth",
+            value=count,
+            limit=limit,
+        )
