@@ -201,5 +201,8 @@ def test_a_negative_extent_beside_a_zero_one_is_refused():
     assert refusal(lambda: one_level().assign([], [(0, -1)])).field == "feature_sizes[0].width"
 
 
-def test_a_huge_extent_beside_a_zero_one_has_no_locations():
-    assert one_level().assign([objects()], [(0, 2**40)]).positive_counts() == [0]
+def test_a_huge_extent_beside_a_zero_one_is_refused_too():
+    assert refusal(lambda: one_level().assign([objects()], [(0, 2**62)])).reason == Reason.MESSAGE_TOO_LARGE
+    assert [level.reg.shape for level in one_level().assign([objects()], [(0, 2**28)]).dense()] == [
+        (1, 4, 0, 2**28)
+    ]

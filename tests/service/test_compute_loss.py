@@ -287,3 +287,9 @@ def test_server_info(stub):
     assert info.max_stream_count == 32
     assert info.devices
     assert info.uptime_seconds > 0
+
+
+def test_a_loss_beyond_its_type_is_infinite(stub):
+    arrays = focal_arrays(np.random.default_rng(0), 3)
+    (result,) = stub.ComputeLoss(loss_request(losses_pb2.FocalLoss(), [arrays], normalizer=1e-300)).results
+    assert np.isinf(unpack(result.loss))

@@ -107,7 +107,10 @@ def as_tensor(number: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tenso
     """Returns one of `Numbers`, or a sum of them, as a 0-d tensor where another one lies."""
     if isinstance(number, Tensor):
         return number.to(dtype)
-    return torch.scalar_tensor(number, dtype=dtype, device=like.device)
+    try:
+        return torch.scalar_tensor(number, dtype=dtype, device=like.device)
+    except RuntimeError:  # beyond the type: torch makes infinity of that in a cast alone
+        return torch.scalar_tensor(number, dtype=torch.float64, device=like.device).to(dtype)
 
 
 def to_float64(tensor: Tensor) -> Tensor:

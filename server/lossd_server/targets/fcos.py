@@ -161,7 +161,8 @@ def _checked_pyramid(
     for level, size in enumerate(sizes):
         for axis, extent in zip(("height", "width"), size, strict=True):
             checks.require_number(f"feature_sizes[{level}].{axis}", extent, at_least=0, whole=True)
-    total = sum(int(height) * int(width) for height, width in sizes)
+    # A side of 0 counts as 1: numpy makes no map of 0 by 2⁶².
+    total = sum(max(int(height), 1) * max(int(width), 1) for height, width in sizes)
     if total > MAX_LOCATIONS:
         raise InvalidInputError(
             Reason.MESSAGE_TOO_LARGE,
