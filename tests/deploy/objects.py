@@ -1,8 +1,13 @@
 """Reading Kubernetes objects."""
 
 import re
+import tempfile
+
+from lossd_server.cli.app import serve
+from lossd_server.cli.settings import server_config
 
 WORKLOADS = ("Deployment", "Job")
+CONFIG_PATH = "/etc/lossd/config/lossd.toml"  # where the chart mounts it
 CUSTOM = ("monitoring.coreos.com", "keda.sh")
 
 _POWERS = {
@@ -54,6 +59,21 @@ def settings(objects):
     """Returns the TOML of the server."""
     (found,) = [o["data"]["lossd.toml"] for o in of_kind(objects, "ConfigMap") if "lossd.toml" in o["data"]]
     return found
+
+
+def config(objects):
+    """Returns the settings that `lossd serve` makes of its TOML.
+
+    Raises:
+        click.UsageError: It knows one of them not.
+        InvalidInputError: A setting has a value that it refuses.
+    """
+    assert server(objects)["args"] == ["serve", "--config", CONFIG_PATH]
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as toml:
+        toml.write(settings(objects))
+        toml.flush()
+        context = serve.make_context("serve", ["--config", toml.name])
+    return server_config({name: value for name, value in context.params.items() if name != "log_format"})
 
 
 def quantity(text):

@@ -1,13 +1,12 @@
 """What schemas miss: that the rendered objects fit together, and fit the server."""
 
 import math
-import tomllib
 
 import pytest
 
-from lossd_server.cli.app import serve
 from tests.deploy.conftest import CASES
 from tests.deploy.objects import (
+    config,
     containers,
     of_kind,
     pod_spec,
@@ -62,7 +61,8 @@ def test_selectors_select_the_servers_and_not_the_pod_of_the_test(server_objects
         selectors.append(found["spec"]["podSelector"]["matchLabels"])
     for selector in selectors:
         assert selects(selector, pod_labels(server_objects))
-        assert not selects(selector, the(server_objects, "Pod")["metadata"]["labels"])
+        for test in of_kind(server_objects, "Pod"):
+            assert not selects(selector, test["metadata"]["labels"])
 
 
 def test_selectors_do_not_change_with_the_version(objects):
@@ -94,10 +94,10 @@ def test_the_pod_monitor_finds_the_sidecars(rendered):
 
 
 def test_services_lead_to_ports_that_the_server_listens_on(server_objects):
-    toml = tomllib.loads(settings(server_objects))
+    settings = config(server_objects)
     ports = {port["name"]: port["containerPort"] for port in server(server_objects)["ports"]}
-    assert toml["listen"][0].rpartition(":")[2] == str(ports["grpc"])
-    assert toml["metrics_port"] == ports["metrics"]
+    assert settings.listen[0].rpartition(":")[2] == str(ports["grpc"])
+    assert settings.metrics_port == ports["metrics"]
     for service in of_kind(server_objects, "Service"):
         for port in service["spec"]["ports"]:
             assert port["port"] == ports[port["targetPort"]]
@@ -171,26 +171,28 @@ def test_where_the_root_is_read_only_what_is_written_has_a_volume(objects):
     empty = {volume["name"] for volume in pod_spec(objects)["volumes"] if "emptyDir" in volume}
     writable = {m["mountPath"] for m in server(objects)["volumeMounts"] if m["name"] in empty}
     assert {"/tmp", "/var/cache/lossd"} <= writable  # noqa: S108  # a path in the pod
-    for address in tomllib.loads(settings(objects))["listen"]:
+    for address in config(objects).listen:
         if address.startswith("unix://"):
             assert address.removeprefix("unix://").rpartition("/")[0] in writable
 
 
-def test_the_server_knows_every_setting(objects):
-    toml = tomllib.loads(settings(objects))
-    assert toml.keys() <= {option.name for option in serve.params}
-    for name, value in toml.items():
-        if name.startswith("tls_") or name == "tokens":
-            assert any(value.startswith(f"{m['mountPath']}/") for m in server(objects)["volumeMounts"])
+def test_the_server_takes_its_settings(objects):
+    made = config(objects)
+    mounts = [mount["mountPath"] for mount in server(objects)["volumeMounts"] if mount.get("readOnly")]
+    for name in ("tls_cert", "tls_key", "tls_client_ca"):
+        path = getattr(made, name)
+        assert path is None or any(path.startswith(f"{mount}/") for mount in mounts)
+    open_to_others = [address for address in made.listen if not address.startswith("unix:")]
+    assert made.insecure == (made.tls_cert is None and bool(open_to_others))
 
 
 def test_whole_numbers_stay_whole(rendered):
-    assert tomllib.loads(settings(rendered("gpu")))["max_message_bytes"] == 536870912
+    assert config(rendered("gpu")).max_message_bytes == 536870912
     assert "max_message_bytes = 536870912\n" in settings(rendered("gpu"))
 
 
 def test_a_pod_may_take_as_long_as_its_drain(objects):
-    drain = tomllib.loads(settings(objects))["drain_seconds"]
+    drain = config(objects).drain_seconds
     hook = server(objects).get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
     closing = 5.5  # what `Server.stop` waits for after the drain
     assert pod_spec(objects)["terminationGracePeriodSeconds"] > math.ceil(drain + hook + closing)
@@ -212,10 +214,10 @@ def test_probes_ask_the_kubelets_way_where_it_can(rendered):
     assert container["readinessProbe"]["grpc"]["service"] == "lossd.v1.LossService"
 
 
-@pytest.mark.parametrize("case", ["sidecar"])
+@pytest.mark.parametrize("case", ["tls", "mtls", "sidecar"])
 def test_probes_ask_over_a_socket_where_the_kubelet_cannot(rendered, case):
     container = server(rendered(case))
-    socket = tomllib.loads(settings(rendered(case)))["listen"][-1]
+    socket = config(rendered(case)).listen[-1]
     assert socket.startswith("unix:///")
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[name]["exec"]["command"][:3] == ["lossd", "health", socket]
@@ -245,7 +247,7 @@ def test_the_sidecar_serves_before_the_trainer_starts_and_ends_after_it(rendered
     assert sidecar["restartPolicy"] == "Always"
     assert "startupProbe" in sidecar
     target = {variable["name"]: variable["value"] for variable in trainer["env"]}["LOSSD_TARGET"]
-    assert tomllib.loads(settings(rendered("sidecar")))["listen"] == [target]
+    assert config(rendered("sidecar")).listen == (target,)
     shared = {mount["name"]: mount["mountPath"] for mount in trainer["volumeMounts"]}
     assert target == f"unix://{shared['socket']}/lossd.sock"
     for container in (sidecar, trainer):  # one user, or the server shares no memory
