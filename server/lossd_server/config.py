@@ -34,6 +34,8 @@ class ServerConfig:
             TCP listener. Read anew when it changes, as the next two are.
         tls_key: File with its private key.
         tls_client_ca: File with the authorities of callers: each must have a certificate of theirs.
+        tokens: TOML file of the bearer tokens that callers must have one of, and what each may ask; see
+            `rpc.tokens`. Read anew when it changes. None lets everyone in who can connect.
         insecure: Whether listeners without TLS may be open to more than this machine.
         unix_mode: Permissions of Unix sockets: who may write may connect.
         load: Custom losses beside those of entry points, as `[name=]package.module:Class`.
@@ -56,6 +58,7 @@ class ServerConfig:
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None
+    tokens: str | None = None
     insecure: bool = False
     unix_mode: int = 0o600
     load: tuple[str, ...] = ()

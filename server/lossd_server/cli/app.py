@@ -77,6 +77,7 @@ def app() -> None:
 @server_option("--tls-cert", help="PEM file of the certificate: TLS on every TCP listener.")
 @server_option("--tls-key", help="PEM file of its key.")
 @server_option("--tls-client-ca", help="PEM file of the authorities whose certificate callers must have.")
+@server_option("--tokens", help="TOML file of bearer tokens: callers must have one, within its limits.")
 @server_option("--insecure", is_flag=True, help="Let others than this machine in without TLS.")
 @server_option(
     "--unix-mode",

@@ -22,14 +22,17 @@ from lossd_server.engine import (
     resolve_device,
 )
 from lossd_server.errors import ConfigurationError, Reason
+from lossd_server.rpc.auth import AuthInterceptor
 from lossd_server.rpc.collectors import register_device
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
 from lossd_server.rpc.interceptor import MetricsInterceptor
 from lossd_server.rpc.listeners import listen
 from lossd_server.rpc.metrics import Metrics, State
 from lossd_server.rpc.refusals import Refusals
+from lossd_server.rpc.refusing import RefusingHandlers
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.tls import Certificates
+from lossd_server.rpc.tokens import Tokens
 from lossd_server.shared_memory import RegionListener, Regions
 
 _log = structlog.get_logger()
@@ -55,7 +58,7 @@ class Server:
         metrics_port: Port of the Prometheus endpoint, or None; known after `start`.
 
     Raises:
-        ConfigurationError: There is no such device, a custom loss cannot be loaded, or a file of TLS.
+        ConfigurationError: There is no such device, or a custom loss or file cannot be loaded.
     """
 
     def __init__(self, config: ServerConfig | None = None) -> None:
@@ -74,6 +77,8 @@ class Server:
         )
         self._sharing = _sharing(self._config)
         self._refusals = Refusals(self._metrics)
+        self._refusing = RefusingHandlers(self._refusals)
+        self._auth = self._authentication()
         service = LossService(self._engine, self._metrics, self._config, self._sharing)
         self._handlers = Handlers(
             service, self._metrics, self._refusals, max_streams=self._config.max_streams
@@ -140,6 +145,7 @@ class Server:
             stopped.wait(_CLOSE_SECONDS)
         self._engine.close()
         self._handlers.close()
+        self._refusing.close()
         self._refusals.close()
         if self._sharing is not None:
             self._sharing.stop()
@@ -153,11 +159,17 @@ class Server:
             self._metrics_server = None
         return answered
 
+    def _authentication(self) -> list[grpc.ServerInterceptor]:
+        """Returns what asks for tokens, if anything does."""
+        if self._config.tokens is None:
+            return []
+        return [AuthInterceptor(Tokens(self._config.tokens, self._metrics), self._refusing)]
+
     def _assemble(self) -> grpc.Server:
         config = self._config
         server = grpc.server(
             self._pool,
-            interceptors=[MetricsInterceptor(self._metrics)],
+            interceptors=[MetricsInterceptor(self._metrics), *self._auth],
             options=server_options(
                 config.max_message_bytes, max_connection_age_seconds=config.max_connection_age_seconds
             ),
