@@ -7,6 +7,9 @@ from lossd_server.errors import InvalidInputError, Reason
 
 MEBIBYTE = 1 << 20
 
+BATCHING = {"auto": None, "on": True, "off": False}
+"""Whether requests go together; None leaves it to the device."""
+
 _LARGEST_PORT = 65535
 _LONGEST_AGE = 2_000_000
 """Seconds; gRPC keeps milliseconds in 31 bits."""
@@ -27,6 +30,13 @@ class ServerConfig:
         max_shared_bytes: Most shared memory that one connection may pass, and that the slices of one
             request come to; 0 shares none. Shared only where one of `listen` is a Unix socket.
         max_total_shared_bytes: Most shared memory over all connections.
+        batching: `on` evaluates requests that wait for the device together, `off` one by one; `auto` is
+            `on` for a GPU.
+        batch_max_items: Most items that are evaluated in one go, of one request or several.
+        batch_max_bytes: Most bytes of their tensors, read and written; a single item may be larger.
+        batch_wait_us: Microseconds that a batch waits for company.
+        wedged_seconds: How long one evaluation may take before the server reports NOT_SERVING; 0 for as
+            long as it likes.
         drain_seconds: How long a stopping server waits for what runs.
         max_connection_age_seconds: How long a connection takes new calls; then its client makes another,
             and so finds servers that came later. Those that run go on. 0 for ever.
@@ -53,6 +63,11 @@ class ServerConfig:
     max_streams: int = 32
     max_shared_bytes: int = 1024 * MEBIBYTE
     max_total_shared_bytes: int = 4096 * MEBIBYTE
+    batching: str = "auto"
+    batch_max_items: int = 64
+    batch_max_bytes: int = 64 * MEBIBYTE
+    batch_wait_us: int = 0
+    wedged_seconds: float = 60.0
     drain_seconds: float = 30.0
     max_connection_age_seconds: float = 300.0
     tls_cert: str | None = None
@@ -79,6 +94,17 @@ class ServerConfig:
         checks.require_number(
             "max_total_shared_bytes", self.max_total_shared_bytes, at_least=self.max_shared_bytes
         )
+        if self.batching not in BATCHING:
+            raise InvalidInputError(
+                Reason.INVALID_OPTION,
+                f"is {self.batching!r}, want one of {', '.join(BATCHING)}",
+                field="batching",
+                value=self.batching,
+            )
+        checks.require_number("batch_max_items", self.batch_max_items, at_least=1)
+        checks.require_number("batch_max_bytes", self.batch_max_bytes, at_least=1)
+        checks.require_number("batch_wait_us", self.batch_wait_us, at_least=0, at_most=1_000_000)
+        checks.require_number("wedged_seconds", self.wedged_seconds, at_least=0)
         checks.require_number("drain_seconds", self.drain_seconds, at_least=0)
         checks.require_number(
             "max_connection_age_seconds", self.max_connection_age_seconds, at_least=0, at_most=_LONGEST_AGE

@@ -7,7 +7,8 @@ LossdError
 ├── UnavailableError      not now: another replica, or later
 ├── AccessError           the caller has no token
 ├── RateLimitedError      the caller's token may ask no more for now
-├── DeadlineError         too late to begin
+├── DeadlineError         too late
+├── CallerGoneError       nobody waits for the answer
 ├── OutOfMemoryError      too large for the device
 └── ConfigurationError    the operator's settings; the server does not start
 ```
@@ -55,7 +56,11 @@ class Reason(StrEnum):
     TOO_MANY_STREAMS = "TOO_MANY_STREAMS"
     """As many streams as the server serves are open."""
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
-    """The deadline passed before the evaluation began."""
+    """The deadline passed before the work was done."""
+    CANCELLED = "CANCELLED"
+    """Nobody waits for the answer any more."""
+    DEVICE_WEDGED = "DEVICE_WEDGED"
+    """The device does not come back from an evaluation."""
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     """The device has not the memory for this request."""
     INTERNAL = "INTERNAL"
@@ -127,7 +132,7 @@ class CustomLossError(LossdError):
 
 
 class UnavailableError(LossdError):
-    """Not now: the server is stopping, or as busy as it may be."""
+    """Not now: the server is stopping, as busy as it may be, or its device does not answer."""
 
 
 class AccessError(LossdError):
@@ -149,7 +154,11 @@ class RateLimitedError(LossdError):
 
 
 class DeadlineError(LossdError):
-    """The caller's deadline passed before its work began."""
+    """The caller's deadline passed before its work was done."""
+
+
+class CallerGoneError(LossdError):
+    """Nobody waits for the answer any more: the call was cancelled, or its connection is gone."""
 
 
 class OutOfMemoryError(LossdError):

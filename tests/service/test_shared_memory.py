@@ -202,22 +202,38 @@ def test_shared_memory_is_measured(tmp_path):
             assert read("lossd_shared_memory_bytes") == REGION_BYTES
 
 
-def test_a_caller_that_leaves_in_the_middle(tmp_path, held):
+def sharing_server(tmp_path):
     load = ("tests.service.custom_modules:Held",)
-    with (
-        make_server(listen=(f"unix:{tmp_path / 'lossd.sock'}",), load=load) as server,
-        support.connect(server) as stub,
-    ):
+    return make_server(listen=(f"unix:{tmp_path / 'lossd.sock'}",), load=load)
+
+
+def test_a_caller_that_leaves_the_queue_leaves_no_memory(tmp_path, held):
+    with sharing_server(tmp_path) as server, support.connect(server) as stub:
         waiting = held(stub)
         with sharing_caller(server) as caller:
             request, _ = focal(caller)
             call = caller.stub.ComputeLoss.future(request)  # behind the one that is held
-            wait_until(lambda: server._engine._turn._waiting)
+            wait_until(lambda: server._engine.waiting_count)
+            call.cancel()
+        regions = server._sharing.regions
+        wait_until(lambda: (regions.count, regions.held_bytes) == (0, 0))
+        assert not waiting.done()
+        custom_modules.release.set()
+        waiting.result(30)
+        assert len(stub.ComputeLoss(good_loss_request()).results) == 1
+
+
+def test_a_caller_that_leaves_in_the_middle(tmp_path, held):
+    with sharing_server(tmp_path) as server, support.connect(server) as stub:
+        with sharing_caller(server) as caller:
+            request = loss_request(losses_pb2.CustomLoss(name="Held"), [{"pred": np.ones(2, np.float32)}])
+            custom_modules.entered.clear()
+            call = caller.stub.ComputeLoss.future(shared(caller, request))
+            assert custom_modules.entered.wait(30)
             call.cancel()
         regions = server._sharing.regions
         wait_until(lambda: regions.count == 0)
         assert regions.held_bytes == REGION_BYTES
         custom_modules.release.set()
-        waiting.result(30)
         wait_until(lambda: regions.held_bytes == 0)
         assert len(stub.ComputeLoss(good_loss_request()).results) == 1

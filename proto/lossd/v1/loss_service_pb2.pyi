@@ -92,7 +92,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 16
     """As many streams as the server serves are open."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 17
-    """The deadline passed before the evaluation began."""
+    """The deadline passed before the work was done."""
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 18
     """The device has not the memory for this request."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 19
@@ -107,6 +107,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The call bears no bearer token that the server knows."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 23
     """The caller's token may ask no more for now; `google.rpc.RetryInfo` says when."""
+    ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 24
+    """Nobody waits for the answer any more."""
+    ERROR_REASON_DEVICE_WEDGED: _ErrorReason.ValueType  # 25
+    """The device does not come back from an evaluation; another replica will answer."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. In `google.rpc.ErrorInfo.reason` a value stands without
@@ -150,7 +154,7 @@ answer.
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 16
 """As many streams as the server serves are open."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 17
-"""The deadline passed before the evaluation began."""
+"""The deadline passed before the work was done."""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 18
 """The device has not the memory for this request."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 19
@@ -165,6 +169,10 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 22
 """The call bears no bearer token that the server knows."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 23
 """The caller's token may ask no more for now; `google.rpc.RetryInfo` says when."""
+ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 24
+"""Nobody waits for the answer any more."""
+ERROR_REASON_DEVICE_WEDGED: ErrorReason.ValueType  # 25
+"""The device does not come back from an evaluation; another replica will answer."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

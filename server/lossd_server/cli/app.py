@@ -12,6 +12,7 @@ from lossd import __version__
 from lossd_server.cli.load import load_options
 from lossd_server.cli.load import run as run_load
 from lossd_server.cli.settings import PermissionBits, read_settings, server_config, server_option
+from lossd_server.config import BATCHING
 from lossd_server.errors import LossdError
 
 _OPTIONAL = {"torch", "prometheus_client", "structlog", "grpc_health", "grpc_reflection"}
@@ -68,6 +69,17 @@ def app() -> None:
     help="Most shared memory of one connection, taken beside a unix:/path; 0 shares none.",
 )
 @server_option("--max-total-shared-bytes", type=int, help="Most shared memory over all connections.")
+@server_option(
+    "--batching", type=click.Choice(BATCHING), help="Evaluate what waits together; auto: on a GPU."
+)
+@server_option("--batch-max-items", type=int, help="Most items evaluated in one go.")
+@server_option("--batch-max-bytes", type=int, help="Most bytes of their tensors, read and written.")
+@server_option("--batch-wait-us", type=int, help="Microseconds that a batch waits for company.")
+@server_option(
+    "--wedged-seconds",
+    type=float,
+    help="An evaluation that takes longer turns health to NOT_SERVING; 0: none.",
+)
 @server_option("--drain-seconds", type=float, help="How long a stopping server waits for what runs.")
 @server_option(
     "--max-connection-age-seconds",

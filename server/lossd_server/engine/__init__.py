@@ -1,5 +1,7 @@
-"""Runs the work: places it on the device, one evaluation at a time, until told to drain."""
+"""Runs the work: whose turn it is, what goes together, on which device, until told to drain."""
 
+from lossd_server.engine.asker import Asker
+from lossd_server.engine.batching import Batching
 from lossd_server.engine.custom import CustomLoss, load_custom_losses
 from lossd_server.engine.devices import describe_device, device_memory, has_kernels, resolve_device
 from lossd_server.engine.engine import Engine
@@ -14,8 +16,10 @@ from lossd_server.engine.work import (
 )
 
 __all__ = [
+    "Asker",
     "AssignItem",
     "AssignJob",
+    "Batching",
     "CustomLoss",
     "Engine",
     "LossItem",

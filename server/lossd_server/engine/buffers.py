@@ -43,6 +43,12 @@ class BufferPool:
             self._settle()
             return sum(map(len, self._idle))
 
+    def let_go(self) -> None:
+        """Gives idle memory back to the kernel."""
+        with self._lock:
+            self._settle()
+            self._idle.clear()
+
     def allocate(self, size: int) -> Tensor:
         """Returns `size` bytes as a uint8 tensor; raises `MemoryError` where there are not so many."""
         if size < _SMALLEST:

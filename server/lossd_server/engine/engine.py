@@ -1,59 +1,33 @@
-"""The engine: one evaluation at a time on the device, none once it drains."""
+"""The engine: what is done on the device or for it, and nothing once it drains."""
 
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import structlog
 import torch
-from torch import Tensor
 
 from lossd_server.engine.affinity import leaves_torch_asleep
-from lossd_server.engine.buffers import BufferPool
+from lossd_server.engine.asker import Asker
+from lossd_server.engine.batching import Batching
 from lossd_server.engine.custom import CustomLoss
-from lossd_server.engine.transfer import all_to_host, from_host, numbers_to_host, to_device, to_host
-from lossd_server.engine.turn import Turn
-from lossd_server.engine.work import (
-    Array,
-    AssignJob,
-    AssignResults,
-    LossItem,
-    LossJob,
-    LossOutcome,
-    LossResults,
-    Timing,
-)
-from lossd_server.errors import (
-    CustomLossError,
-    DeadlineError,
-    InvalidInputError,
-    OutOfMemoryError,
-    Reason,
-    UnavailableError,
-    errors_within,
-)
+from lossd_server.engine.evaluator import Evaluator
+from lossd_server.engine.steps import steps_of
+from lossd_server.engine.turns import Task, Turns
+from lossd_server.engine.watchdog import Watchdog
+from lossd_server.engine.work import AssignJob, AssignResults, LossItem, LossJob, LossResults, Timing
+from lossd_server.errors import Reason, UnavailableError, errors_within
 from lossd_server.kernels import load_library
-from lossd_server.losses import (
-    CenternessLoss,
-    Evaluation,
-    EvaluationOptions,
-    FCOSLoss,
-    FocalLoss,
-    GIoULoss,
-    LossModule,
-)
-from lossd_server.losses.evaluation import find_non_finite
+from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss, LossModule
 from lossd_server.losses.gpu import compile_programs
 
-_HOST = torch.device("cpu")
+_ANYONE = Asker()
 
-_MAX_IDLE_BYTES = 1 << 30
-"""Most memory that is kept for the gradients of later requests."""
+_HERE, _ELSEWHERE = "here", "elsewhere"
+"""Kinds of tasks: those that any thread may do, and those that torch's thread does."""
 
 _log = structlog.get_logger()
 
@@ -61,59 +35,93 @@ _log = structlog.get_logger()
 class Engine:
     """Evaluates jobs on one device.
 
-    Attributes:
+    Args:
         device: Where losses are evaluated. Targets are assigned on the host.
         custom_losses: The operator's losses by name.
+        batching: How much is evaluated in one go.
+        observe: Told of every batch, of how many jobs and of how many items it is.
+
+    Attributes:
+        device: As above.
+        custom_losses: As above.
     """
 
-    def __init__(self, device: torch.device, custom_losses: Mapping[str, CustomLoss] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        custom_losses: Mapping[str, CustomLoss] | None = None,
+        batching: Batching | None = None,
+        observe: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.device = device
         self.custom_losses = dict(custom_losses or {})
-        self._turn = Turn()
+        self._batching = batching or Batching()
+        self._observe = observe
+        self._evaluator = Evaluator(device)
+        self._turns = Turns(self._take_steps, self._batching if self._batching.is_on(device) else None)
         # Torch keeps a team of helpers for every thread that ever woke them: this one may.
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
-        self._buffers = BufferPool(_MAX_IDLE_BYTES)
+        self._watchdog: Watchdog | None = None
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
             loss.to(device)
 
-    def compute(self, job: LossJob, deadline: float | None = None) -> LossResults:
+    @property
+    def waiting_count(self) -> int:
+        """Jobs that wait for the device."""
+        return self._turns.waiting_count
+
+    @property
+    def is_wedged(self) -> bool:
+        """Whether the device does not come back from an evaluation; see `watch`."""
+        return self._watchdog is not None and self._watchdog.is_wedged
+
+    def compute(self, job: LossJob, asker: Asker = _ANYONE) -> LossResults:
         """Evaluates a batch, all of it or none.
 
-        Args:
-            job: Prepared work.
-            deadline: On the clock of `time.monotonic`; None waits without end.
-
         Raises:
-            UnavailableError: The engine drains.
-            DeadlineError: The deadline passed while waiting for the device.
+            UnavailableError: The engine drains, or the device does not come back.
+            DeadlineError: The deadline passed before all was done.
+            CallerGoneError: Nobody waits for the answer any more.
             InvalidInputError: An item holds NaN or infinity, and the job is strict.
             CustomLossError: The operator's module failed.
-            OutOfMemoryError: The device has not the memory.
+            OutOfMemoryError: The device has not the memory for an item.
         """
         self._refuse_when_draining()
         arrived = time.monotonic()
-        patience = threading.TIMEOUT_MAX if deadline is None else max(deadline - arrived, 0)
-        if not self._turn.acquire(min(patience, threading.TIMEOUT_MAX)):
-            raise DeadlineError(Reason.DEADLINE_EXCEEDED, "the deadline passed in the queue")
-        try:
-            if self.device.type == "cpu" and leaves_torch_asleep(job):
-                return self._run(job, arrived)
-            return self._torch_thread.submit(self._run, job, arrived).result()
-        finally:
-            self._turn.release()
+        steps = steps_of(job.items, self._batching)
+        task = Task(
+            job=job,
+            asker=asker,
+            steps=steps,
+            costs=[step.cost for step in steps],
+            flow=asker.flow if job.owner is None else job.owner,
+            kind=self._kind_of(job),
+        )
+        self._turns.complete(task)
+        if task.error is not None:
+            error, task.error = task.error, None
+            try:
+                raise error
+            finally:
+                del error  # whose traceback leads back to here, and to the memory of the request
+        waited = max(time.monotonic() - arrived - task.seconds, 0.0)
+        return task.outcomes, Timing(queue=waited, compute=task.seconds)
 
-    def assign(self, job: AssignJob) -> AssignResults:
+    def assign(self, job: AssignJob, asker: Asker = _ANYONE) -> AssignResults:
         """Assigns targets; on the host and without waiting for the device.
 
         Raises:
             UnavailableError: The engine drains.
+            DeadlineError: The deadline passed before all was done.
+            CallerGoneError: Nobody waits for the answer any more.
             InvalidInputError: Level sizes do not go with the strides, or too many locations are positive.
         """
         self._refuse_when_draining()
         began = time.monotonic()
         assignments, room = [], job.max_positives
         for item in job.items:
+            asker.check()
             with errors_within(item.path):
                 found = job.assigner.assign_objects(item.objects, item.sizes, max_positives=room)
             room -= len(found.location)
@@ -131,112 +139,57 @@ class Engine:
             item = LossItem(path="warm-up", arguments=loss.prepare(arguments), options=options)
             self.compute(LossJob(loss=loss, items=[item]))
 
+    def watch(self, seconds: float, notify: Callable[[bool], None]) -> None:
+        """Turns work away while one evaluation takes longer than so many seconds.
+
+        Args:
+            seconds: How long it may take; 0 for as long as it likes.
+            notify: Called with true then, and with false once it has ended after all.
+        """
+        if seconds:
+            self._watchdog = Watchdog(self._turns, seconds, notify)
+
     def drain(self) -> None:
-        """Refuses work from now on; what runs goes on to its end."""
+        """Refuses work from now on; what runs or waits goes on to its end."""
         self._draining.set()
 
     def close(self) -> None:
-        """Drains, and lets the thread go when it is done."""
+        """Refuses what waits too, and lets the thread go when it is done."""
         self.drain()
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        self._turns.refuse(_stopping)
         self._torch_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, job: LossJob, arrived: float) -> LossResults:
-        """Evaluates a job; one at a time."""
-        began = time.monotonic()
-        outcomes = [self._evaluate(job, item) for item in job.items]
-        return outcomes, Timing(queue=began - arrived, compute=time.monotonic() - began)
+    def _kind_of(self, job: LossJob) -> str | None:
+        """Returns what a job may go together with: ours with ours, the operator's with nothing."""
+        if not isinstance(job.loss, LossModule):
+            return None
+        return _HERE if self.device.type == "cpu" and leaves_torch_asleep(job) else _ELSEWHERE
+
+    def _take_steps(self, tasks: Sequence[Task]) -> None:
+        """Takes the next steps of some tasks of one kind; one batch at a time."""
+        if self._observe is not None:
+            self._observe(len(tasks), sum(len(task.steps[0].items) for task in tasks))
+        if tasks[0].kind == _HERE:
+            self._evaluator.take_steps(tasks)
+            return
+        try:
+            future = self._torch_thread.submit(self._evaluator.take_steps, tasks)
+        except RuntimeError as error:  # it was let go
+            raise _stopping() from error
+        try:
+            future.result()
+        except CancelledError as error:
+            raise _stopping() from error
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():
-            raise UnavailableError(Reason.DRAINING, "the server is stopping")
-
-    def _evaluate(self, job: LossJob, item: LossItem) -> LossOutcome:
-        with errors_within(item.path), _memory_errors():
-            if job.strict:
-                _refuse_non_finite(item.arguments)
-            arguments = {name: to_device(value, self.device) for name, value in item.arguments.items()}
-            with torch.no_grad():
-                evaluation = job.loss.evaluate(arguments, self._options(item))
-            non_finite = [] if job.strict else find_non_finite(arguments, evaluation.finite_inputs)
-            if evaluation.preset is None:  # a custom loss may make NaN of finite inputs
-                non_finite += find_non_finite({"loss": evaluation.loss})
-                if job.strict and non_finite:
-                    raise CustomLossError(
-                        Reason.CUSTOM_LOSS_FAILED, "the loss is NaN or infinite", value="nan or inf"
-                    )
-            return replace(_on_host(evaluation, item), non_finite=non_finite)
-
-    def _options(self, item: LossItem) -> EvaluationOptions:
-        """Returns the item's options with where gradients go."""
-        on_host = self.device.type == "cpu"
-        outputs = {name: list(map(from_host, arrays)) for name, arrays in item.outputs.items() if on_host}
-        return replace(item.options, allocate=self._buffers.allocate, outputs=outputs)
+            raise _stopping()
 
 
-def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
-    """Raises `InvalidInputError` for the first argument that holds NaN or infinity, read on the host."""
-    found = find_non_finite({name: to_device(value, _HOST) for name, value in arguments.items()})
-    if found:
-        first = found[0]
-        raise InvalidInputError(
-            Reason.NOT_FINITE,
-            f"{first.count} values are NaN or infinite, the first at {list(first.first_index)}",
-            field=first.input,
-            value="nan or inf",
-            count=first.count,
-            position=list(first.first_index),
-        )
-
-
-def _on_host(evaluation: Evaluation, item: LossItem) -> LossOutcome:
-    """Returns the evaluation on the host, with the gradients in the order in which they were asked for."""
-    components = evaluation.components
-    numbers = numbers_to_host(
-        [
-            *(component.value for component in components),
-            *evaluation.raw_sums.values(),
-            evaluation.negative_side_count,
-        ]
-    )
-    values, sums, (negative_sides,) = (
-        numbers[: len(components)],
-        numbers[len(components) : -1],
-        numbers[-1],
-    )
-    levels = zip(*(row.tolist() for row in sums), strict=True)
-    gradients = {name: evaluation.gradients[name] for name in item.options.gradients}
-    return LossOutcome(
-        loss=to_host(evaluation.loss),
-        components=[(c.name, float(v[0]), c.weight) for c, v in zip(components, values, strict=True)],
-        gradients={
-            name: _placed(gradient if isinstance(gradient, list) else [gradient], item.outputs.get(name))
-            for name, gradient in gradients.items()
-        },
-        raw_sums=[dict(zip(evaluation.raw_sums, level, strict=True)) for level in levels],
-        preset=evaluation.preset,
-        kept_rows=None if evaluation.kept_rows is None else to_host(evaluation.kept_rows),
-        negative_side_count=int(negative_sides),
-        nonzero_rows=evaluation.nonzero_rows,
-    )
-
-
-def _placed(gradients: Sequence[Tensor], outputs: Sequence[Array] | None) -> list[Array]:
-    """Returns gradients as arrays on the host: those that they are to be written to, where there are any."""
-    if outputs is None:
-        return all_to_host(gradients)
-    for gradient, output in zip(gradients, outputs, strict=True):
-        place = from_host(output)
-        if gradient.data_ptr() != place.data_ptr():  # a GPU's, or made by autograd
-            place.copy_(gradient)
-    return list(outputs)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(Reason.OUT_OF_MEMORY, "the device has not the memory for this item") from error
+def _stopping() -> UnavailableError:
+    return UnavailableError(Reason.DRAINING, "the server is stopping")
 
 
 def _samples() -> list[tuple[LossModule, dict[str, object]]]:

@@ -29,13 +29,23 @@ def to_device(value: Any, device: torch.device) -> Any:
     return from_host(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
 
 
-def to_host(tensor: Tensor) -> NDArray[Any]:
-    """Returns the values of a tensor as numpy, bfloat16 as `ml_dtypes.bfloat16`."""
-    return all_to_host([tensor])[0]
+def to_host(
+    numbers: Sequence[float | Numbers], tensors: Sequence[Tensor]
+) -> tuple[list[NDArray[np.float64]], list[NDArray[Any]]]:
+    """Returns what a device found; from a GPU with one wait for all.
+
+    Args:
+        numbers: Numbers and rows of them: each becomes a float64 row.
+        tensors: Tensors: each becomes an array of its values, bfloat16 as `ml_dtypes.bfloat16`.
+    """
+    rows = [number.double().flatten() for number in numbers if isinstance(number, Tensor)]
+    fetched = _fetched([*tensors, torch.cat(rows)] if rows else tensors)
+    ends = np.cumsum([len(row) for row in rows])[:-1]
+    split = iter(np.split(fetched.pop(), ends) if rows else ())
+    return [next(split) if isinstance(n, Tensor) else np.atleast_1d(n) for n in numbers], fetched
 
 
-def all_to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Returns what `to_host` does of each; from a GPU with one wait for all."""
+def _fetched(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     copies = [_copy_under_way(tensor.detach()) for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -57,14 +67,6 @@ def _array(tensor: Tensor) -> NDArray[Any]:
         return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()
     return array
-
-
-def numbers_to_host(numbers: Sequence[float | Numbers]) -> list[NDArray[np.float64]]:
-    """Returns numbers and rows of them as float64 rows; from a GPU in one copy, and so with one wait."""
-    tensors = [number.double().flatten() for number in numbers if isinstance(number, Tensor)]
-    ends = np.cumsum([len(tensor) for tensor in tensors])[:-1]
-    fetched = iter(np.split(to_host(torch.cat(tensors)), ends) if tensors else ())
-    return [next(fetched) if isinstance(n, Tensor) else np.atleast_1d(n) for n in numbers]
 
 
 def from_host(array: NDArray[Any]) -> Tensor:

@@ -1,6 +1,6 @@
 """What the engine is asked, and what it answers: numpy on the host, nothing of any transport."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,11 +42,20 @@ class LossItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossJob:
-    """A batch of evaluations under one loss; `strict` refuses NaN and infinity in the inputs."""
+    """A batch of evaluations under one loss.
+
+    Attributes:
+        loss: The loss.
+        items: The evaluations.
+        strict: Whether NaN and infinity in the inputs are refused.
+        owner: Whose memory it reads and writes in place, if anyone's: jobs of one owner are done in the
+            order in which they come, whoever brings them.
+    """
 
     loss: Evaluable
     items: list[LossItem]
     strict: bool = False
+    owner: Hashable = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

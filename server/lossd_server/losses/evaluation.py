@@ -1,7 +1,7 @@
 """What evaluating a loss gives: the value, its gradients, and the sums it came from."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,40 +120,67 @@ def to_float64(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.detach().numpy().astype(np.float64))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FiniteCheck:
+    """A look for NaN and infinity whose answer may still be on its way from a GPU.
+
+    Attributes:
+        tensors: What is looked at, by name.
+        totals: Their sums, `[len(tensors)]`: NaN and infinity survive a sum, so one pass without a mask
+            clears the ordinary case.
+    """
+
+    tensors: Sequence[tuple[str, Tensor]]
+    totals: Numbers
+
+    @classmethod
+    def begin(
+        cls, arguments: Mapping[str, object], finite_inputs: frozenset[str] = frozenset()
+    ) -> "FiniteCheck":
+        """Sums up the floating-point arguments.
+
+        Args:
+            arguments: Tensors, and lists of tensors, by name; anything else is passed over.
+            finite_inputs: Those that need not be looked at, as in `Evaluation`.
+        """
+        named = [
+            (path, tensor)
+            for name, value in arguments.items()
+            for path, tensor in _tensors_in(name, value)
+            if tensor.is_floating_point() and tensor.numel() and path not in finite_inputs
+        ]
+        return cls(tensors=named, totals=_totals([tensor for _, tensor in named]))
+
+    def end(self, totals: Iterable[float]) -> list[NonFinite]:
+        """Returns those that hold NaN or infinity, in order, given the totals on the host.
+
+        Numbers whose sum is beyond float32 look the same, and are cleared by a second look.
+        """
+        suspects = [
+            pair for pair, total in zip(self.tensors, totals, strict=True) if not math.isfinite(total)
+        ]
+        return [found for name, tensor in suspects if (found := _non_finite(name, tensor)) is not None]
+
+
 def find_non_finite(
     arguments: Mapping[str, object], finite_inputs: frozenset[str] = frozenset()
 ) -> list[NonFinite]:
-    """Returns the floating-point arguments that hold NaN or infinity, in order.
-
-    Args:
-        arguments: Tensors, and lists of tensors, by name; anything else is passed over.
-        finite_inputs: Those that need not be looked at, as in `Evaluation`.
-    """
-    named = [
-        (path, tensor)
-        for name, value in arguments.items()
-        for path, tensor in _tensors_in(name, value)
-        if tensor.is_floating_point() and tensor.numel() and path not in finite_inputs
-    ]
-    if not named:
-        return []
-    # NaN and infinity survive a sum, so one pass without a mask clears the ordinary case. Numbers whose
-    # sum is beyond float32 look the same, and are cleared by a second look.
-    totals = _totals([tensor for _, tensor in named])
-    suspects = [pair for pair, total in zip(named, totals, strict=True) if not math.isfinite(total)]
-    return [found for name, tensor in suspects if (found := _non_finite(name, tensor)) is not None]
+    """Returns what a `FiniteCheck` finds, at once."""
+    check = FiniteCheck.begin(arguments, finite_inputs)
+    return check.end(check.totals.tolist())
 
 
-def _totals(tensors: Sequence[Tensor]) -> list[float]:
-    """Returns the sum of each tensor; from a GPU in one copy, and so with one wait."""
-    if tensors[0].is_cuda:
-        totals: list[float] = torch.stack([_wide_sum(tensor).double() for tensor in tensors]).tolist()
-        return totals
+def _totals(tensors: Sequence[Tensor]) -> Numbers:
+    """Returns the sum of each tensor; on a GPU nothing waits for them."""
+    if tensors and tensors[0].is_cuda:
+        return torch.stack([_wide_sum(tensor).double() for tensor in tensors])
     with np.errstate(over="ignore", invalid="ignore"):
-        return [
-            float(t.numpy().sum() if t.dtype in {torch.float32, torch.float64} else _wide_sum(t))
-            for t in tensors
-        ]
+        return np.array(
+            [
+                float(t.numpy().sum() if t.dtype in {torch.float32, torch.float64} else _wide_sum(t))
+                for t in tensors
+            ]
+        )
 
 
 def _wide_sum(tensor: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def read_loss_job(
             outputs = read_outputs(request, index, read.arguments, slices)
         items.append(replace(read, outputs=outputs) if outputs else read)
     slices.check_overlaps()
-    return LossJob(loss=loss, items=items, strict=request.strict)
+    return LossJob(loss=loss, items=items, strict=request.strict, owner=slices.owner())
 
 
 def read_assign_job(

@@ -78,6 +78,24 @@ class Metrics:
         self.items = Histogram(
             "lossd_batch_items", "Items in a request.", ("method",), buckets=ITEMS, registry=registry
         )
+        self.batch_jobs = Histogram(
+            "lossd_device_batch_jobs",
+            "Requests that the device was given together.",
+            buckets=ITEMS[:8],
+            registry=registry,
+        )
+        self.batch_items = Histogram(
+            "lossd_device_batch_items",
+            "Items that the device was given together.",
+            buckets=ITEMS,
+            registry=registry,
+        )
+        self.queue_length = Gauge(
+            "lossd_queue_length", "Requests that wait for the device.", registry=registry
+        )
+        self.device_wedged = Gauge(
+            "lossd_device_wedged", "1 while the device does not come back.", registry=registry
+        )
         self.request_bytes = Histogram(
             "lossd_request_bytes", "Size of a request.", ("method",), buckets=BYTES, registry=registry
         )
@@ -123,6 +141,11 @@ class Metrics:
         """Says in which state the server is."""
         for other in State:
             self._state.labels(other).set(other is state)
+
+    def observe_batch(self, jobs: int, items: int) -> None:
+        """Observes what the device was given together."""
+        self.batch_jobs.observe(jobs)
+        self.batch_items.observe(items)
 
     def of(self, method: str) -> "MethodMetrics":
         """Returns what is counted of one method."""

@@ -12,8 +12,9 @@ from grpc_reflection.v1alpha import reflection
 
 from lossd import __version__
 from lossd.channel_options import server_options
-from lossd_server.config import ServerConfig
+from lossd_server.config import BATCHING, ServerConfig
 from lossd_server.engine import (
+    Batching,
     Engine,
     describe_device,
     device_memory,
@@ -69,7 +70,12 @@ class Server:
         self._credentials = (
             Certificates(self._config, self._metrics).credentials() if self._config.tls_cert else None
         )
-        self._engine = Engine(resolve_device(self._config.device), load_custom_losses(self._config.load))
+        self._engine = Engine(
+            resolve_device(self._config.device),
+            load_custom_losses(self._config.load),
+            _batching(self._config),
+            self._metrics.observe_batch,
+        )
         self._pool = ThreadPoolExecutor(self._config.worker_threads, thread_name_prefix="lossd-rpc")
         self._health_pool = ThreadPoolExecutor(1, thread_name_prefix="lossd-health")
         self._health = health.HealthServicer(
@@ -112,6 +118,7 @@ class Server:
         self._engine.warm_up()
         self._set_health(_SERVING)
         self._metrics.set_state(State.SERVING)
+        self._engine.watch(self._config.wedged_seconds, self._on_wedged)
         _log.info(
             "serving",
             addresses=self.addresses,
@@ -127,7 +134,7 @@ class Server:
             grace: Seconds; None means the configured `drain_seconds`.
         """
         grace = self._config.drain_seconds if grace is None else grace
-        self._set_health(_NOT_SERVING)
+        self._health.enter_graceful_shutdown()  # whatever the device does from now on
         self._metrics.set_state(State.DRAINING)
         self._engine.drain()
         self._handlers.drain()
@@ -186,6 +193,8 @@ class Server:
     def _describe_engine(self) -> None:
         device = self._engine.device
         self._metrics.build.info({"version": __version__, "device": describe_device(device)})
+        self._metrics.queue_length.set_function(lambda: self._engine.waiting_count)
+        self._metrics.device_wedged.set_function(lambda: self._engine.is_wedged)
         self._metrics.kernels.set_function(partial(has_kernels, device))
         register_device(self._metrics.registry, partial(device_memory, device))
 
@@ -206,9 +215,21 @@ class Server:
             ) from error
         self.metrics_port = self._metrics_server[0].server_port
 
+    def _on_wedged(self, is_wedged: bool) -> None:  # noqa: FBT001  # the one thing that it is told
+        self._set_health(_NOT_SERVING if is_wedged else _SERVING)
+
     def _set_health(self, status: int) -> None:
         for name in _HEALTH_NAMES:
             self._health.set(name, status)
+
+
+def _batching(config: ServerConfig) -> Batching:
+    return Batching(
+        together=BATCHING[config.batching],
+        max_items=config.batch_max_items,
+        max_bytes=config.batch_max_bytes,
+        wait_seconds=config.batch_wait_us * 1e-6,
+    )
 
 
 def _sharing(config: ServerConfig) -> RegionListener | None:

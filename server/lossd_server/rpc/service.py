@@ -35,7 +35,7 @@ class LossService:
         with stages.timed("decode"):
             job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
             request.payloads.clear()
-        outcomes, timing = self._engine.compute(job, caller.deadline)
+        outcomes, timing = self._engine.compute(job, caller.asker)
         del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
@@ -51,10 +51,10 @@ class LossService:
     def assign_targets(
         self, request: Parcel[pb.AssignTargetsRequest], stages: Stages, caller: Caller
     ) -> Parcel[pb.AssignTargetsResponse]:
-        """Assigns targets to a batch of items; nothing here waits, so there is no deadline to miss."""
+        """Assigns targets to a batch of items."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
-        assignments, timing = self._engine.assign(job)
+        assignments, timing = self._engine.assign(job, caller.asker)
         stages.add("compute", timing.compute)
         payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
         with stages.timed("encode"):

@@ -31,6 +31,8 @@ CODES: dict[Reason, grpc.StatusCode] = {
     Reason.TOO_MANY_STREAMS: grpc.StatusCode.UNAVAILABLE,
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.DEVICE_WEDGED: grpc.StatusCode.UNAVAILABLE,
+    Reason.CANCELLED: grpc.StatusCode.CANCELLED,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }

@@ -49,6 +49,7 @@ class Regions:
         self.max_bytes = max_bytes
         self._max_total_bytes = max_total_bytes
         self._mappings: dict[bytes, mmap.mmap] = {}
+        self._owners: dict[bytes, Owner] = {}
         self._total = Owner()
         # Memory counts until it is unmapped, which may be in any thread and in the middle of any line:
         # what happens there takes no lock.
@@ -82,6 +83,7 @@ class Regions:
             weakref.finalize(mapping, self._unmapped.append, (owner, size)).atexit = False
             region_id = secrets.token_bytes(ID_BYTES)
             self._mappings[region_id] = mapping
+            self._owners[region_id] = owner
             owner.ids.add(region_id)
         return region_id
 
@@ -95,7 +97,7 @@ class Regions:
             if region_id not in owner.ids:
                 raise RefusedError(Answer.UNKNOWN_REGION)
             owner.ids.remove(region_id)
-            del self._mappings[region_id]
+            del self._mappings[region_id], self._owners[region_id]
 
     def release_all(self, owner: Owner) -> None:
         """Forgets all regions of an owner."""
@@ -108,6 +110,10 @@ class Regions:
         if mapping is None:
             raise unknown_region()
         return mapping
+
+    def owner_of(self, region_id: bytes) -> Owner | None:
+        """Returns whose a region is, if there is one of that id."""
+        return self._owners.get(region_id)
 
     def _check_quota(self, owner: Owner, size: int) -> None:
         if owner.held_count >= MAX_REGIONS_EACH or self._total.held_count >= MAX_REGIONS:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lossd.shared_memory import ALIGNMENT
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.shared_memory.regions import Regions, unknown_region
+from lossd_server.shared_memory.regions import Owner, Regions, unknown_region
 
 Array = NDArray[Any]
 
@@ -66,6 +66,12 @@ class Slices:
         array = self._array(region_id, offset, dtype, shape)
         self._use(region_id, offset, array, path, written=True)
         return array
+
+    def owner(self) -> Owner | None:
+        """Returns whose the memory is that is written to, else that is read; None where none is named."""
+        written = next((used for used in self._used if used.written), None)
+        first = written or next(iter(self._used), None)
+        return None if first is None or self._regions is None else self._regions.owner_of(first.region_id)
 
     def check_overlaps(self) -> None:
         """Raises `INVALID_SLICE` where a slice that is written to overlaps any other."""

@@ -1,0 +1,164 @@
+"""Evaluates items on the device: launched one after another, and waited for once."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from typing import TypeVar
+
+import structlog
+import torch
+
+from lossd_server.engine.buffers import BufferPool
+from lossd_server.engine.outcome import Launched, Reading, read
+from lossd_server.engine.transfer import from_host, to_device
+from lossd_server.engine.turns import Task
+from lossd_server.engine.work import LossItem, LossJob, LossOutcome
+from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
+from lossd_server.losses import EvaluationOptions
+from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
+
+T = TypeVar("T")
+
+_HOST = torch.device("cpu")
+
+_MAX_IDLE_BYTES = 1 << 30
+"""Most memory that is kept for the gradients of later requests."""
+
+_HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says in a plain `RuntimeError` where the host has no memory left."""
+
+_log = structlog.get_logger()
+
+
+class Evaluator:
+    """Takes the steps of tasks on one device; what goes wrong with one task is that task's error alone.
+
+    Each item is evaluated by itself and reduced in a fixed order: its bits do not depend on its company.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = BufferPool(_MAX_IDLE_BYTES)
+
+    def take_steps(self, tasks: Sequence[Task]) -> None:
+        """Evaluates the next step of each task: adds to its outcomes, or sets its error.
+
+        Where the memory does not suffice for all together, each item is tried alone.
+        """
+        found = self._together(tasks)
+        if found is None:
+            self._make_room()
+            found = [_attempted(task, partial(self._one_by_one, task)) for task in tasks]
+        for task, outcomes in zip(tasks, found, strict=True):
+            task.outcomes += outcomes
+
+    def _together(self, tasks: Sequence[Task]) -> list[list[LossOutcome]] | None:
+        """Returns what came of each task; None where it is worth trying each item alone."""
+        try:
+            launched = [_attempted(task, partial(self._launch_step, task)) for task in tasks]
+            readings = iter(read(list(chain(*launched))))
+            return [
+                _attempted(task, partial(_outcomes, task, some, readings))
+                for task, some in zip(tasks, launched, strict=True)
+            ]
+        except Exception as error:
+            if len(tasks) == 1 and not _is_out_of_memory(error):
+                raise
+            return None
+
+    def _launch_step(self, task: Task) -> list[Launched]:
+        launched = []
+        for item in task.steps[0].items:
+            task.asker.check()
+            with errors_within(item.path):
+                launched.append(self._launch(task.job, item))
+        return launched
+
+    def _one_by_one(self, task: Task) -> list[LossOutcome]:
+        """Evaluates each item of a step and waits for it; raises `OutOfMemoryError` for what is too large."""
+        outcomes = []
+        for item in task.steps[0].items:
+            task.asker.check()
+            try:
+                with errors_within(item.path):
+                    launched = [self._launch(task.job, item)]
+                outcomes += _outcomes(task, launched, iter(read(launched)))
+            except Exception as error:
+                if _is_out_of_memory(error):
+                    raise _too_large(item) from error
+                raise
+        return outcomes
+
+    def _launch(self, job: LossJob, item: LossItem) -> Launched:
+        """Begins an evaluation; on a CPU, and for a loss of the operator's, it is done then."""
+        if job.strict:
+            _refuse_non_finite(item.arguments)
+        arguments = {name: to_device(value, self._device) for name, value in item.arguments.items()}
+        with torch.no_grad():
+            evaluation = job.loss.evaluate(arguments, self._options(item))
+        check = None if job.strict else FiniteCheck.begin(arguments, evaluation.finite_inputs)
+        return Launched(item=item, evaluation=evaluation, check=check)
+
+    def _options(self, item: LossItem) -> EvaluationOptions:
+        """Returns the item's options with where gradients go."""
+        on_host = self._device.type == "cpu"
+        outputs = {name: list(map(from_host, arrays)) for name, arrays in item.outputs.items() if on_host}
+        return replace(item.options, allocate=self._buffers.allocate, outputs=outputs)
+
+    def _make_room(self) -> None:
+        """Gives back what is kept for later."""
+        _log.warning("out of memory, trying again item by item", device=str(self._device))
+        self._buffers.let_go()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _outcomes(task: Task, launched: Sequence[Launched], readings: Iterator[Reading]) -> list[LossOutcome]:
+    outcomes = []
+    ours = list(islice(readings, len(launched)))  # whatever becomes of them: those of others come after
+    for each, (numbers, arrays) in zip(launched, ours, strict=True):
+        with errors_within(each.item.path):
+            outcomes.append(each.outcome(numbers, arrays, strict=task.job.strict))
+    return outcomes
+
+
+def _attempted(task: Task, work: Callable[[], list[T]]) -> list[T]:
+    """Returns what comes of work for a task, nothing where it fails, or failed before.
+
+    Only a want of memory is raised; anything else is the task's error.
+    """
+    try:
+        return [] if task.error else work()
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        task.error = error
+        return []
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _HOST_IS_FULL in str(error)
+
+
+def _too_large(item: LossItem) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        Reason.OUT_OF_MEMORY, "the device has not the memory for this item", field=item.path
+    )
+
+
+def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
+    """Raises `InvalidInputError` for the first argument that holds NaN or infinity, read on the host."""
+    found = find_non_finite({name: to_device(value, _HOST) for name, value in arguments.items()})
+    if found:
+        first = found[0]
+        raise InvalidInputError(
+            Reason.NOT_FINITE,
+            f"{first.count} values are NaN or infinite, the first at {list(first.first_index)}",
+            field=first.input,
+            value="nan or inf",
+            count=first.count,
+            position=list(first.first_index),
+        )

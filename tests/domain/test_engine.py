@@ -1,0 +1,314 @@
+"""The engine: the same bits in any company, failures of one request alone, an answer for all who wait."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lossd_server.engine import Asker, AssignItem, AssignJob, Batching, evaluator
+from lossd_server.errors import (
+    CallerGoneError,
+    DeadlineError,
+    InvalidInputError,
+    OutOfMemoryError,
+    Reason,
+    UnavailableError,
+)
+from lossd_server.targets import FCOSAssigner
+from tests.domain.jobs import MAKERS, TYPES, bits_of, cpu_engine, custom_job, random_job
+from tests.domain.regions import wait_until
+
+TOGETHER = Batching(together=True)
+
+
+class Held(nn.Module):
+    """Holds the device until let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def forward(self, pred):
+        self.entered.set()
+        assert self.release.wait(30)
+        return pred.sum()
+
+
+@contextmanager
+def held(engine):
+    """Has the device held by another's job; what is asked meanwhile waits."""
+    module = Held()
+    with ThreadPoolExecutor(1) as pool:
+        holding = pool.submit(engine.compute, custom_job(module))
+        assert module.entered.wait(30)
+        yield
+        module.release.set()
+        holding.result(30)
+
+
+def asked_together(engine, jobs, pool, askers=None):
+    """Brings jobs while the device is held, so that they wait for it together."""
+    with held(engine):
+        futures = []
+        for job, asker in zip(jobs, askers or [Asker(flow=n) for n in range(len(jobs))], strict=True):
+            futures.append(pool.submit(engine.compute, job, asker))
+            wait_until(lambda: engine.waiting_count == len(futures))
+    return futures
+
+
+JOBS = st.builds(
+    random_job,
+    kind=st.sampled_from(list(MAKERS)),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 1 << 30),
+    dtype=st.sampled_from(list(TYPES)),
+)
+LIMITS = st.builds(
+    Batching,
+    together=st.booleans(),
+    max_items=st.integers(1, 8),
+    max_bytes=st.sampled_from([1, 2000, 1 << 30]),
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(JOBS, min_size=2, max_size=16), LIMITS)
+def test_every_item_has_the_bits_that_it_has_alone(jobs, batching):
+    with closing(cpu_engine()) as engine, closing(cpu_engine(batching=batching)) as busy:
+        alone = [bits_of(engine.compute(replace(job, items=[item]))[0]) for job in jobs for item in job.items]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            answers = list(pool.map(lambda n: busy.compute(jobs[n], Asker(flow=n % 3)), range(len(jobs))))
+        found = [bits_of([outcome]) for outcomes, _timing in answers for outcome in outcomes]
+    assert found == alone
+
+
+def test_what_waits_goes_together_and_is_read_at_once(monkeypatch):
+    jobs = [random_job("rows", [n + 1] * 2, n) for n in range(4)]
+    batches, reads, read = [], [], evaluator.read
+    monkeypatch.setattr(evaluator, "read", lambda launched: reads.append(len(launched)) or read(launched))
+    engine = cpu_engine(batching=TOGETHER, observe=lambda *sizes: batches.append(sizes))
+    with closing(engine), ThreadPoolExecutor(4) as pool:
+        futures = asked_together(engine, jobs, pool)
+        found = [bits_of(future.result(30)[0]) for future in futures]
+        assert (batches, reads) == ([(1, 1), (4, 8)], [1, 8])
+        assert found == [bits_of(engine.compute(job)[0]) for job in jobs]
+
+
+def test_a_bad_item_in_a_batch_fails_its_own_request_alone():
+    good = [random_job("rows", [3, 4], n) for n in range(2)]
+    bad = random_job("rows", [3, 4], 7, strict=True)
+    logits = bad.items[1].arguments["inputs"].copy()
+    logits[2, 1] = np.nan
+    bad.items[1] = replace(bad.items[1], arguments={**bad.items[1].arguments, "inputs": logits})
+    engine = cpu_engine(batching=TOGETHER)
+    with closing(engine), ThreadPoolExecutor(3) as pool:
+        first, refused, last = asked_together(engine, [good[0], bad, good[1]], pool)
+        with pytest.raises(InvalidInputError) as caught:
+            refused.result(30)
+        assert caught.value.field == "items[1].inputs"
+        assert bits_of(first.result(30)[0]) == bits_of(engine.compute(good[0])[0])
+        assert bits_of(last.result(30)[0]) == bits_of(engine.compute(good[1])[0])
+
+
+class Hungry(nn.Module):
+    """Runs out of memory for more than so many numbers; the first time for any."""
+
+    def __init__(self, most, error=torch.OutOfMemoryError):
+        super().__init__()
+        self.most, self.error, self.calls = most, error, 0
+
+    def forward(self, pred):
+        self.calls += 1
+        if self.calls == 1 or len(pred) > self.most:
+            raise self.error("too much")
+        return pred.sum()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_want_of_memory_that_passes_is_not_noticed(error):
+    with closing(cpu_engine()) as engine:
+        outcomes, _ = engine.compute(custom_job(Hungry(3, error), items=3))
+        assert [float(outcome.loss) for outcome in outcomes] == [1, 2, 3]
+
+
+def test_an_item_too_large_fails_its_request_by_name_and_the_next_is_fine():
+    module = Hungry(2)
+    with closing(cpu_engine()) as engine:
+        with pytest.raises(OutOfMemoryError) as caught:
+            engine.compute(custom_job(module, items=4))
+        assert (caught.value.reason, caught.value.field) == (Reason.OUT_OF_MEMORY, "items[2]")
+        assert len(engine.compute(custom_job(module, items=2))[0]) == 2
+
+
+def test_a_batch_too_large_is_taken_apart_and_fails_where_one_is_too_large_alone(monkeypatch):
+    jobs = [random_job("rows", [2, 3], 1), random_job("rows", [50], 2), random_job("rows", [4], 3)]
+    engine = cpu_engine(batching=TOGETHER)
+    launch, held_now = evaluator.Evaluator._launch, []
+
+    def meagre(self, job, item):
+        """Has memory for a few rows, until what was launched has been read."""
+        rows = len(item.arguments["inputs"]) if "inputs" in item.arguments else 0
+        held_now.append(rows)
+        if sum(held_now) > 8:
+            held_now.clear()
+            raise torch.OutOfMemoryError
+        return launch(self, job, item)
+
+    read = evaluator.read
+    monkeypatch.setattr(evaluator.Evaluator, "_launch", meagre)
+    monkeypatch.setattr(evaluator, "read", lambda launched: held_now.clear() or read(launched))
+    with closing(engine), ThreadPoolExecutor(3) as pool:
+        first, large, last = asked_together(engine, jobs, pool)
+        with pytest.raises(OutOfMemoryError) as caught:
+            large.result(30)
+        assert caught.value.field == "items[0]"
+        assert bits_of(first.result(30)[0]) == bits_of(engine.compute(jobs[0])[0])
+        assert bits_of(last.result(30)[0]) == bits_of(engine.compute(jobs[2])[0])
+
+
+def test_a_host_without_memory_is_no_fault_of_the_server(monkeypatch):
+    def full(self, job, item):
+        raise RuntimeError(
+            "[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+        )
+
+    monkeypatch.setattr(evaluator.Evaluator, "_launch", full)
+    with closing(cpu_engine()) as engine, pytest.raises(OutOfMemoryError):
+        engine.compute(random_job("rows", [1], 1))
+
+
+class Leaves(nn.Module):
+    """Its caller is gone once it has been asked so often."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.calls = most, 0
+
+    def forward(self, pred):
+        self.calls += 1
+        return pred.sum()
+
+    def is_gone(self):
+        return self.calls >= self.most
+
+
+def test_an_evaluation_is_cut_short_between_items_when_its_caller_leaves():
+    module = Leaves(2)
+    with closing(cpu_engine()) as engine:
+        with pytest.raises(CallerGoneError):
+            engine.compute(custom_job(module, items=5), Asker(is_gone=module.is_gone))
+        assert module.calls == 2
+
+
+def test_an_assignment_is_cut_short_between_items_when_its_caller_leaves(monkeypatch):
+    done, assign = [], FCOSAssigner.assign_objects
+    monkeypatch.setattr(
+        FCOSAssigner, "assign_objects", lambda *given, **named: done.append(1) or assign(*given, **named)
+    )
+    assigner = FCOSAssigner(strides=(8,), regress_ranges=((-1.0, 64.0),))
+    item = AssignItem(path="items[0]", objects=assigner.read([]), sizes=[(4, 4)])
+    with closing(cpu_engine()) as engine:
+        with pytest.raises(CallerGoneError):
+            engine.assign(
+                AssignJob(assigner=assigner, max_positives=9, items=[item] * 5),
+                Asker(is_gone=lambda: len(done) == 2),
+            )
+        assert len(done) == 2
+        with pytest.raises(DeadlineError):
+            engine.assign(
+                AssignJob(assigner=assigner, max_positives=9, items=[item]),
+                Asker(deadline=time.monotonic() - 1),
+            )
+        assert len(done) == 2
+
+
+@pytest.mark.parametrize("who", [Asker(deadline=0.0), Asker(is_gone=lambda: True)])
+def test_nothing_is_computed_for_whoever_is_gone(who):
+    module = Leaves(99)
+    with closing(cpu_engine()) as engine:
+        with pytest.raises((DeadlineError, CallerGoneError)):
+            engine.compute(custom_job(module), who)
+        assert module.calls == 0
+
+
+def test_a_caller_that_leaves_at_its_deadline_was_late():
+    soon = Asker(deadline=time.monotonic() + 0.05, is_gone=lambda: True)
+    assert isinstance(soon.problem(), DeadlineError)
+    early = Asker(deadline=time.monotonic() + 60, is_gone=lambda: True)
+    assert isinstance(early.problem(), CallerGoneError)
+    assert Asker(deadline=time.monotonic() + 60).problem() is None
+
+
+def test_jobs_on_one_owners_memory_are_done_in_the_order_of_asking_whoever_brings_them():
+    # A call that was tried twice, over two connections: the first must not write after the second's answer.
+    order = []
+
+    class Writes(nn.Module):
+        def forward(self, pred):
+            order.append(len(pred))
+            return pred.sum()
+
+    first, second = custom_job(Writes(), items=3, owner="owner"), custom_job(Writes(), owner="owner")
+    engine = cpu_engine(batching=Batching(max_items=1))
+    with closing(engine), ThreadPoolExecutor(2) as pool:
+        for future in asked_together(engine, [first, second], pool):
+            future.result(30)
+    assert order == [1, 2, 3, 1]
+
+
+def test_who_waits_when_the_engine_closes_is_told_that_it_stops():
+    engine, module = cpu_engine(), Held()
+    with ThreadPoolExecutor(3) as pool:
+        holding = pool.submit(engine.compute, custom_job(module, items=2))
+        assert module.entered.wait(30)
+        waiting = [
+            pool.submit(engine.compute, job) for job in (random_job("rows", [1], 1), custom_job(module))
+        ]
+        wait_until(lambda: engine.waiting_count == 2)
+        engine.close()
+        for future in waiting:
+            with pytest.raises(UnavailableError) as caught:
+                future.result(30)
+            assert caught.value.reason is Reason.DRAINING
+        module.release.set()
+        assert len(holding.result(30)[0]) == 2
+
+
+def test_a_job_whose_thread_was_let_go_is_told_that_the_engine_stops():
+    engine = cpu_engine()
+    engine._torch_thread.shutdown()
+    with pytest.raises(UnavailableError) as caught:
+        engine.compute(custom_job(Leaves(9)))
+    assert caught.value.reason is Reason.DRAINING
+
+
+def test_a_device_that_does_not_come_back_turns_work_away_until_it_does():
+    engine, said = cpu_engine(), []
+    engine.watch(0.2, said.append)
+    with closing(engine), ThreadPoolExecutor(1) as pool:
+        with held(engine):
+            waiting = pool.submit(engine.compute, random_job("rows", [1], 1))
+            with pytest.raises(UnavailableError) as caught:
+                waiting.result(30)
+            assert caught.value.reason is Reason.DEVICE_WEDGED
+            assert engine.is_wedged
+            with pytest.raises(UnavailableError):
+                engine.compute(random_job("rows", [1], 1))
+        wait_until(lambda: said == [True, False])
+        assert not engine.is_wedged
+        assert len(engine.compute(random_job("rows", [1], 1))[0]) == 1
+
+
+def test_nothing_is_watched_where_none_is_to_be():
+    engine = cpu_engine()
+    engine.watch(0, pytest.fail)
+    with closing(engine):
+        assert engine._watchdog is None
