@@ -7,40 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from lossd_client import Client, CustomLoss, LossdError
 from tests.whole.conftest import LOSSD, run, serving
-
-
-def test_sigterm_ends_the_server_with_0():
-    with serving() as (process, _, _):
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "stopped" in log
-
-
-def test_work_that_outlasts_the_drain_does_not_hold_up_the_end(tmp_path):
-    (tmp_path / "sleepy.py").write_text((Path(__file__).parent / "sleepy.py").read_text())
-    options = ("--load", "sleepy:Sleepy", "--drain-seconds", "0.5")
-    with (
-        serving(*options, directory=tmp_path) as (process, address, _),
-        Client(address) as client,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        call = pool.submit(client.compute_loss, CustomLoss("Sleepy"), {"pred": np.ones(3)})
-        while client.server_info().uptime_seconds < 1:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=15)
-        assert isinstance(call.exception(timeout=30), LossdError)
-    assert process.returncode == 0
 
 
 def test_settings_come_from_option_then_environment_then_file(tmp_path):
