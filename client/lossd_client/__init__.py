@@ -8,6 +8,7 @@ with Client("localhost:50051") as client:
 ```
 """
 
+from lossd_client._access import TLS
 from lossd_client._arrays import Array
 from lossd_client._configs import (
     CenternessLoss,
@@ -18,6 +19,7 @@ from lossd_client._configs import (
     GIoULoss,
 )
 from lossd_client._errors import (
+    AccessError,
     DeadlineError,
     InvalidInputError,
     LossdError,
@@ -32,6 +34,8 @@ from lossd_client.aio import AsyncClient
 from lossd_client.client import Client
 
 __all__ = [
+    "TLS",
+    "AccessError",
     "Array",
     "AsyncClient",
     "CenternessLoss",

@@ -4,7 +4,9 @@ LossdError
 ├── InvalidInputError     INVALID_ARGUMENT: the request breaks a rule; also a ValueError
 ├── NotFoundError         NOT_FOUND: no such custom loss; also a LookupError
 ├── TooLargeError         RESOURCE_EXHAUSTED: more than the server reads, or its device holds
-├── UnavailableError      UNAVAILABLE: no server there, or it is stopping; also a ConnectionError
+├── AccessError           UNAUTHENTICATED, PERMISSION_DENIED: no good token; also a PermissionError
+├── UnavailableError      UNAVAILABLE: no server there, or it is stopping, or RATE_LIMITED; also a
+│                         ConnectionError
 ├── DeadlineError         DEADLINE_EXCEEDED: the timeout passed; also a TimeoutError
 └── ServerError           anything else: a fault of the server or of a custom loss
 """
@@ -82,8 +84,12 @@ class TooLargeError(LossdError):
     """The request is larger than the server reads, or than its device holds."""
 
 
+class AccessError(LossdError, PermissionError):
+    """The server does not know the client's token, or the client has none."""
+
+
 class UnavailableError(LossdError, ConnectionError):
-    """There is no server at the target, or it is stopping."""
+    """There is no server at the target, it is stopping, or the client's token may ask no more for now."""
 
 
 class DeadlineError(LossdError, TimeoutError):
@@ -98,9 +104,14 @@ _BY_CODE: dict[grpc.StatusCode, type[LossdError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: TooLargeError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessError,
+    grpc.StatusCode.PERMISSION_DENIED: AccessError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
 }
+
+_BY_REASON: dict[str, type[LossdError]] = {"RATE_LIMITED": UnavailableError}
+"""Where the code, by gRPC's custom, says less than the reason."""
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -118,7 +129,7 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         detail.Unpack(retry)
     metadata = dict(info.metadata)
     field = metadata.pop("field", "")
-    make = _BY_CODE.get(error.code(), ServerError)
+    make = _kind_of(error.code(), info.reason)
     ours = make(
         error.code(),
         error.details() or "",
@@ -142,13 +153,18 @@ def _details_of(error: Any) -> Iterable[Any]:
 def error_of_answer(error: pb.Error) -> LossdError:
     """Returns our error for a request that was refused on a stream."""
     code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
-    return _BY_CODE.get(code, ServerError)(
+    reason = _reason_name(error.reason)
+    return _kind_of(code, reason)(
         code,
         error.message,
-        reason=_reason_name(error.reason),
+        reason=reason,
         field=error.field,
         metadata={key: value for key, value in error.metadata.items() if key != "field"},
     )
+
+
+def _kind_of(code: grpc.StatusCode, reason: str) -> type[LossdError]:
+    return _BY_REASON.get(reason) or _BY_CODE.get(code, ServerError)
 
 
 def _reason_name(reason: int) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
+from lossd_client._access import Metadata
 from lossd_client._errors import LossdError, error_of_call
 from lossd_client._requests import SMALL_BYTES
 from lossd_client._storage import Storage
@@ -38,10 +39,10 @@ class StreamOfTasks(Generic[R]):
         self._failure: Exception | None = None
 
     async def results(
-        self, channel: grpc.aio.Channel, timeout: float | None
+        self, channel: grpc.aio.Channel, timeout: float | None, metadata: Metadata | None
     ) -> AsyncIterator[R | LossdError]:
         """Yields the results in the order of the items; ends the call however it is left."""
-        call: Any = channel.stream_stream(self._stream.path)(timeout=timeout)
+        call: Any = channel.stream_stream(self._stream.path)(timeout=timeout, metadata=metadata)
         tasks = [asyncio.create_task(self._send(call)), asyncio.create_task(self._receive(call))]
         order = InOrder(self._stream)
         try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
+from lossd_client._access import Metadata
 from lossd_client._errors import LossdError, error_of_call
 from lossd_client._requests import SMALL_BYTES
 from lossd_client._storage import Storage
@@ -45,10 +46,12 @@ class StreamOfThreads(Generic[R]):
         self._failure: Exception | None = None
         self._closed = False
 
-    def results(self, channel: grpc.Channel, timeout: float | None) -> Iterator[R | LossdError]:
+    def results(
+        self, channel: grpc.Channel, timeout: float | None, metadata: Metadata | None
+    ) -> Iterator[R | LossdError]:
         """Yields the results in the order of the items; ends the call however it is left."""
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(self._stream.path)
-        call = method(self._requests(), timeout=timeout)
+        call = method(self._requests(), timeout=timeout, metadata=metadata)
         receiver = threading.Thread(target=self._receive, args=(call,), name="lossd-answers", daemon=True)
         receiver.start()
         order = InOrder(self._stream)

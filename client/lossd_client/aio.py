@@ -4,12 +4,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import numpy as np
 
-from lossd.channel_options import client_options
+from lossd_client._access import TLS, Access
 from lossd_client._arrays import Array
 from lossd_client._calls import Call
 from lossd_client._configs import FCOSAssigner, LossConfig
@@ -45,6 +46,9 @@ class AsyncClient:
         timeout: Seconds that a call may take unless it says otherwise; None for no end.
         channel: A channel of the caller's to use instead; never closed here.
         shared_memory: Whether tensors may go through shared memory; see `Client`.
+        tls: See `Client`, as for the next two.
+        token: The bearer token, or the path of a file with it.
+        insecure: Whether it may go over a network as plain text.
     """
 
     def __init__(
@@ -54,8 +58,12 @@ class AsyncClient:
         timeout: float | None = 60.0,
         channel: grpc.aio.Channel | None = None,
         shared_memory: bool = True,
+        tls: TLS | None = None,
+        token: str | Path | None = None,
+        insecure: bool = False,
     ) -> None:
         self._target = target
+        self._access = Access(target, tls=tls, token=token, insecure=insecure)
         self._timeout = timeout
         self._given_channel = channel
         self._own_channel: grpc.aio.Channel | None = None
@@ -183,7 +191,7 @@ class AsyncClient:
             return_exceptions=return_exceptions,
         )
         made = StreamOfTasks(stream, items, self._message_limit, self._pool)
-        return made.results(self._channel(), timeout)
+        return made.results(self._channel(), timeout, self._access.metadata())
 
     def assign_targets_stream(
         self,
@@ -207,7 +215,7 @@ class AsyncClient:
             return_exceptions=return_exceptions,
         )
         made = StreamOfTasks(stream, batches, self._message_limit, _no_pool)
-        return made.results(self._channel(), timeout)
+        return made.results(self._channel(), timeout, self._access.metadata())
 
     async def server_info(
         self,
@@ -228,7 +236,7 @@ class AsyncClient:
         if self._given_channel is not None:
             return self._given_channel
         if self._own_channel is None or self._home != _home():
-            self._own_channel = grpc.aio.insecure_channel(self._target, options=client_options())
+            self._own_channel = self._access.open_async()
             self._home = _home()
         return self._own_channel
 
@@ -245,7 +253,11 @@ class AsyncClient:
     async def _call(self, call: Call[R], timeout: float | None) -> R:
         send: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel().unary_unary(call.path)
         try:
-            answer = await send(call.request.write(), timeout=self._timeout if timeout is None else timeout)
+            answer = await send(
+                call.request.write(),
+                timeout=self._timeout if timeout is None else timeout,
+                metadata=self._access.metadata(),
+            )
         except grpc.RpcError as error:
             raise call.error(error) from None
         return call.result(answer)

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import numpy as np
 
-from lossd.channel_options import client_options
+from lossd_client._access import TLS, Access
 from lossd_client._arrays import Array
 from lossd_client._calls import Call
 from lossd_client._configs import FCOSAssigner, LossConfig
@@ -45,6 +46,13 @@ class Client:
             another process.
         shared_memory: Whether tensors may go through memory that is shared with a server on this host,
             which happens by itself where the target is `unix:` and the server agrees.
+        tls: Encryption, as the server has it; None for plain text.
+        token: The bearer token, or the path of a file that holds it and is read for every call. A client
+            that was given the token itself is not pickled, so that it is in no pickle.
+        insecure: Whether a token may go over a network as plain text.
+
+    Raises:
+        ValueError: A token would go over a network as plain text.
     """
 
     def __init__(
@@ -54,8 +62,12 @@ class Client:
         timeout: float | None = 60.0,
         channel: grpc.Channel | None = None,
         shared_memory: bool = True,
+        tls: TLS | None = None,
+        token: str | Path | None = None,
+        insecure: bool = False,
     ) -> None:
         self._target = target
+        self._access = Access(target, tls=tls, token=token, insecure=insecure)
         self._timeout = timeout
         self._given_channel = channel
         self._own_channel: grpc.Channel | None = None
@@ -70,8 +82,13 @@ class Client:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = {"timeout": self._timeout, "shared_memory": self._sharing.is_wanted}
-        return _restore, (type(self), self._target, settings)
+        return _restore, (type(self), self._target, self._settings() | self._access.settings_to_pickle())
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return type(self)(self._target, **self._settings(), **self._access.settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {"timeout": self._timeout, "shared_memory": self._sharing.is_wanted}
 
     def compute_loss(
         self,
@@ -264,7 +281,7 @@ class Client:
             return_exceptions=return_exceptions,
         )
         made = StreamOfThreads(stream, items, self._message_limit, self._pool)
-        return made.results(self._channel(), timeout)
+        return made.results(self._channel(), timeout, self._access.metadata())
 
     def assign_targets_stream(
         self,
@@ -302,7 +319,7 @@ class Client:
             return_exceptions=return_exceptions,
         )
         made = StreamOfThreads(stream, batches, self._message_limit, lambda: None)
-        return made.results(self._channel(), timeout)
+        return made.results(self._channel(), timeout, self._access.metadata())
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns what the server says of itself.
@@ -325,7 +342,7 @@ class Client:
             return self._given_channel
         if self._own_channel is None or self._process != os.getpid():
             # A parent's channel is dropped without a close: its threads are not here to answer.
-            self._own_channel = grpc.insecure_channel(self._target, options=client_options())
+            self._own_channel = self._access.open()
             self._process = os.getpid()
         return self._own_channel
 
@@ -342,7 +359,11 @@ class Client:
     def _call(self, call: Call[R], timeout: float | None) -> R:
         send: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel().unary_unary(call.path)
         try:
-            answer = send(call.request.write(), timeout=self._timeout if timeout is None else timeout)
+            answer = send(
+                call.request.write(),
+                timeout=self._timeout if timeout is None else timeout,
+                metadata=self._access.metadata(),
+            )
         except grpc.RpcError as error:
             raise call.error(error) from None
         return call.result(answer)

@@ -10,6 +10,7 @@ import pytest
 from google.rpc import code_pb2, status_pb2
 
 from lossd_client import (
+    AccessError,
     Client,
     CustomLoss,
     DeadlineError,
@@ -39,6 +40,7 @@ UNUSED = "127.0.0.1:1"
         (InvalidInputError, ValueError),
         (NotFoundError, LookupError),
         (TooLargeError, Exception),
+        (AccessError, PermissionError),
         (UnavailableError, ConnectionError),
         (DeadlineError, TimeoutError),
         (ServerError, Exception),
