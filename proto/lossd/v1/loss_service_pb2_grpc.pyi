@@ -32,10 +32,6 @@ class LossServiceStub:
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
-
-    A caller may say how long the message of a unary call is, in bytes, by the
-    metadata `lossd-request-bytes`: a server without room for it then refuses it
-    before it is sent.
     """
 
     @_typing.overload
@@ -68,10 +64,6 @@ class LossServiceAsyncStub(LossServiceStub):
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
-
-    A caller may say how long the message of a unary call is, in bytes, by the
-    metadata `lossd-request-bytes`: a server without room for it then refuses it
-    before it is sent.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -100,10 +92,6 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
-
-    A caller may say how long the message of a unary call is, in bytes, by the
-    metadata `lossd-request-bytes`: a server without room for it then refuses it
-    before it is sent.
     """
 
     @_abc_1.abstractmethod
