@@ -156,6 +156,13 @@ WORK = [
         queries={"{{instance}} {{method}}": f"sum by (instance, method) (lossd_in_flight{{{SERVERS}}})"},
     ),
     Panel(
+        title="Bytes in flight",
+        about="Bytes of the requests that were let in; beyond --max-in-flight-bytes others are refused.",
+        unit="bytes",
+        stacked=True,
+        queries={"{{instance}}": f"lossd_in_flight_bytes{{{SERVERS}}}"},
+    ),
+    Panel(
         title="Queue",
         about="Requests that wait for the device.",
         unit="none",

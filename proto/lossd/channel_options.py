@@ -15,6 +15,11 @@ Options: TypeAlias = list[tuple[str, int | str]]
 
 _MEBIBYTE = 1 << 20
 
+_MOST_CALLS = 2**31 - 1
+
+_LEAST_CALLS = 16
+"""A connection has streams and watchers open as well."""
+
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -43,21 +48,25 @@ def client_options() -> Options:
     return [(name, value) for side, name, value in _table(-1) if _Side.CLIENT in side]
 
 
-def server_options(max_message_bytes: int, *, max_connection_age_seconds: float = 0) -> Options:
+def server_options(
+    max_message_bytes: int, *, max_connection_age_seconds: float = 0, max_calls: int = _MOST_CALLS
+) -> Options:
     """Returns the options of a server.
 
     Args:
         max_message_bytes: Largest request that it reads.
         max_connection_age_seconds: How long a connection takes new calls; 0 for ever.
+        max_calls: Calls of one connection at a time; the others wait at their client.
     """
-    options = [(name, value) for side, name, value in _table(max_message_bytes) if _Side.SERVER in side]
+    table = _table(max_message_bytes, max(max_calls, _LEAST_CALLS))
+    options = [(name, value) for side, name, value in table if _Side.SERVER in side]
     if max_connection_age_seconds:
         # With no end to the calls that run, as is gRPC's default: a stream is not cut.
         options.append(("grpc.max_connection_age_ms", round(max_connection_age_seconds * 1000)))
     return options
 
 
-def _table(max_message_bytes: int) -> Iterator[tuple[_Side, str, int | str]]:
+def _table(max_message_bytes: int, max_calls: int = _MOST_CALLS) -> Iterator[tuple[_Side, str, int | str]]:
     # What a client asked for it reads; what a server reads is the operator's to say. gRPC's own limit
     # is 4 MiB, less than the logits of one image.
     yield _Side.CLIENT, "grpc.max_receive_message_length", -1
@@ -84,5 +93,11 @@ def _table(max_message_bytes: int) -> Iterator[tuple[_Side, str, int | str]]:
     # A client's pings would be taken for an attack: the default is one in five minutes.
     yield _Side.SERVER, "grpc.http2.min_ping_interval_without_data_ms", 10_000
     yield _Side.SERVER, "grpc.keepalive_permit_without_calls", 1
+    # Nobody gets half of a server's places by one connection: what it asks beyond that waits at the client
+    # for its own earlier calls, and is not refused. Half-open calls of one connection end there too.
+    yield _Side.SERVER, "grpc.max_concurrent_streams", max_calls
+    # Or else calls that have ended, but are not cleared away, count against that: of 1,000 calls at a time
+    # by a client that keeps to it, half were reset.
+    yield _Side.SERVER, "grpc.http.overload_protection", 0
     # A port that another server has is an error, not half of the calls each.
     yield _Side.SERVER, "grpc.so_reuseport", 0

@@ -13,6 +13,9 @@ BATCHING = {"auto": None, "on": True, "off": False}
 _LARGEST_PORT = 65535
 _LONGEST_AGE = 2_000_000
 """Seconds; gRPC keeps milliseconds in 31 bits."""
+_MOST_THREADS = 4096
+"""Each request that waits has a thread."""
+_LONGEST_READ = 86_400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +28,11 @@ class ServerConfig:
         metrics_host: Address of the Prometheus endpoint.
         device: `auto` (the first GPU, else the CPU), `cpu`, `cuda` or `cuda:N`.
         max_message_bytes: Largest request that is read, and largest answer of assigned targets.
-        worker_threads: Calls handled at a time; a stream takes one as long as it is open.
-        max_streams: Streams open at a time; below `worker_threads`, so that calls always get through.
+        max_in_flight: Requests that are received, wait or are worked on at a time; further ones are
+            refused. Nobody gets more of these places over one connection than are left for others.
+        max_in_flight_bytes: Most bytes of their bodies, those on streams included; shared likewise.
+        max_streams: Streams open at a time, beside them; shared likewise.
+        read_seconds: How long the body of a call may take to come.
         max_shared_bytes: Most shared memory that one connection may pass, and that the slices of one
             request come to; 0 shares none. Shared only where one of `listen` is a Unix socket.
         max_total_shared_bytes: Most shared memory over all connections.
@@ -59,8 +65,10 @@ class ServerConfig:
     metrics_host: str = "127.0.0.1"
     device: str = "auto"
     max_message_bytes: int = 256 * MEBIBYTE
-    worker_threads: int = 64
+    max_in_flight: int = 256
+    max_in_flight_bytes: int = 1024 * MEBIBYTE
     max_streams: int = 32
+    read_seconds: float = 30.0
     max_shared_bytes: int = 1024 * MEBIBYTE
     max_total_shared_bytes: int = 4096 * MEBIBYTE
     batching: str = "auto"
@@ -88,8 +96,12 @@ class ServerConfig:
             _check_address(address)
         if self.metrics_port is not None:
             checks.require_number("metrics_port", self.metrics_port, at_least=0, at_most=_LARGEST_PORT)
-        checks.require_number("worker_threads", self.worker_threads, at_least=2)
-        checks.require_number("max_streams", self.max_streams, at_least=1, at_most=self.worker_threads - 1)
+        checks.require_number("max_in_flight", self.max_in_flight, at_least=1, at_most=_MOST_THREADS)
+        checks.require_number(
+            "max_in_flight_bytes", self.max_in_flight_bytes, at_least=self.max_message_bytes
+        )
+        checks.require_number("max_streams", self.max_streams, at_least=1, at_most=_MOST_THREADS)
+        checks.require_number("read_seconds", self.read_seconds, at_least=0.01, at_most=_LONGEST_READ)
         checks.require_number("max_shared_bytes", self.max_shared_bytes, at_least=0)
         checks.require_number(
             "max_total_shared_bytes", self.max_total_shared_bytes, at_least=self.max_shared_bytes

@@ -7,6 +7,7 @@ LossdError
 ├── UnavailableError      not now: another replica, or later
 ├── AccessError           the caller has no token
 ├── RateLimitedError      the caller's token may ask no more for now
+├── SlowBodyError         the caller's message did not come in time
 ├── DeadlineError         too late
 ├── CallerGoneError       nobody waits for the answer
 ├── OutOfMemoryError      too large for the device
@@ -73,6 +74,10 @@ class Reason(StrEnum):
     """No bearer token that the server knows."""
     RATE_LIMITED = "RATE_LIMITED"
     """The caller's token may ask no more for now."""
+    OVERLOADED = "OVERLOADED"
+    """As many requests, or bytes of them, are in flight as may be."""
+    BODY_TOO_SLOW = "BODY_TOO_SLOW"
+    """The body of a call did not come in time."""
 
 
 class LossdError(Exception):
@@ -151,6 +156,10 @@ class RateLimitedError(LossdError):
     def __init__(self, message: str, *, retry_seconds: float, **values: object) -> None:
         super().__init__(Reason.RATE_LIMITED, message, field="", **values)
         self.retry_seconds = retry_seconds
+
+
+class SlowBodyError(LossdError):
+    """The body of a call did not come in time; the call is cancelled already."""
 
 
 class DeadlineError(LossdError):

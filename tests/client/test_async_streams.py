@@ -157,7 +157,7 @@ def test_leaving_early_ends_the_call():
                 return await client.compute_loss(LOSS, *pairs(1)[0])
 
             assert with_client(server.addresses[0], use).loss > 0
-            assert server._handlers.in_flight.wait_until_none(30)
+            assert server._admission.wait_until_answered(30)
     finally:
         custom_modules.release.set()
 

@@ -165,7 +165,7 @@ def test_leaving_early_ends_the_call():
                 results.close()
                 assert not answer_threads()
                 custom_modules.release.set()
-                assert server._handlers.in_flight.wait_until_none(30)
+                assert server._admission.wait_until_answered(30)
                 assert client.compute_loss(LOSS, *pairs(1)[0]).loss > 0
             assert items.taken <= 5
     finally:

@@ -179,7 +179,7 @@ def test_where_the_root_is_read_only_what_is_written_has_a_volume(objects):
 def test_the_server_takes_its_settings(objects):
     made = config(objects)
     mounts = [mount["mountPath"] for mount in server(objects)["volumeMounts"] if mount.get("readOnly")]
-    for name in ("tls_cert", "tls_key", "tls_client_ca"):
+    for name in ("tls_cert", "tls_key", "tls_client_ca", "tokens"):
         path = getattr(made, name)
         assert path is None or any(path.startswith(f"{mount}/") for mount in mounts)
     open_to_others = [address for address in made.listen if not address.startswith("unix:")]
@@ -214,7 +214,7 @@ def test_probes_ask_the_kubelets_way_where_it_can(rendered):
     assert container["readinessProbe"]["grpc"]["service"] == "lossd.v1.LossService"
 
 
-@pytest.mark.parametrize("case", ["tls", "mtls", "sidecar"])
+@pytest.mark.parametrize("case", ["tls", "mtls-tokens", "sidecar"])
 def test_probes_ask_over_a_socket_where_the_kubelet_cannot(rendered, case):
     container = server(rendered(case))
     socket = config(rendered(case)).listen[-1]

@@ -19,6 +19,7 @@ from tests.deploy.objects import pod_spec, server, settings
 from tests.whole.conftest import LOSSD
 
 LOGITS, TARGETS = np.zeros((32, 80, 20, 20), np.float32), np.zeros((32, 20, 20), np.int64)
+TOKEN = "correct-horse-battery"  # noqa: S105  # of this test
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def place(tmp_path):
             text = text.replace(folder, f"{tmp_path}{folder}")
         return re.sub(r'"0\.0\.0\.0:\d+"', '"127.0.0.1:0"', text).replace("9464", "0")
 
-    for folder in ("etc/lossd/tls", "run/lossd"):
+    for folder in ("etc/lossd/tls", "etc/lossd/tokens", "run/lossd"):
         (tmp_path / folder).mkdir(parents=True)
     return put
 
@@ -67,23 +68,27 @@ def test_plain_settings_serve(rendered, place, tmp_path):
 
 
 def put_secret(folder):
-    """Writes what a Secret of TLS holds, and returns the authority that signed it."""
+    """Writes what the Secrets hold, and returns the authority that signed the certificate."""
     authority = Authority(folder, "authority")
     tls = folder / "etc/lossd/tls"
     pair = authority.issue()
     for name, source in {"tls.crt": pair.cert, "tls.key": pair.key, "ca.crt": authority.path}.items():
         (tls / name).write_bytes(Path(source).read_bytes())
+    (folder / "etc/lossd/tokens/tokens.toml").write_text(f'[trainer]\ntoken = "{TOKEN}"\n')
     return authority
 
 
-@pytest.mark.parametrize("case", ["tls", "mtls"])
+@pytest.mark.parametrize("case", ["tls", "mtls-tokens"])
 def test_tls_is_served_and_probed(rendered, place, tmp_path, case):
     authority = put_secret(tmp_path)
     key, certificate = authority.issue().bytes()
     with served(rendered(case), place, tmp_path) as address:
         known = grpc.ssl_channel_credentials(authority.pem, key, certificate)
         with grpc.secure_channel(address, known) as channel:
-            assert LossServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=20).version
+            with_token = {"timeout": 20, "metadata": [("authorization", f"Bearer {TOKEN}")]}
+            assert LossServiceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), **with_token).version
+            call = LossServiceStub(channel).GetServerInfo.future(pb.GetServerInfoRequest(), timeout=20)
+            assert call.code().name == ("OK" if case == "tls" else "UNAUTHENTICATED")
         anyone = grpc.ssl_channel_credentials(authority.pem)
         with grpc.secure_channel(address, anyone) as channel:
             call = LossServiceStub(channel).GetServerInfo.future(pb.GetServerInfoRequest(), timeout=20)

@@ -11,6 +11,7 @@ import pytest
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
+from lossd.v1.loss_service_pb2_grpc import LossServiceStub
 from lossd_server.rpc.pipeline import WIDTH
 from tests.service import custom_modules
 from tests.service.metrics import eventually, value
@@ -71,7 +72,7 @@ def device_held():
 
 @pytest.fixture
 def small_server():
-    with make_server(max_streams=2, worker_threads=4) as running:
+    with make_server(max_streams=3) as running:
         yield running
 
 
@@ -161,7 +162,7 @@ def test_a_malformed_envelope_ends_the_stream_with_its_reason(server, stub, meth
     assert len(stub.ComputeLoss(good_loss_request()).results) == 1
 
 
-def test_streams_beyond_the_limit_are_turned_away_and_calls_are_not(small_stub):
+def test_streams_beyond_the_limit_are_turned_away_and_calls_are_not(small_server, small_stub):
     first = OpenStream(small_stub.ComputeLossStream)
     second = OpenStream(small_stub.ComputeLossStream)
     envelope = loss_envelope(1, good_loss_request())
@@ -176,7 +177,10 @@ def test_streams_beyond_the_limit_are_turned_away_and_calls_are_not(small_stub):
         "lossd",
     )
     assert found.retry_seconds > 0
-    assert found.metadata["limit"] == "2"
+    assert (found.metadata["value"], found.metadata["limit"]) == ("2", "3")
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(small_server.addresses[0], options=own) as another:
+        assert OpenStream(LossServiceStub(another).ComputeLossStream).ask(envelope).id == 1
     for _ in range(8):
         assert small_stub.ComputeLoss(good_loss_request(), timeout=30).results
         assert small_stub.AssignTargets(good_assign_request(), timeout=30).results
@@ -247,7 +251,7 @@ def test_no_more_requests_are_read_than_there_are_places(fresh, device_held):
         assert value(fresh, "lossd_in_flight", method="ComputeLoss") == WIDTH
         custom_modules.release.set()
         assert sorted(answer.id for answer in stream.half_close()) == list(range(3 * WIDTH))
-        assert fresh._handlers.in_flight.wait_until_none(30)
+        assert fresh._admission.wait_until_answered(30)
 
 
 def test_what_was_read_before_a_malformed_envelope_is_answered(server):
@@ -295,6 +299,6 @@ def test_a_cancelled_stream_leaves_nothing_behind(fresh, device_held):
             eventually(lambda: value(fresh, "lossd_in_flight", method="ComputeLoss") >= WIDTH)
             stream.answers.cancel()
         custom_modules.release.set()
-        assert fresh._handlers.in_flight.wait_until_none(30)
+        assert fresh._admission.wait_until_answered(30)
         eventually(lambda: not readers())
         assert stub.ComputeLoss(good_loss_request(), timeout=30).results

@@ -16,8 +16,8 @@ from tests.whole.conftest import LOSSD, run, serving
 
 def test_settings_come_from_option_then_environment_then_file(tmp_path):
     settings = tmp_path / "lossd.toml"
-    settings.write_text('max_streams = 3\nworker_threads = 20\ndrain_seconds = 1.5\nlog_format = "json"\n')
-    environment = {**os.environ, "LOSSD_WORKER_THREADS": "11", "LOSSD_MAX_STREAMS": "5"}
+    settings.write_text('max_streams = 3\nmax_in_flight = 20\ndrain_seconds = 1.5\nlog_format = "json"\n')
+    environment = {**os.environ, "LOSSD_MAX_IN_FLIGHT": "11", "LOSSD_MAX_STREAMS": "5"}
     with serving("--config", str(settings), "--max-streams", "7", **environment) as (_, address, line):
         assert json.loads(line)["event"] == "serving"
         assert re.search(r"streams at a time +7", run("info", address).stdout)

@@ -8,7 +8,15 @@ import pytest
 from tests.whole.conftest import run, serving
 
 BAD_SETTINGS = {
-    "streams that leave no thread": ("--max-streams 64", "max_streams: is 64, want at most 63"),
+    "streams beyond all threads": ("--max-streams 5000", "max_streams: is 5000, want at most 4096"),
+    "no place at all": ("--max-in-flight 0", "max_in_flight: is 0, want at least 1"),
+    "more places than threads": ("--max-in-flight 5000", "max_in_flight: is 5000, want at most 4096"),
+    "less room than one message takes": (
+        "--max-in-flight-bytes 1000",
+        "max_in_flight_bytes: is 1000, want at least 268435456",
+    ),
+    "no time to read": ("--read-seconds 0", "read_seconds: is 0.0, want at least 0.01"),
+    "time to read without end": ("--read-seconds 1e9", "read_seconds: is 1000000000.0, want at most 86400"),
     "shared memory below nothing": ("--max-shared-bytes -1", "max_shared_bytes: is -1, want at least 0"),
     "less shared memory in all": ("--max-total-shared-bytes 5", "max_total_shared_bytes: is 5"),
     "message limit of nothing": ("--max-message-bytes 10", "max_message_bytes: is 10"),
@@ -32,7 +40,7 @@ BAD_FILES = {
     "unknown_setting = 1": "unknown settings: unknown_setting",
     "not toml": "Expected '='",
     'max_streams = "many"': "'many' is not a valid integer",
-    "max_streams = 64": "max_streams: is 64, want at most 63",
+    "max_streams = 5000": "max_streams: is 5000, want at most 4096",
 }
 BAD_PLACES = {
     "device that is not here": ("--device tpu", "device: is 'tpu'"),

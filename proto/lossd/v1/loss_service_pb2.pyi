@@ -111,6 +111,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Nobody waits for the answer any more."""
     ERROR_REASON_DEVICE_WEDGED: _ErrorReason.ValueType  # 25
     """The device does not come back from an evaluation; another replica will answer."""
+    ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 26
+    """As many requests, or bytes of them, are in flight as the server takes of all
+    callers or of this connection; `google.rpc.RetryInfo` says when to come again.
+    """
+    ERROR_REASON_BODY_TOO_SLOW: _ErrorReason.ValueType  # 27
+    """The body of a call did not come in time. The call is cancelled, without details:
+    the reason comes as the initial metadata `lossd-reason`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused. In `google.rpc.ErrorInfo.reason` a value stands without
@@ -173,6 +181,14 @@ ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 24
 """Nobody waits for the answer any more."""
 ERROR_REASON_DEVICE_WEDGED: ErrorReason.ValueType  # 25
 """The device does not come back from an evaluation; another replica will answer."""
+ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 26
+"""As many requests, or bytes of them, are in flight as the server takes of all
+callers or of this connection; `google.rpc.RetryInfo` says when to come again.
+"""
+ERROR_REASON_BODY_TOO_SLOW: ErrorReason.ValueType  # 27
+"""The body of a call did not come in time. The call is cancelled, without details:
+the reason comes as the initial metadata `lossd-reason`.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -1283,6 +1299,7 @@ class Error(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    RETRY_DELAY_MS_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """A code of `google.rpc.Code`."""
     message: _builtins.str
@@ -1292,6 +1309,10 @@ class Error(_message.Message):
     field: _builtins.str
     """Path of the offending field, e.g. `items[3].focal.targets`; empty when no
     single field is at fault.
+    """
+    retry_delay_ms: _builtins.int
+    """When to ask again, milliseconds from now, at least 0; unset where it is of no
+    use: what `google.rpc.RetryInfo` says of a unary call.
     """
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -1305,11 +1326,14 @@ class Error(_message.Message):
         reason: Global___ErrorReason.ValueType = ...,
         field: _builtins.str = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        retry_delay_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_delay_ms", b"_retry_delay_ms", "retry_delay_ms", b"retry_delay_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "metadata", b"metadata", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_delay_ms", b"_retry_delay_ms", "code", b"code", "field", b"field", "message", b"message", "metadata", b"metadata", "reason", b"reason", "retry_delay_ms", b"retry_delay_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__retry_delay_ms: _TypeAlias = _typing.Literal["retry_delay_ms"]  # noqa: Y015
+    _WhichOneofArgType__retry_delay_ms: _TypeAlias = _typing.Literal["_retry_delay_ms", b"_retry_delay_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_delay_ms) -> _WhichOneofReturnType__retry_delay_ms | None: ...
 
 Global___Error: _TypeAlias = Error  # noqa: Y015

@@ -31,6 +31,10 @@ class LossServiceStub:
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
+
+    A caller may say how long the message of a unary call is, in bytes, by the
+    metadata `lossd-request-bytes`: a server without room for it then refuses it
+    before it is sent.
     """
 
     def __init__(self, channel):
@@ -72,6 +76,10 @@ class LossServiceServicer:
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
+
+    A caller may say how long the message of a unary call is, in bytes, by the
+    metadata `lossd-request-bytes`: a server without room for it then refuses it
+    before it is sent.
     """
 
     def ComputeLoss(self, request, context):
@@ -156,6 +164,10 @@ class LossService:
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
+
+    A caller may say how long the message of a unary call is, in bytes, by the
+    metadata `lossd-request-bytes`: a server without room for it then refuses it
+    before it is sent.
     """
 
     @staticmethod

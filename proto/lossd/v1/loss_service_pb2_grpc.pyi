@@ -32,6 +32,10 @@ class LossServiceStub:
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
+
+    A caller may say how long the message of a unary call is, in bytes, by the
+    metadata `lossd-request-bytes`: a server without room for it then refuses it
+    before it is sent.
     """
 
     @_typing.overload
@@ -64,6 +68,10 @@ class LossServiceAsyncStub(LossServiceStub):
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
+
+    A caller may say how long the message of a unary call is, in bytes, by the
+    metadata `lossd-request-bytes`: a server without room for it then refuses it
+    before it is sent.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -92,6 +100,10 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
     bad input, `google.rpc.BadRequest` with the path of the offending field.
+
+    A caller may say how long the message of a unary call is, in bytes, by the
+    metadata `lossd-request-bytes`: a server without room for it then refuses it
+    before it is sent.
     """
 
     @_abc_1.abstractmethod

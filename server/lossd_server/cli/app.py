@@ -61,8 +61,10 @@ def app() -> None:
 @server_option("--metrics-host", help="Address of the Prometheus endpoint.")
 @server_option("--device", help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N.")
 @server_option("--max-message-bytes", type=int, help="Largest request that is read.")
-@server_option("--worker-threads", type=int, help="Calls handled at a time; an open stream takes one.")
-@server_option("--max-streams", type=int, help="Streams open at a time; fewer than the worker threads.")
+@server_option("--max-in-flight", type=int, help="Requests in flight at a time; further ones are refused.")
+@server_option("--max-in-flight-bytes", type=int, help="Most bytes of requests in flight.")
+@server_option("--max-streams", type=int, help="Streams open at a time.")
+@server_option("--read-seconds", type=float, help="How long the body of a call may take to come.")
 @server_option(
     "--max-shared-bytes",
     type=int,

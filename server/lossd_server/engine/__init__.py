@@ -1,5 +1,6 @@
 """Runs the work: whose turn it is, what goes together, on which device, until told to drain."""
 
+from lossd_server.engine.admission import Admission, LockedBudget, Place
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
 from lossd_server.engine.custom import CustomLoss, load_custom_losses
@@ -16,15 +17,18 @@ from lossd_server.engine.work import (
 )
 
 __all__ = [
+    "Admission",
     "Asker",
     "AssignItem",
     "AssignJob",
     "Batching",
     "CustomLoss",
     "Engine",
+    "LockedBudget",
     "LossItem",
     "LossJob",
     "LossOutcome",
+    "Place",
     "Timing",
     "describe_device",
     "device_memory",

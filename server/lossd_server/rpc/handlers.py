@@ -18,15 +18,17 @@ import structlog
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
+from lossd_server.engine import Admission, LockedBudget
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.decode import parse
-from lossd_server.rpc.in_flight import InFlight
+from lossd_server.rpc.door import Door
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.pipeline import WIDTH, Pipeline
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
+from lossd_server.rpc.standard import too_many
 from lossd_server.rpc.status import stream_error
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
@@ -71,18 +73,33 @@ class _Body:
 class Handlers:
     """The gRPC handlers of a service.
 
-    Attributes:
-        in_flight: The calls that are not answered yet.
+    Unary methods take a stream of requests, as far as gRPC knows: it calls such a handler at once, where it
+    would have its thread wait for the body of any other for as long as the caller likes.
+
+    Args:
+        service: What answers.
+        metrics: What counts.
+        refusals: Where refusals are recorded.
+        admission: Who lets requests in.
+        door: How they come in.
+        max_streams: Streams open at a time.
     """
 
     def __init__(
-        self, service: LossService, metrics: Metrics, refusals: Refusals, *, max_streams: int
+        self,
+        service: LossService,
+        metrics: Metrics,
+        refusals: Refusals,
+        admission: Admission,
+        door: Door,
+        *,
+        max_streams: int,
     ) -> None:
-        self.in_flight = InFlight()
         self._metrics = metrics
         self._refusals = refusals
-        self._max_streams = max_streams
-        self._stream_places = threading.BoundedSemaphore(max_streams)
+        self._admission = admission
+        self._door = door
+        self._streams = LockedBudget(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
         self._stream_pool = ThreadPoolExecutor(max_streams * WIDTH, thread_name_prefix="lossd-stream")
         self._pipelines: set[Pipeline] = set()
@@ -120,23 +137,29 @@ class Handlers:
         self._stream_pool.shutdown(wait=False, cancel_futures=True)
 
     def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
-        def handle(body: _Body, call: grpc.ServicerContext) -> bytes:
-            self._count_until_answered(call)
+        def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> bytes:
+            place = None
             try:
-                with self.in_flight:  # and until the work is done
-                    return self._answer(method, body, call)
-            except Exception as error:  # noqa: BLE001  # every exception gets its status here
+                place = self._door.enter(call)
+                return self._answer(method, self._door.receive(bodies, call, place), call)
+            except grpc.RpcError:
+                raise  # its caller is gone
+            except Exception as error:  # noqa: BLE001  # every other exception gets its status here
                 self._abort(method, error, call)
+            finally:
+                if place is not None:
+                    self._admission.leave(place)
 
-        return grpc.unary_unary_rpc_method_handler(handle, request_deserializer=_Body)
+        return grpc.stream_unary_rpc_method_handler(handle, request_deserializer=_Body)
 
     def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[_Body, bytes]":
         def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             self._count_until_answered(call)
-            if not self._stream_places.acquire(blocking=False):
-                self._abort(stream.method, self._too_many_streams(), call)
-            tasks = (partial(self._answer_on_stream, stream, body, call) for body in bodies)
-            pipeline = Pipeline(self._stream_pool, self.in_flight, self._refuse_when_draining)
+            peer = call.peer()
+            if not self._streams.take(peer):
+                self._abort(stream.method, too_many(self._streams, "streams"), call)
+            tasks = (partial(self._answer_on_stream, stream, body, call, peer) for body in bodies)
+            pipeline = Pipeline(self._stream_pool, self._admission, self._refuse_when_draining)
             self._pipelines.add(pipeline)
             try:
                 yield from pipeline.answers(tasks)
@@ -144,14 +167,14 @@ class Handlers:
                 self._abort(stream.method, error, call)
             finally:
                 self._pipelines.discard(pipeline)
-                self._stream_places.release()
+                self._streams.give_back(peer)
 
         return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=_Body)
 
     def _count_until_answered(self, call: grpc.ServicerContext) -> None:
-        self.in_flight.begin()
-        if not call.add_callback(self.in_flight.end):
-            self.in_flight.end()  # at once, where the caller is gone
+        self._admission.begin()
+        if not call.add_callback(self._admission.end):
+            self._admission.end()  # at once, where the caller is gone
 
     def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext) -> bytes:
         with self._observed(method, len(body)) as stages:
@@ -160,18 +183,21 @@ class Handlers:
             response = method.answer(request, stages, Caller.of(call))
             return self._serialize(method, response, stages)
 
-    def _answer_on_stream(self, stream: _StreamMethod, body: _Body, call: grpc.ServicerContext) -> bytes:
-        method = stream.method
-        with self._observed(method, len(body)) as stages:
+    def _answer_on_stream(
+        self, stream: _StreamMethod, body: _Body, call: grpc.ServicerContext, peer: str
+    ) -> bytes:
+        method, size = stream.method, len(body)
+        with self._observed(method, size) as stages:
             with stages.timed("decode"):
                 envelope = parse(stream.request, body.take())
             mark = envelope.message.id
             try:
-                response = method.answer(_request_in(envelope), stages, Caller.of(call))
+                with self._admission.holding(peer, size):
+                    response = method.answer(_request_in(envelope), stages, Caller.of(call))
                 answer = Parcel(stream.response(id=mark, response=response.message), response.payloads)
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)
-                self._refusals.record(method.name, refusal, call.peer())
+                self._refusals.record(method.name, refusal, peer)
                 answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
             return self._serialize(method, answer, stages)
 
@@ -198,11 +224,6 @@ class Handlers:
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():
             raise UnavailableError(Reason.DRAINING, "the server is stopping")
-
-    def _too_many_streams(self) -> UnavailableError:
-        return UnavailableError(
-            Reason.TOO_MANY_STREAMS, f"{self._max_streams} streams are open", limit=self._max_streams
-        )
 
 
 def _request_in(envelope: Parcel[Any]) -> Parcel[Any]:

@@ -103,6 +103,9 @@ class Metrics:
             "lossd_response_bytes", "Size of an answer.", ("method",), buckets=BYTES, registry=registry
         )
         self.in_flight = Gauge("lossd_in_flight", "Requests being served.", ("method",), registry=registry)
+        self.in_flight_bytes = Gauge(
+            "lossd_in_flight_bytes", "Bytes of the requests that were let in.", registry=registry
+        )
         self.refusals = Counter(
             "lossd_refusals", "Requests refused, by reason.", ("method", "reason"), registry=registry
         )

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 
+from lossd_server.engine import Admission
 from lossd_server.errors import LossdError
-from lossd_server.rpc.in_flight import InFlight
 
 WIDTH = 4
 """Requests of a stream that are worked on or sent at a time; no more are read, and so the caller waits."""
@@ -20,13 +20,13 @@ class Pipeline:
 
     Args:
         pool: Works on them.
-        in_flight: Counts each until its work is done.
+        admission: Counts each until its work is done.
         check: Called before a request is read; raises a `LossdError` where none is to be.
     """
 
-    def __init__(self, pool: Executor, in_flight: InFlight, check: Callable[[], None]) -> None:
+    def __init__(self, pool: Executor, admission: Admission, check: Callable[[], None]) -> None:
         self._pool = pool
-        self._in_flight = in_flight
+        self._admission = admission
         self._check = check
         self._places = threading.Semaphore(WIDTH)
         self._done: SimpleQueue[Future[bytes] | None] = SimpleQueue()
@@ -99,8 +99,8 @@ class Pipeline:
                 return False
             future = self._pool.submit(task)
             self._open.add(future)
-        self._in_flight.begin()
-        future.add_done_callback(lambda _: self._in_flight.end())
+        self._admission.begin()
+        future.add_done_callback(lambda _: self._admission.end())
         future.add_done_callback(self._done.put)
         return True
 

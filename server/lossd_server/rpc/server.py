@@ -7,13 +7,12 @@ from typing import Any, Self
 import grpc
 import prometheus_client
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from lossd import __version__
 from lossd.channel_options import server_options
 from lossd_server.config import BATCHING, ServerConfig
 from lossd_server.engine import (
+    Admission,
     Batching,
     Engine,
     describe_device,
@@ -25,6 +24,7 @@ from lossd_server.engine import (
 from lossd_server.errors import ConfigurationError, Reason
 from lossd_server.rpc.auth import AuthInterceptor
 from lossd_server.rpc.collectors import register_device
+from lossd_server.rpc.door import Door
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
 from lossd_server.rpc.interceptor import MetricsInterceptor
 from lossd_server.rpc.listeners import listen
@@ -32,15 +32,15 @@ from lossd_server.rpc.metrics import Metrics, State
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.refusing import RefusingHandlers
 from lossd_server.rpc.service import LossService
+from lossd_server.rpc.standard import StandardServices
 from lossd_server.rpc.tls import Certificates
 from lossd_server.rpc.tokens import Tokens
 from lossd_server.shared_memory import RegionListener, Regions
 
 _log = structlog.get_logger()
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_HEALTH_NAMES = ("", SERVICE_NAME)
+_REFUSING_THREADS = 8
+"""Beside those of requests that were let in: they judge those that come."""
 
 _FLUSH_SECONDS = 0.5
 """How long connections may take to carry the last answers."""
@@ -76,19 +76,30 @@ class Server:
             _batching(self._config),
             self._metrics.observe_batch,
         )
-        self._pool = ThreadPoolExecutor(self._config.worker_threads, thread_name_prefix="lossd-rpc")
-        self._health_pool = ThreadPoolExecutor(1, thread_name_prefix="lossd-health")
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=self._health_pool
-        )
+        threads = self._config.max_in_flight + self._config.max_streams + _REFUSING_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lossd-rpc")
         self._sharing = _sharing(self._config)
         self._refusals = Refusals(self._metrics)
         self._refusing = RefusingHandlers(self._refusals)
         self._auth = self._authentication()
         service = LossService(self._engine, self._metrics, self._config, self._sharing)
-        self._handlers = Handlers(
-            service, self._metrics, self._refusals, max_streams=self._config.max_streams
+        self._admission = Admission(
+            max_requests=self._config.max_in_flight, max_bytes=self._config.max_in_flight_bytes
         )
+        self._door = Door(
+            self._admission,
+            read_seconds=self._config.read_seconds,
+            max_message_bytes=self._config.max_message_bytes,
+        )
+        self._handlers = Handlers(
+            service,
+            self._metrics,
+            self._refusals,
+            self._admission,
+            self._door,
+            max_streams=self._config.max_streams,
+        )
+        self._standard = StandardServices((SERVICE_NAME,), self._refusals, self._config.read_seconds)
         self._grpc = self._assemble()
         self._metrics_server: Any = None
 
@@ -105,7 +116,7 @@ class Server:
         Raises:
             ConfigurationError: An address or the metrics port cannot be listened on.
         """
-        self._set_health(_NOT_SERVING)
+        self._standard.set_health(serving=False)
         try:
             self.addresses = listen(self._grpc, self._config, self._credentials)
             if self._sharing is not None:
@@ -116,7 +127,7 @@ class Server:
             raise
         self._grpc.start()
         self._engine.warm_up()
-        self._set_health(_SERVING)
+        self._standard.set_health(serving=True)
         self._metrics.set_state(State.SERVING)
         self._engine.watch(self._config.wedged_seconds, self._on_wedged)
         _log.info(
@@ -134,8 +145,9 @@ class Server:
             grace: Seconds; None means the configured `drain_seconds`.
         """
         grace = self._config.drain_seconds if grace is None else grace
-        self._health.enter_graceful_shutdown()  # whatever the device does from now on
+        self._standard.drain()  # whatever the device does from now on
         self._metrics.set_state(State.DRAINING)
+        self._admission.drain()
         self._engine.drain()
         self._handlers.drain()
         drained = self._shut_down(grace)
@@ -144,7 +156,7 @@ class Server:
     def _shut_down(self, grace: float) -> bool:
         """Stops everything that was started; returns whether every request was answered."""
         stopped = self._grpc.stop(grace)  # refuses new calls at once
-        answered = self._handlers.in_flight.wait_until_none(grace)
+        answered = self._admission.wait_until_answered(grace)
         # The last answers may still be on their way. What stays open then has nothing to say: watchers
         # of health.
         if not stopped.wait(_FLUSH_SECONDS):
@@ -153,11 +165,12 @@ class Server:
         self._engine.close()
         self._handlers.close()
         self._refusing.close()
+        self._door.close()
+        self._standard.close()
         self._refusals.close()
         if self._sharing is not None:
             self._sharing.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._health_pool.shutdown(wait=False, cancel_futures=True)
         if self._metrics_server is not None:
             server, thread = self._metrics_server
             server.shutdown()
@@ -178,15 +191,16 @@ class Server:
             self._pool,
             interceptors=[MetricsInterceptor(self._metrics), *self._auth],
             options=server_options(
-                config.max_message_bytes, max_connection_age_seconds=config.max_connection_age_seconds
+                config.max_message_bytes,
+                max_connection_age_seconds=config.max_connection_age_seconds,
+                max_calls=config.max_in_flight // 2,
             ),
         )
         server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        server.add_generic_rpc_handlers(self._standard.generic_handlers())
         if self._sharing is not None:
             self._metrics.shared_memory.set_function(partial(getattr, self._sharing.regions, "held_bytes"))
+        self._metrics.in_flight_bytes.set_function(partial(getattr, self._admission, "bytes"))
         self._describe_engine()
         return server
 
@@ -216,11 +230,7 @@ class Server:
         self.metrics_port = self._metrics_server[0].server_port
 
     def _on_wedged(self, is_wedged: bool) -> None:  # noqa: FBT001  # the one thing that it is told
-        self._set_health(_NOT_SERVING if is_wedged else _SERVING)
-
-    def _set_health(self, status: int) -> None:
-        for name in _HEALTH_NAMES:
-            self._health.set(name, status)
+        self._standard.set_health(serving=not is_wedged)
 
 
 def _batching(config: ServerConfig) -> Batching:

@@ -17,6 +17,9 @@ DOMAIN = "lossd"
 RETRY_SECONDS = 1
 """When a caller that was turned away may come again."""
 
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""When gRPC itself, in the client, may try again: its own backoff knows nothing of the queue here."""
+
 MAX_VALUE_LENGTH = 256
 """Longest value in the metadata of an error: status details travel in a header of limited size."""
 
@@ -33,6 +36,8 @@ CODES: dict[Reason, grpc.StatusCode] = {
     Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.DEVICE_WEDGED: grpc.StatusCode.UNAVAILABLE,
     Reason.CANCELLED: grpc.StatusCode.CANCELLED,
+    Reason.OVERLOADED: grpc.StatusCode.UNAVAILABLE,
+    Reason.BODY_TOO_SLOW: grpc.StatusCode.CANCELLED,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }
@@ -51,9 +56,10 @@ def status_of(error: LossdError) -> status_pb2.Status:
             field=shorten(error.field), description=shorten(error.message)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, UnavailableError) or error.retry_seconds is not None:
+    retry_delay = _retry_milliseconds(error)
+    if retry_delay is not None:
         delay = Duration()
-        delay.FromMilliseconds(_retry_milliseconds(error))
+        delay.FromMilliseconds(retry_delay)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     status = status_pb2.Status(code=code_of(error).value[0], message=shorten(str(error)))
     for detail in details:
@@ -65,7 +71,11 @@ def status_of(error: LossdError) -> status_pb2.Status:
 
 def grpc_status_of(error: LossdError) -> Any:
     """Returns the same as gRPC takes it, a `grpc.Status`."""
-    return rpc_status.to_status(status_of(error))
+    status: Any = rpc_status.to_status(status_of(error))
+    if error.retry_seconds is None:  # a stopping server's callers had better try another at once
+        return status
+    pushback = (_PUSHBACK_KEY, str(_retry_milliseconds(error)))
+    return status._replace(trailing_metadata=(*status.trailing_metadata, pushback))
 
 
 def stream_error(error: LossdError) -> pb.Error:
@@ -76,12 +86,16 @@ def stream_error(error: LossdError) -> pb.Error:
         reason=number_of(REASONS, error.reason),
         field=shorten(error.field),
         metadata=_metadata(error),
+        retry_delay_ms=_retry_milliseconds(error),
     )
 
 
-def _retry_milliseconds(error: LossdError) -> int:
-    """Returns when to come again, rounded up: never before there is room."""
-    return ceil((RETRY_SECONDS if error.retry_seconds is None else error.retry_seconds) * 1000)
+def _retry_milliseconds(error: LossdError) -> int | None:
+    """Returns when to come again, rounded up: never before there is room. None where that is no use."""
+    seconds = error.retry_seconds
+    if seconds is None and isinstance(error, UnavailableError):
+        seconds = RETRY_SECONDS
+    return None if seconds is None else ceil(seconds * 1000)
 
 
 def _metadata(error: LossdError) -> dict[str, str]:

@@ -98,7 +98,7 @@ def test_memory_of_a_call_that_was_given_up_is_not_used_again(both, client, held
     memory = region.array(0, (region.size,), np.dtype("u1"))
     before = memory.copy()
     custom_modules.release.set()
-    wait_until(lambda: both._handlers.in_flight._count == 0)
+    wait_until(lambda: both._admission._unanswered == 0)
     assert not np.array_equal(memory, before)  # nobody else's: only now was it written to
     assert (array == 7).all()
     del memory

@@ -1,0 +1,109 @@
+"""Bodies of requests as they come, or do not: whoever sends one too slowly is hung up on."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TypeVar
+
+import grpc
+
+from lossd.headers import CANCELLED_FOR
+from lossd_server.errors import Reason, SlowBodyError
+
+T = TypeVar("T")
+
+_LOOKS = 4
+"""How often those who wait are looked through in the time that one may wait."""
+
+_LONGEST_SLEEP = 1.0
+
+
+class _Wait:
+    """A call whose body has not come."""
+
+    __slots__ = ("call", "is_given_up", "since")
+
+    def __init__(self, call: grpc.ServicerContext) -> None:
+        self.call = call
+        self.since = time.monotonic()
+        self.is_given_up = False
+
+
+class BodyReader:
+    """Waits for bodies, for a time.
+
+    gRPC has a thread wait for each, which wakes up when its call is cancelled: a thread of this class's own
+    looks through those who wait, and does that to whoever has for too long.
+
+    Args:
+        seconds: How long a body may take.
+        most: How many are waited for: when another comes, whoever has waited longest is given up. None for
+            any number.
+    """
+
+    def __init__(self, seconds: float, most: int | None = None) -> None:
+        self._seconds = seconds
+        self._most = most
+        self._lock = threading.Lock()
+        self._waits: dict[_Wait, None] = {}  # whoever has waited longest comes first
+        self._watch: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def read(self, bodies: Iterator[T], call: grpc.ServicerContext) -> T | None:
+        """Returns the next body of a call, None where no other comes.
+
+        Raises:
+            SlowBodyError: It did not come in time.
+            grpc.RpcError: The caller is gone.
+        """
+        wait = self._begin(call)
+        try:
+            body = next(bodies, None)
+        except grpc.RpcError:
+            if not wait.is_given_up:
+                raise
+        finally:
+            with self._lock:
+                self._waits.pop(wait, None)
+        if wait.is_given_up:
+            raise SlowBodyError(
+                Reason.BODY_TOO_SLOW,
+                f"the body did not come within {self._seconds:g} s, or others were waiting",
+                limit=self._seconds,
+            )
+        return body
+
+    def give_up_oldest(self, least_seconds: float = 0.0) -> bool:
+        """Ends the call that has waited longest, if it has for so long; returns whether there was one."""
+        with self._lock:
+            wait = next(iter(self._waits), None)
+            if wait is None or time.monotonic() - wait.since < least_seconds:
+                return False
+            del self._waits[wait]
+            wait.is_given_up = True
+        with suppress(grpc.RpcError, ValueError):  # it is gone, or has begun to be answered
+            wait.call.send_initial_metadata(((CANCELLED_FOR, Reason.BODY_TOO_SLOW),))
+        wait.call.cancel()
+        return True
+
+    def close(self) -> None:
+        """Lets the thread go."""
+        self._closed.set()
+
+    def _begin(self, call: grpc.ServicerContext) -> _Wait:
+        wait = _Wait(call)
+        with self._lock:
+            self._waits[wait] = None
+            crowded = self._most is not None and len(self._waits) > self._most
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._look, name="lossd-bodies", daemon=True)
+                self._watch.start()
+        if crowded:
+            self.give_up_oldest()
+        return wait
+
+    def _look(self) -> None:
+        while not self._closed.wait(min(self._seconds / _LOOKS, _LONGEST_SLEEP)):
+            while self.give_up_oldest(self._seconds):
+                pass
