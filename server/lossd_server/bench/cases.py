@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lossd_server.bench.assign_cases import assign_cases
+from lossd_server.bench.batching_cases import batching_cases
 from lossd_server.bench.case import CaseSpec
 from lossd_server.bench.loss_cases import loss_cases
 from lossd_server.bench.option_cases import option_cases
@@ -12,6 +13,7 @@ from lossd_server.errors import InvalidInputError, Reason
 CASES: tuple[CaseSpec, ...] = (
     *loss_cases(),
     *assign_cases(),
+    *batching_cases(),
     *transport_cases(),
     *stream_cases(),
     *option_cases(),

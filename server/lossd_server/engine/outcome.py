@@ -22,7 +22,7 @@ class Launched:
     Attributes:
         item: What is evaluated.
         evaluation: What will have come of it.
-        check: The look for NaN and infinity in its inputs; None where they were refused before.
+        check: The look for NaN and infinity in its inputs; None where there is nothing to look at.
     """
 
     item: LossItem

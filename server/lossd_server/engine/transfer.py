@@ -39,10 +39,15 @@ def to_host(
         tensors: Tensors: each becomes an array of its values, bfloat16 as `ml_dtypes.bfloat16`.
     """
     rows = [number.double().flatten() for number in numbers if isinstance(number, Tensor)]
-    fetched = _fetched([*tensors, torch.cat(rows)] if rows else tensors)
-    ends = np.cumsum([len(row) for row in rows])[:-1]
-    split = iter(np.split(fetched.pop(), ends) if rows else ())
-    return [next(split) if isinstance(n, Tensor) else np.atleast_1d(n) for n in numbers], fetched
+    if not rows:
+        return list(map(_row, numbers)), _fetched(tensors)
+    *fetched, row = _fetched([*tensors, torch.cat(rows)])
+    split = iter(np.split(row, np.cumsum([len(row) for row in rows])[:-1]))
+    return [next(split) if isinstance(number, Tensor) else _row(number) for number in numbers], fetched
+
+
+def _row(number: float | Numbers) -> NDArray[np.float64]:
+    return number if isinstance(number, np.ndarray) else np.array([number], np.float64)
 
 
 def _fetched(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:

@@ -136,8 +136,8 @@ class FiniteCheck:
     @classmethod
     def begin(
         cls, arguments: Mapping[str, object], finite_inputs: frozenset[str] = frozenset()
-    ) -> "FiniteCheck":
-        """Sums up the floating-point arguments.
+    ) -> "FiniteCheck | None":
+        """Sums up the floating-point arguments, if there are any to be looked at.
 
         Args:
             arguments: Tensors, and lists of tensors, by name; anything else is passed over.
@@ -149,7 +149,7 @@ class FiniteCheck:
             for path, tensor in _tensors_in(name, value)
             if tensor.is_floating_point() and tensor.numel() and path not in finite_inputs
         ]
-        return cls(tensors=named, totals=_totals([tensor for _, tensor in named]))
+        return cls(tensors=named, totals=_totals([tensor for _, tensor in named])) if named else None
 
     def end(self, totals: Iterable[float]) -> list[NonFinite]:
         """Returns those that hold NaN or infinity, in order, given the totals on the host.
@@ -167,12 +167,12 @@ def find_non_finite(
 ) -> list[NonFinite]:
     """Returns what a `FiniteCheck` finds, at once."""
     check = FiniteCheck.begin(arguments, finite_inputs)
-    return check.end(check.totals.tolist())
+    return check.end(check.totals.tolist()) if check else []
 
 
 def _totals(tensors: Sequence[Tensor]) -> Numbers:
     """Returns the sum of each tensor; on a GPU nothing waits for them."""
-    if tensors and tensors[0].is_cuda:
+    if tensors[0].is_cuda:
         return torch.stack([_wide_sum(tensor).double() for tensor in tensors])
     with np.errstate(over="ignore", invalid="ignore"):
         return np.array(
