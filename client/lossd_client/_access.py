@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from lossd.channel_options import client_options
+from lossd.channel_options import Options, client_options
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -41,6 +41,18 @@ class TLS:
         if (self.cert is None) != (self.key is None):
             there, missing = ("cert", "key") if self.key is None else ("key", "cert")
             raise ValueError(f"{missing} is not set, but {there} is")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Returns what a channel takes; raises `OSError` where a file cannot be read."""
+        ca, key, cert = (
+            None if path is None else Path(path).read_bytes() for path in (self.ca, self.key, self.cert)
+        )
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+    def options(self) -> Options:
+        """Returns the options that a channel needs beside them."""
+        name = self.server_name
+        return [] if name is None else [("grpc.ssl_target_name_override", name)]
 
 
 class Access:
@@ -108,13 +120,17 @@ class Access:
         """Returns a channel for ordinary code; raises `OSError` where a file of TLS cannot be read."""
         if self._tls is None:
             return grpc.insecure_channel(self._target, options=client_options())
-        return grpc.secure_channel(self._target, *_secured(self._tls))
+        return grpc.secure_channel(
+            self._target, self._tls.credentials(), client_options() + self._tls.options()
+        )
 
     def open_async(self) -> grpc.aio.Channel:
         """Returns the same for asyncio."""
         if self._tls is None:
             return grpc.aio.insecure_channel(self._target, options=client_options())
-        return grpc.aio.secure_channel(self._target, *_secured(self._tls))
+        return grpc.aio.secure_channel(
+            self._target, self._tls.credentials(), client_options() + self._tls.options()
+        )
 
 
 def stays_on_this_host(target: str) -> bool:
@@ -141,14 +157,3 @@ def _require_token(token: str) -> None:
     """Raises `ValueError`, without the token, unless a header can carry it."""
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("the token is not visible ASCII characters alone")
-
-
-def _secured(tls: TLS) -> tuple[grpc.ChannelCredentials, Any]:
-    """Returns the credentials and the options of a channel."""
-    ca, key, cert = (
-        None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.cert)
-    )
-    options = client_options()
-    if tls.server_name is not None:
-        options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.ssl_channel_credentials(ca, key, cert), options

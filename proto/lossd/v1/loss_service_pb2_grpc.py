@@ -30,7 +30,8 @@ class LossServiceStub:
 
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
-    bad input, `google.rpc.BadRequest` with the path of the offending field.
+    bad input, `google.rpc.BadRequest` with the path of the offending field. A
+    server may ask for a bearer token, by the metadata `authorization`.
 
     A caller may say how long the message of a unary call is, in bytes, by the
     metadata `lossd-request-bytes`: a server without room for it then refuses it
@@ -75,7 +76,8 @@ class LossServiceServicer:
 
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
-    bad input, `google.rpc.BadRequest` with the path of the offending field.
+    bad input, `google.rpc.BadRequest` with the path of the offending field. A
+    server may ask for a bearer token, by the metadata `authorization`.
 
     A caller may say how long the message of a unary call is, in bytes, by the
     metadata `lossd-request-bytes`: a server without room for it then refuses it
@@ -163,7 +165,8 @@ class LossService:
 
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
-    bad input, `google.rpc.BadRequest` with the path of the offending field.
+    bad input, `google.rpc.BadRequest` with the path of the offending field. A
+    server may ask for a bearer token, by the metadata `authorization`.
 
     A caller may say how long the message of a unary call is, in bytes, by the
     metadata `lossd-request-bytes`: a server without room for it then refuses it

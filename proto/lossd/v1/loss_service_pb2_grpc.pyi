@@ -31,7 +31,8 @@ class LossServiceStub:
 
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
-    bad input, `google.rpc.BadRequest` with the path of the offending field.
+    bad input, `google.rpc.BadRequest` with the path of the offending field. A
+    server may ask for a bearer token, by the metadata `authorization`.
 
     A caller may say how long the message of a unary call is, in bytes, by the
     metadata `lossd-request-bytes`: a server without room for it then refuses it
@@ -67,7 +68,8 @@ class LossServiceAsyncStub(LossServiceStub):
 
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
-    bad input, `google.rpc.BadRequest` with the path of the offending field.
+    bad input, `google.rpc.BadRequest` with the path of the offending field. A
+    server may ask for a bearer token, by the metadata `authorization`.
 
     A caller may say how long the message of a unary call is, in bytes, by the
     metadata `lossd-request-bytes`: a server without room for it then refuses it
@@ -99,7 +101,8 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every method is idempotent and keeps no state. A refused call carries
     `google.rpc.ErrorInfo` (domain `lossd`, reason as in `ErrorReason`) and, for
-    bad input, `google.rpc.BadRequest` with the path of the offending field.
+    bad input, `google.rpc.BadRequest` with the path of the offending field. A
+    server may ask for a bearer token, by the metadata `authorization`.
 
     A caller may say how long the message of a unary call is, in bytes, by the
     metadata `lossd-request-bytes`: a server without room for it then refuses it

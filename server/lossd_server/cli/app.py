@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from lossd import __version__
+from lossd_server.cli.access import access_options, tls_of, tls_options
 from lossd_server.cli.load import load_options
 from lossd_server.cli.load import run as run_load
 from lossd_server.cli.settings import PermissionBits, read_settings, server_config, server_option
@@ -147,11 +148,12 @@ def demo(coco: Path | None, steps: int, device: str) -> None:
 
 @app.command(cls=_Command)
 @click.argument("target", default="127.0.0.1:50051")
-def info(target: str) -> None:
+@access_options
+def info(target: str, token_file: Path | None, *, insecure: bool, **tls: object) -> None:
     """Say what the server at TARGET is and offers."""
     from lossd_server.cli.info import run  # noqa: PLC0415
 
-    run(target, Console(highlight=False))
+    run(target, Console(highlight=False), tls=tls_of(tls), token=token_file, insecure=insecure)
 
 
 @app.command(cls=_Command)
@@ -162,12 +164,13 @@ def info(target: str) -> None:
 @click.option(
     "--service", default="", help="Service to ask for, such as lossd.v1.LossService.  [default: all]"
 )
-def health(target: str, service: str, timeout: float) -> None:
+@tls_options
+def health(target: str, service: str, timeout: float, **tls: object) -> None:
     """Exit with 0 if the server at TARGET, host:port or unix:/path, is SERVING, else with 1."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from lossd_server.cli.health import run  # noqa: PLC0415
 
-    run(target, service=service, timeout=timeout)
+    run(target, service=service, timeout=timeout, tls=tls_of(tls))
 
 
 @app.command(cls=_Command)

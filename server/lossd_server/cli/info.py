@@ -1,6 +1,7 @@
 """`lossd info`: what a server is and offers."""
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -8,12 +9,18 @@ from rich.table import Table
 from lossd_client import Client, LossdError
 
 
-def run(target: str, console: Console) -> None:
-    """Prints what the server at a target says of itself; exits with 1 when none answers."""
+def run(target: str, console: Console, **access: Any) -> None:
+    """Prints what the server at a target says of itself; exits with 1 when none answers.
+
+    Args:
+        target: Where it listens.
+        console: Where to print.
+        **access: What lets a `Client` in: `tls`, `token`, `insecure`.
+    """
     try:
-        with Client(target, timeout=10.0) as client:
+        with Client(target, timeout=10.0, **access) as client:
             info = client.server_info()
-    except LossdError as error:
+    except (LossdError, ValueError) as error:
         sys.exit(f"lossd: {target}: {error}")
     custom = [f"{name}({', '.join(inputs)})" for name, inputs in info.custom_losses.items()]
     table = Table.grid(padding=(0, 2))
