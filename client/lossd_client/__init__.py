@@ -29,6 +29,7 @@ from lossd_client._errors import (
     UnavailableError,
 )
 from lossd_client._results import LossResult, NonFinite, ServerInfo
+from lossd_client._retries import RetryPolicy
 from lossd_client._targets import DenseLevel, DenseTargets, SparseTargets
 from lossd_client.aio import AsyncClient
 from lossd_client.client import Client
@@ -53,6 +54,7 @@ __all__ = [
     "LossdError",
     "NonFinite",
     "NotFoundError",
+    "RetryPolicy",
     "ServerError",
     "ServerInfo",
     "SparseTargets",

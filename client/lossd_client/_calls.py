@@ -11,6 +11,7 @@ from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd_client._errors import LossdError, ServerError, error_of_call
+from lossd_client._storage import Storage
 
 R = TypeVar("R")
 
@@ -25,12 +26,14 @@ class Call(Generic[R]):
         method: Name of the method.
         request: What is sent.
         read: Makes the result of the answer.
+        storage: What the request is packed into.
         first_item: Place of the request's first item in the caller's batch, when that was split.
     """
 
     method: str
     request: Parcel[Any]
     read: Callable[[Parcel[Any]], R]
+    storage: Storage
     first_item: int = 0
 
     @property
@@ -45,6 +48,10 @@ class Call(Generic[R]):
     def error(self, error: grpc.RpcError) -> LossdError:
         """Returns our error for a call that failed."""
         return error_of_call(error, first_item=self.first_item)
+
+    def leaves_memory_in_use(self, error: grpc.RpcError) -> bool:
+        """Returns whether the server may still write to this call's memory after it failed."""
+        return self.storage.is_written_to and not self.error(error).reason
 
 
 def read_result(method: str, read: Callable[..., R], *answer: Any) -> R:

@@ -11,6 +11,7 @@ LossdError
 └── ServerError           anything else: a fault of the server or of a custom loss
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,7 +33,8 @@ class LossdError(Exception):
         message: What is wrong, for people.
         field: Path of the offending field, e.g. `items[3].focal.targets`; empty when there is none.
         metadata: Every value that the message mentions, by name.
-        retry_after: Seconds after which the server would like to be asked again, or None.
+        retry_after: Seconds after which the server would like to be asked again, infinity for never, or
+            None where it did not say.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ _BY_CODE: dict[grpc.StatusCode, type[LossdError]] = {
 _BY_REASON: dict[str, type[LossdError]] = {"RATE_LIMITED": UnavailableError}
 """Where the code, by gRPC's custom, says less than the reason."""
 
+_PUSHBACK = "grpc-retry-pushback-ms"
+
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -136,9 +140,17 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         reason=info.reason,
         field=field,
         metadata=metadata,
-        retry_after=retry.retry_delay.ToTimedelta().total_seconds() or None,
+        retry_after=retry.retry_delay.ToTimedelta().total_seconds() or _pushback_of(error),
     )
     return at_item(ours, first_item)
+
+
+def _pushback_of(error: Any) -> float | None:
+    """Returns gRPC's own word for `retry_after`, which proxies speak too; what is no number means never."""
+    for key, value in error.trailing_metadata() or ():
+        if key == _PUSHBACK:
+            return int(value) / 1000 if value.isdecimal() else math.inf
+    return None
 
 
 def _details_of(error: Any) -> Iterable[Any]:

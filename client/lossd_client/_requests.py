@@ -17,6 +17,7 @@ from lossd_client._configs import CustomLoss, FCOSAssigner, FCOSLoss, LossConfig
 from lossd_client._errors import refused_here, too_large
 from lossd_client._maps import DenseForm, dense_targets
 from lossd_client._narrow import wire_type
+from lossd_client._options import EvaluationOptions, Gradients
 from lossd_client._packing import packed_ground_truth
 from lossd_client._results import LossResult, ServerInfo, read_loss_results, read_server_info
 from lossd_client._storage import FLOAT_TYPES, Storage
@@ -32,9 +33,6 @@ WINDOW = 8
 
 _ENVELOPE_BYTES = 16
 """Tag and length of an item in its request, rounded up."""
-
-Gradients = bool | str | Sequence[str]
-"""True for all, or the name or names of the inputs whose gradient is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +74,7 @@ class LossBatch:
             method="ComputeLoss",
             request=Parcel(request, self.storage),
             read=partial(read_loss_results, self.kind, self.storage, first_item),
+            storage=self.storage,
             first_item=first_item,
         )
 
@@ -103,18 +102,13 @@ class LossBatch:
 def loss_batch(
     loss: LossConfig,
     items: Iterable[Sequence[Any]],
-    *,
-    gradients: Gradients,
-    gradient_dtype: Any,
-    wire_dtype: Any,
-    component_gradients: bool,
+    options: EvaluationOptions,
     normalizers: Sequence[float | None] | None,
-    strict: bool,
     storage: Storage,
 ) -> LossBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
-    storage.form = _wire_form(loss, wire_dtype, gradient_dtype)
-    request = pb.ComputeLossRequest(component_gradients=component_gradients, strict=strict)
+    storage.form = _wire_form(loss, options)
+    request = pb.ComputeLossRequest(component_gradients=options.component_gradients, strict=options.strict)
     getattr(request, loss.kind).CopyFrom(loss.message())
     payload_bytes = []
     for index, arguments in enumerate(items):
@@ -123,12 +117,12 @@ def loss_batch(
         payload_bytes.append(storage.size - before)
     if normalizers is not None:
         _set_normalizers(request, normalizers)
-    request.gradients.extend(_gradient_names(loss, request, gradients))
+    request.gradients.extend(_gradient_names(loss, request, options.gradients))
     if storage.form.is_narrow:
         # Gradients of a mean are below what float16 holds.
         request.gradient_dtype = tensor_pb2.DATA_TYPE_BFLOAT16
-    elif gradient_dtype is not None:
-        request.gradient_dtype = _gradient_dtype(gradient_dtype)
+    elif options.gradient_dtype is not None:
+        request.gradient_dtype = _gradient_dtype(options.gradient_dtype)
     request.sparse_gradients = isinstance(loss, FCOSLoss) and bool(request.gradients)
     storage.add_outputs(request, loss.kind, loss.differentiable)
     return LossBatch(
@@ -152,6 +146,7 @@ def assign_call(
         method="AssignTargets",
         request=assign_request(assigner, ground_truth, storage=storage, **settings),
         read=partial(_read_targets, storage=storage),
+        storage=storage,
     )
 
 
@@ -182,12 +177,17 @@ def assign_request(
 
 
 def loss_stream(
-    loss: LossConfig, *, normalizer: float | None, window: int, return_exceptions: bool, **settings: Any
+    loss: LossConfig,
+    options: EvaluationOptions,
+    normalizer: float | None,
+    *,
+    window: int,
+    return_exceptions: bool,
 ) -> Stream[LossResult]:
-    """Returns the stream of evaluations, each given by its arguments; settings as for `loss_batch`."""
+    """Returns the stream of evaluations, each given by its arguments in order."""
 
     def make(arguments: Sequence[Any], storage: Storage) -> Parcel[pb.ComputeLossRequest]:
-        return loss_batch(loss, [arguments], normalizers=[normalizer], storage=storage, **settings).parcel
+        return loss_batch(loss, [arguments], options, [normalizer], storage).parcel
 
     def read(answer: Parcel[pb.ComputeLossResponse], storage: Storage) -> LossResult:
         (result,) = read_loss_results(loss.kind, storage, 0, answer)
@@ -215,7 +215,12 @@ def assign_stream(
 
 def info_call() -> Call[ServerInfo]:
     """Returns the call that asks a server what it is."""
-    return Call(method="GetServerInfo", request=Parcel(pb.GetServerInfoRequest()), read=read_server_info)
+    return Call(
+        method="GetServerInfo",
+        request=Parcel(pb.GetServerInfoRequest()),
+        read=read_server_info,
+        storage=Storage(None),
+    )
 
 
 def _set_normalizers(request: pb.ComputeLossRequest, normalizers: Sequence[float | None]) -> None:
@@ -233,16 +238,16 @@ def _read_targets(answer: Parcel[pb.AssignTargetsResponse], storage: Storage) ->
     return dense_targets(targets, storage.dense_form)
 
 
-def _wire_form(loss: LossConfig, wire_dtype: Any, gradient_dtype: Any) -> WireForm:
-    dtype = wire_type(wire_dtype)
+def _wire_form(loss: LossConfig, options: EvaluationOptions) -> WireForm:
+    dtype = wire_type(options.wire_dtype)
     if dtype is None:
         return WireForm()
     if isinstance(loss, CustomLoss):
         message = "does not go with a custom loss, which does not say what of its inputs are predictions"
         raise refused_here(pb.ERROR_REASON_UNEXPECTED_FIELD, message, field="wire_dtype", value=dtype.name)
-    if gradient_dtype is None:
+    if options.gradient_dtype is None:
         return WireForm(dtype)
-    wanted = _gradient_dtype(gradient_dtype)
+    wanted = _gradient_dtype(options.gradient_dtype)
     if wanted not in FLOAT_TYPES:
         name, reason = DTYPES[wanted].name, pb.ERROR_REASON_INVALID_OPTION
         raise refused_here(reason, f"is {name}, want a float type", field="gradient_dtype", value=name)

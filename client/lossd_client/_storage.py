@@ -33,11 +33,16 @@ FLOAT_TYPES = frozenset(data_type_of(np.dtype(name)) for name in ("f2", "f4", "f
 _UNKNOWN_REGION = "UNKNOWN_REGION"
 
 
+class MemoryInUseError(Exception):
+    """A call that nobody said is over, and that is to be made again with other memory for its answer."""
+
+
 class Storage(Payloads):
     """What a request is packed into, and its answer read from.
 
-    A context manager around one try at a call. Where the server turns out not to know the memory any
-    more, the block ends without an error, and the call is to be tried with `after_loss`.
+    A context manager around one try at a call. Where the memory is of no more use, because the server
+    does not know it or somebody may still write to it, the block ends without an error, and the call is
+    to be tried with `again`.
 
     Attributes:
         form: In what form predictions travel.
@@ -56,6 +61,7 @@ class Storage(Payloads):
         self._regions: set[bytes] = set()
         self._read: list[Array] = []
         self._written: dict[tuple[bytes, int], Array] = {}
+        self._is_known = True
         self.form = WireForm()
         self.dense_form: DenseForm | None = None
 
@@ -68,18 +74,36 @@ class Storage(Payloads):
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> bool:
-        reason = error.reason if isinstance(error, LossdError) else ""
-        if error is not None and not reason:
+        if isinstance(error, LossdError) and error.reason:
+            return self.has_lost(error)
+        if error is not None:
             self.abandon()
-        return reason == _UNKNOWN_REGION and self._pool is not None
+        return isinstance(error, MemoryInUseError)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether a tensor of the request or its answer lies in shared memory."""
+        return bool(self._regions)
+
+    @property
+    def is_written_to(self) -> bool:
+        """Whether the server writes to the memory of this call."""
+        return bool(self._written)
+
+    def has_lost(self, error: LossdError) -> bool:
+        """Returns whether a call failed since the server does not know its memory."""
+        self._is_known = error.reason != _UNKNOWN_REGION or self._pool is None
+        return not self._is_known
 
     def abandon(self) -> None:
         """Gives up a call that nobody said is over: its gradients may be written at any time."""
         if self._pool is not None:
             self._pool.retire(self._written.values())
 
-    def after_loss(self) -> "Storage":
-        """Returns where to try again: the same memory, passed anew, or at last the messages alone."""
+    def again(self) -> "Storage":
+        """Returns where to try again: the memory, passed anew if need be, or at last the messages alone."""
+        if self._is_known:
+            return Storage(self._pool, self._tries)
         pool, tries = self._pool, self._tries - 1
         if pool is None or not tries or not pool.renew(self._regions):
             return Storage(None)

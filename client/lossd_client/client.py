@@ -1,20 +1,24 @@
 """The client for ordinary code."""
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 import numpy as np
 
-from lossd_client._access import TLS, Access
 from lossd_client._arrays import Array
+from lossd_client._base import ClientBase
 from lossd_client._calls import Call
+from lossd_client._channel import open_channel
 from lossd_client._configs import FCOSAssigner, LossConfig
+from lossd_client._errors import LossdError
+from lossd_client._hedging import send_twice
+from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._requests import (
     WINDOW,
-    Gradients,
     assign_call,
     assign_stream,
     info_call,
@@ -22,9 +26,11 @@ from lossd_client._requests import (
     loss_stream,
 )
 from lossd_client._results import LossResult, ServerInfo
-from lossd_client._sharing import Sharing, allocated
-from lossd_client._storage import Storage
+from lossd_client._retries import Attempts, Deadline
+from lossd_client._sharing import allocated
+from lossd_client._storage import MemoryInUseError, Storage
 from lossd_client._stream_threads import StreamOfThreads
+from lossd_client._streams import Stream
 from lossd_client._targets import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:
@@ -33,47 +39,32 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Client:
-    """Calls a lossd server.
+class Client(ClientBase[grpc.Channel]):
+    """Calls a lossd server, or one of several.
 
     Connects when first used, and anew in every process: an instance made before a fork, or pickled,
     works in the child. Threads may share one. Use it as a context manager, or call `close`.
 
     Args:
-        target: Where the server listens: `host:port`, `unix:///path`, or any gRPC target.
-        timeout: Seconds that a call may take unless it says otherwise; None for no end.
+        target: Where the server listens: `host:port`, `unix:///path`, or any gRPC target. Calls go round
+            all addresses of one: those of a name (`dns:///name:port`), or several as `ip:port,ip:port`
+            or a sequence of such.
+        timeout: Seconds that a call may take unless it says otherwise, with all that it takes: attempts
+            and the pauses between them, and all messages of a batch; None for no end.
         channel: A channel of the caller's to use instead; never closed here, and not taken to
             another process.
         shared_memory: Whether tensors may go through memory that is shared with a server on this host,
             which happens by itself where the target is `unix:` and the server agrees.
-        tls: Encryption, as the server has it; None for plain text.
-        token: The bearer token, or the path of a file that holds it and is read for every call. A client
-            that was given the token itself is not pickled, so that it is in no pickle.
-        insecure: Whether a token may go over a network as plain text.
-
-    Raises:
-        ValueError: A token would go over a network as plain text.
+        retries: How often, and after what pauses, to ask again where nobody answers; None for never.
+        hedge_after: Seconds after which a small call, one of at most 256 KiB, is made a second time,
+            where there is no answer yet: the first good one counts. It is for several servers, which have
+            more to do by that. None for never.
+        wait_for_ready: Whether a call waits, as long as it may take, while there is no connection to any
+            server; otherwise it fails, after its retries.
     """
 
-    def __init__(
-        self,
-        target: str = "127.0.0.1:50051",
-        *,
-        timeout: float | None = 60.0,
-        channel: grpc.Channel | None = None,
-        shared_memory: bool = True,
-        tls: TLS | None = None,
-        token: str | Path | None = None,
-        insecure: bool = False,
-    ) -> None:
-        self._target = target
-        self._access = Access(target, tls=tls, token=token, insecure=insecure)
-        self._timeout = timeout
-        self._given_channel = channel
-        self._own_channel: grpc.Channel | None = None
-        self._process: int | None = None
-        self._max_message_bytes: int | None = None
-        self._sharing = Sharing(target, wanted=shared_memory and channel is None)
+    _open = staticmethod(open_channel)
+    _place = staticmethod(os.getpid)
 
     def __enter__(self) -> Self:
         return self
@@ -81,26 +72,13 @@ class Client:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self._target, self._settings() | self._access.settings_to_pickle())
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
-        return type(self)(self._target, **self._settings(), **self._access.settings())
-
-    def _settings(self) -> dict[str, Any]:
-        return {"timeout": self._timeout, "shared_memory": self._sharing.is_wanted}
-
     def compute_loss(
         self,
         loss: LossConfig,
         *arguments: Any,
-        gradients: Gradients = False,
-        gradient_dtype: Any = None,
-        wire_dtype: Any = None,
-        component_gradients: bool = False,
         normalizer: float | None = None,
-        strict: bool = False,
         timeout: float | None = None,
+        **options: Unpack[LossOptions],
     ) -> LossResult:
         """Evaluates a loss.
 
@@ -108,6 +86,9 @@ class Client:
             loss: Which loss, with its settings.
             *arguments: What its `forward` takes, in that order: numpy arrays, torch tensors, or
                 anything that numpy reads.
+            normalizer: What a mean is divided by in place of this item's own count.
+            timeout: Seconds; None means the client's.
+            **options: As follows.
             gradients: True for the gradients of all differentiable inputs, or the names of some.
             gradient_dtype: A numpy float dtype for the gradients; None means each input's own.
             wire_dtype: `bfloat16` or `float16`: predictions are sent rounded to it, and gradients come
@@ -115,9 +96,7 @@ class Client:
                 error in the third digit. None sends everything in its own type.
             component_gradients: Gradients of the component that an input feeds, before that
                 component's weight, instead of gradients of the loss.
-            normalizer: What a mean is divided by in place of this item's own count.
             strict: Whether NaN and infinity in the inputs are refused, not just reported.
-            timeout: Seconds; None means the client's.
 
         Raises:
             InvalidInputError: The server refuses the input; the error names field and value.
@@ -128,15 +107,7 @@ class Client:
             ServerError: A fault of the server, or of a custom loss.
         """
         (result,) = self.compute_losses(
-            loss,
-            [arguments],
-            gradients=gradients,
-            gradient_dtype=gradient_dtype,
-            wire_dtype=wire_dtype,
-            component_gradients=component_gradients,
-            normalizers=[normalizer],
-            strict=strict,
-            timeout=timeout,
+            loss, [arguments], normalizers=[normalizer], timeout=timeout, **options
         )
         return result
 
@@ -145,13 +116,9 @@ class Client:
         loss: LossConfig,
         items: Iterable[Sequence[Any]],
         *,
-        gradients: Gradients = False,
-        gradient_dtype: Any = None,
-        wire_dtype: Any = None,
-        component_gradients: bool = False,
         normalizers: Sequence[float | None] | None = None,
-        strict: bool = False,
         timeout: float | None = None,
+        **options: Unpack[LossOptions],
     ) -> list[LossResult]:
         """Evaluates a loss on many inputs, each with shapes of its own, in one call.
 
@@ -161,34 +128,21 @@ class Client:
         Args:
             loss: Which loss, with its settings.
             items: The arguments of each evaluation; see `compute_loss`.
-            gradients: See `compute_loss`.
-            gradient_dtype: See `compute_loss`.
-            wire_dtype: See `compute_loss`.
-            component_gradients: See `compute_loss`.
             normalizers: A normalizer, or None, for each item.
-            strict: See `compute_loss`.
-            timeout: Seconds for each message; None means the client's.
+            timeout: Seconds for all of it; None means the client's.
+            **options: See `compute_loss`.
 
         Raises:
             LossdError: As for `compute_loss`; the field names the item.
         """
-        items, storage = list(items), Storage(self._pool())
+        evaluation, attempts = EvaluationOptions(**options), self._attempts(timeout)
+        items, storage = list(items), Storage(self._pool(attempts.deadline))
         while True:
             with storage:
-                batch = loss_batch(
-                    loss,
-                    items,
-                    gradients=gradients,
-                    gradient_dtype=gradient_dtype,
-                    wire_dtype=wire_dtype,
-                    component_gradients=component_gradients,
-                    normalizers=normalizers,
-                    strict=strict,
-                    storage=storage,
-                )
-                calls = batch.calls(None if batch.is_small else self._message_limit())
-                return [result for call in calls for result in self._call(call, timeout)]
-            storage = storage.after_loss()
+                batch = loss_batch(loss, items, evaluation, normalizers, storage)
+                calls = batch.calls(None if batch.is_small else self._message_limit(attempts.deadline))
+                return [result for call in calls for result in self._call(call, attempts)]
+            storage = storage.again()
 
     def allocate(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
         """Returns an array, its numbers not set, that a call can hand to the server without a copy.
@@ -200,7 +154,7 @@ class Client:
             UnavailableError: No server answers.
             DeadlineError: The timeout passed.
         """
-        return allocated(self._pool(), shape, dtype)
+        return allocated(self._pool(self._deadline(None)), shape, dtype)
 
     def assign_targets(
         self,
@@ -229,59 +183,43 @@ class Client:
         call = assign_call(
             assigner, ground_truth, image_size=image_size, feature_sizes=feature_sizes, sparse=sparse
         )
-        return self._call(call, timeout)
+        return self._call(call, self._attempts(timeout))
 
     def compute_loss_stream(
         self,
         loss: LossConfig,
         items: Iterable[Sequence[Any]],
         *,
-        gradients: Gradients = False,
-        gradient_dtype: Any = None,
-        wire_dtype: Any = None,
-        component_gradients: bool = False,
         normalizer: float | None = None,
-        strict: bool = False,
         window: int = WINDOW,
         return_exceptions: bool = False,
         timeout: float | None = None,
+        **options: Unpack[LossOptions],
     ) -> Iterator[Any]:
         """Evaluates a loss on one input after the other, many of them on their way at a time.
 
         Results come in the order of the items. Items are taken as there is room, the next when a result
         has been, and none before the first result is asked for. Leaving the loop early ends the call.
+        Where a server goes away, or turns an item away for the time being, what has no answer is sent
+        again, to another one or when it is back; each answer starts the count of attempts anew.
 
         Args:
             loss: Which loss, with its settings.
             items: The arguments of each evaluation; taken on a thread of their own. What they raise is
                 raised here after the last result.
-            gradients: See `compute_loss`.
-            gradient_dtype: See `compute_loss`.
-            wire_dtype: See `compute_loss`.
-            component_gradients: See `compute_loss`.
             normalizer: See `compute_loss`; the same for all items.
-            strict: See `compute_loss`.
             window: Most items that are sent and whose results have not been taken.
             return_exceptions: Whether the result of a refused item is its `LossdError`, and the stream
                 goes on; otherwise that is raised in its turn and ends the stream.
             timeout: Seconds for the whole stream; None for no end.
+            **options: See `compute_loss`.
 
         Raises:
             LossdError: As for `compute_loss`; the field counts items from the first: `items[17].focal`.
         """
-        stream = loss_stream(
-            loss,
-            gradients=gradients,
-            gradient_dtype=gradient_dtype,
-            wire_dtype=wire_dtype,
-            component_gradients=component_gradients,
-            normalizer=normalizer,
-            strict=strict,
-            window=window,
-            return_exceptions=return_exceptions,
-        )
-        made = StreamOfThreads(stream, items, self._message_limit, self._pool)
-        return made.results(self._channel(), timeout, self._access.metadata())
+        evaluation = EvaluationOptions(**options)
+        stream = loss_stream(loss, evaluation, normalizer, window=window, return_exceptions=return_exceptions)
+        return self._stream(stream, items, timeout, shares_memory=True)
 
     def assign_targets_stream(
         self,
@@ -318,8 +256,7 @@ class Client:
             window=window,
             return_exceptions=return_exceptions,
         )
-        made = StreamOfThreads(stream, batches, self._message_limit, lambda: None)
-        return made.results(self._channel(), timeout, self._access.metadata())
+        return self._stream(stream, batches, timeout, shares_memory=False)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns what the server says of itself.
@@ -328,46 +265,54 @@ class Client:
             UnavailableError: No server answers.
             DeadlineError: The timeout passed.
         """
-        return self._call(info_call(), timeout)
+        return self._call(info_call(), self._attempts(timeout))
 
     def close(self) -> None:
         """Closes the connection, if this client made one in this process; a later call makes another."""
-        if self._own_channel is not None and self._process == os.getpid():
-            self._own_channel.close()
-        self._own_channel = None
+        if channel := self._channels.take():
+            channel.close()
         self._sharing.close()
 
-    def _channel(self) -> grpc.Channel:
-        if self._given_channel is not None:
-            return self._given_channel
-        if self._own_channel is None or self._process != os.getpid():
-            # A parent's channel is dropped without a close: its threads are not here to answer.
-            self._own_channel = self._access.open()
-            self._process = os.getpid()
-        return self._own_channel
+    def _info(self, deadline: Deadline) -> ServerInfo:
+        return self._call(info_call(), Attempts(self._retries, deadline))
 
-    def _pool(self) -> "Pool | None":
+    def _pool(self, deadline: Deadline) -> "Pool | None":
         if self._sharing.is_possible and not self._sharing.is_known:
-            self._sharing.learn(self.server_info())
+            self._sharing.learn(self._info(deadline))
         return self._sharing.pool()
 
-    def _message_limit(self) -> int:
+    def _message_limit(self, deadline: Deadline) -> int:
         if self._max_message_bytes is None:
-            self._max_message_bytes = self.server_info().max_message_bytes
+            self._max_message_bytes = self._info(deadline).max_message_bytes
         return self._max_message_bytes
 
-    def _call(self, call: Call[R], timeout: float | None) -> R:
-        send: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel().unary_unary(call.path)
-        try:
-            answer = send(
-                call.request.write(),
-                timeout=self._timeout if timeout is None else timeout,
-                metadata=self._access.metadata(),
-            )
-        except grpc.RpcError as error:
-            raise call.error(error) from None
-        return call.result(answer)
+    def _call(self, call: Call[R], attempts: Attempts) -> R:
+        data = call.request.write()
+        while True:
+            try:
+                return call.result(self._send(call, data, attempts.deadline))
+            except grpc.RpcError as error:
+                pause, is_in_use = attempts.pause_after(call.error(error)), call.leaves_memory_in_use(error)
+            time.sleep(pause)
+            if is_in_use:
+                raise MemoryInUseError
+
+    def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
+        after = self._hedge(call, data)
+        if after is not None:
+            return send_twice(method, data, after, deadline, **self._call_settings)
+        return method(data, timeout=deadline.remaining(), **self._call_settings)
+
+    def _stream(
+        self, stream: Stream[R], items: Iterable[Any], timeout: float | None, *, shares_memory: bool
+    ) -> Iterator[R | LossdError]:
+        attempts = Attempts(self._retries, Deadline(timeout))
+        limit = partial(self._message_limit, attempts.deadline)
+        pool = partial(self._pool, attempts.deadline) if shares_memory else _no_pool
+        made = StreamOfThreads(stream, items, attempts, limit, pool)
+        yield from made.results(self._channels.get(), self._call_settings)
 
 
-def _restore(kind: type[Client], target: str, settings: Mapping[str, Any]) -> Client:
-    return kind(target, **settings)
+def _no_pool() -> None:
+    """Returns the shared memory of calls whose tensors are not worth it."""

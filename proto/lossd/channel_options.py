@@ -20,21 +20,7 @@ _MOST_CALLS = 2**31 - 1
 _LEAST_CALLS = 16
 """A connection has streams and watchers open as well."""
 
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "lossd.v1.LossService"}],
-            # Every method is idempotent, so whatever was not answered may be asked again.
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
+_SERVICE_CONFIG: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
 class _Side(Flag):
@@ -73,19 +59,21 @@ def _table(max_message_bytes: int, max_calls: int = _MOST_CALLS) -> Iterator[tup
     yield _Side.SERVER, "grpc.max_receive_message_length", max_message_bytes
     # The other side judges what it is sent.
     yield _Side.BOTH, "grpc.max_send_message_length", -1
-    # What a server that stops or restarts did not answer is asked again.
+    # Calls go round all addresses of a name, past those that do not answer. What was not answered the
+    # client asks again itself: gRPC's own retries hear no `RetryInfo`, and what they may not hold twice, such
+    # as memory that an answer is written to, they do not know.
     yield _Side.CLIENT, "grpc.service_config", json.dumps(_SERVICE_CONFIG)
-    # A request that is larger than this buffer is not: the default is 256 KiB. It holds on to the
-    # request's bytes without a copy, which costs nothing: 1.00 of the time for 51 MB, 0.98 for 6.4.
-    yield _Side.CLIENT, "grpc.per_rpc_retry_buffer_size", 2048 * _MEBIBYTE - 1
     # Every client has a connection of its own. gRPC would have all of a process share one, where small
     # calls of one client wait for large ones of another: 20 calls beside one of 51 MB took 72 to 95 ms
     # on the same connection, 31 to 68 on another (`lossd bench channels-beside`).
     yield _Side.CLIENT, "grpc.use_local_subchannel_pool", 1
-    # A server that comes back is noticed within seconds, not after the two minutes of the default.
+    # A server that comes back is noticed within 1.2 s, less than a call's attempts take in all, not after the
+    # two minutes of the default.
     yield _Side.CLIENT, "grpc.initial_reconnect_backoff_ms", 100
-    yield _Side.CLIENT, "grpc.min_reconnect_backoff_ms", 100
-    yield _Side.CLIENT, "grpc.max_reconnect_backoff_ms", 2_000
+    yield _Side.CLIENT, "grpc.max_reconnect_backoff_ms", 1_000
+    # Which is no backoff, but how long an attempt to connect may take: one lost packet costs a second. The
+    # default is 20, in which a server may have come back.
+    yield _Side.CLIENT, "grpc.min_reconnect_backoff_ms", 3_000
     # A peer that is gone without a word is noticed while a call is open: by a client after 60 s, by a
     # server after 80, which frees the thread of a stream; without, neither had noticed after 150.
     yield _Side.BOTH, "grpc.keepalive_time_ms", 20_000

@@ -178,7 +178,7 @@ def test_a_server_that_stops_midway_is_unavailable():
     try:
         server = make_server(load=("tests.service.custom_modules:Held",), drain_seconds=60)
         server.start()
-        with Client(server.addresses[0]) as client:
+        with Client(server.addresses[0], retries=None) as client:
             results = client.compute_loss_stream(HELD, [(PRED,)] * 50)
             stopping = threading.Thread(target=server.stop)
             threading.Thread(target=_stop_and_release, args=(stopping,)).start()

@@ -1,0 +1,73 @@
+"""What both clients are made of: their settings, their channel, and what they know of the server."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
+
+from lossd_client._addresses import grpc_target
+from lossd_client._calls import Call
+from lossd_client._channel import ChannelKeeper
+from lossd_client._hedging import LARGEST_BYTES
+from lossd_client._retries import ONCE, Attempts, Deadline, RetryPolicy
+from lossd_client._sharing import Sharing
+
+C = TypeVar("C")
+
+_DEFAULT_TARGET = "127.0.0.1:50051"
+
+
+class ClientBase(Generic[C]):
+    """A client without its methods; see `Client`."""
+
+    _open: ClassVar["staticmethod[[str], Any]"]
+    _place: ClassVar["staticmethod[[], object]"]
+
+    def __init__(
+        self,
+        target: str | Sequence[str] = _DEFAULT_TARGET,
+        *,
+        timeout: float | None = 60.0,
+        channel: C | None = None,
+        shared_memory: bool = True,
+        retries: RetryPolicy | None = RetryPolicy(),  # noqa: B008  # it is immutable
+        hedge_after: float | None = None,
+        wait_for_ready: bool = False,
+    ) -> None:
+        if hedge_after is not None and not hedge_after >= 0:
+            raise ValueError(f"hedge_after is {hedge_after}, want at least 0")
+        self._settings = {
+            "target": target if isinstance(target, str) else tuple(target),
+            "timeout": timeout,
+            "shared_memory": shared_memory,
+            "retries": retries,
+            "hedge_after": hedge_after,
+            "wait_for_ready": wait_for_ready,
+        }
+        self._timeout = timeout
+        self._retries = retries or ONCE
+        self._hedge_after = hedge_after
+        self._max_message_bytes: int | None = None
+        address = grpc_target(target)
+        self._channels: ChannelKeeper[C] = ChannelKeeper(channel, partial(self._open, address), self._place)
+        self._sharing = Sharing(address, wanted=shared_memory and channel is None)
+        self._call_settings: Mapping[str, Any] = {"wait_for_ready": wait_for_ready}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self._settings)
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        """Returns when a call is to be over that may take so many seconds; None for the client's."""
+        return Deadline(self._timeout if timeout is None else timeout)
+
+    def _attempts(self, timeout: float | None) -> Attempts:
+        """Returns the attempts at a call that may take so many seconds."""
+        return Attempts(self._retries, self._deadline(timeout))
+
+    def _hedge(self, call: Call[Any], data: bytes) -> float | None:
+        """Returns after how many seconds without an answer a request is sent a second time, if it is."""
+        is_worth_it = len(data) < LARGEST_BYTES and not call.storage.shares_memory
+        return self._hedge_after if is_worth_it else None
+
+
+def _restored(kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    return kind(**settings)

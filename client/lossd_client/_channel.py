@@ -1,0 +1,51 @@
+"""The channel of a client: its caller's, or its own, made where and when it is first wanted."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import grpc
+
+from lossd.channel_options import client_options
+
+C = TypeVar("C")
+
+
+def open_channel(target: str) -> grpc.Channel:
+    """Returns a channel for ordinary code."""
+    return grpc.insecure_channel(target, options=client_options())
+
+
+def open_async_channel(target: str) -> grpc.aio.Channel:
+    """Returns a channel for asyncio."""
+    return grpc.aio.insecure_channel(target, options=client_options())
+
+
+class ChannelKeeper(Generic[C]):
+    """Holds the channel of a client, one in every place where it is used.
+
+    Args:
+        given: A channel of the caller's, which is used everywhere and never closed.
+        make: Makes one where none is given.
+        place: Says where this is. What was made elsewhere, such as in the process that forked this
+            one, is dropped without a close: its threads are not here to answer.
+    """
+
+    def __init__(self, given: C | None, make: Callable[[], C], place: Callable[[], object]) -> None:
+        self._given = given
+        self._make = make
+        self._place = place
+        self._made: C | None = None
+        self._home: object = None
+
+    def get(self) -> C:
+        """Returns the channel to use here."""
+        if self._given is not None:
+            return self._given
+        if self._made is None or self._home != self._place():
+            self._made, self._home = self._make(), self._place()
+        return self._made
+
+    def take(self) -> C | None:
+        """Gives up what was made and returns it, to be closed; None where nothing was made here."""
+        made, self._made = self._made, None
+        return made if made is not None and self._home == self._place() else None
