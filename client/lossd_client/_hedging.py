@@ -19,19 +19,21 @@ _UnaryCall: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 _AsyncUnaryCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
-def send_twice(method: _UnaryCall, data: bytes, after: float, deadline: Deadline, **settings: Any) -> bytes:
-    """Returns the answer to a request that is sent again where none has come after some seconds.
+def send(method: _UnaryCall, data: bytes, after: float | None, deadline: Deadline, **settings: Any) -> bytes:
+    """Returns the answer to a request, which is sent again where none has come after some seconds.
 
     Args:
         method: The method.
         data: The request.
-        after: The seconds.
-        deadline: When both are to be over.
+        after: The seconds; None sends it once.
+        deadline: When it is to be over.
         **settings: Those of a call.
 
     Raises:
         grpc.RpcError: It failed, or both did.
     """
+    if after is None:
+        return method(data, timeout=deadline.remaining(), **settings)
     done: SimpleQueue[Any] = SimpleQueue()
     calls: list[Any] = []
 
@@ -55,15 +57,17 @@ def send_twice(method: _UnaryCall, data: bytes, after: float, deadline: Deadline
             call.cancel()
 
 
-async def send_twice_async(
-    method: _AsyncUnaryCall, data: bytes, after: float, deadline: Deadline, **settings: Any
+async def send_async(
+    method: _AsyncUnaryCall, data: bytes, after: float | None, deadline: Deadline, **settings: Any
 ) -> bytes:
-    """Returns the answer to a request, as `send_twice` does."""
-    tasks: set[asyncio.Task[bytes]] = set()
+    """Returns the answer to a request, as `send` does."""
 
     async def ask() -> bytes:
         return await method(data, timeout=deadline.remaining(), **settings)
 
+    if after is None:
+        return await ask()
+    tasks: set[asyncio.Task[bytes]] = set()
     tasks.add(asyncio.create_task(ask()))
     try:
         done, _ = await asyncio.wait(tasks, timeout=after)

@@ -16,16 +16,9 @@ from lossd_client._calls import Call
 from lossd_client._channel import open_async_channel
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
-from lossd_client._hedging import send_twice_async
+from lossd_client._hedging import send_async
 from lossd_client._options import EvaluationOptions, LossOptions
-from lossd_client._requests import (
-    WINDOW,
-    assign_call,
-    assign_stream,
-    info_call,
-    loss_batch,
-    loss_stream,
-)
+from lossd_client._requests import WINDOW, assign_call, assign_stream, info_call, loss_batch, loss_stream
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
 from lossd_client._sharing import allocated
@@ -179,17 +172,15 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
             await channel.close()
         self._sharing.close()
 
-    async def _info(self, deadline: Deadline) -> ServerInfo:
-        return await self._call(info_call(), Attempts(self._retries, deadline))
-
     async def _pool(self, deadline: Deadline) -> "Pool | None":
         if self._sharing.is_possible and not self._sharing.is_known:
-            self._sharing.learn(await self._info(deadline))
+            self._sharing.learn(await self._call(info_call(), Attempts(self._retries, deadline)))
         return self._sharing.pool()
 
     async def _message_limit(self, deadline: Deadline) -> int:
         if self._max_message_bytes is None:
-            self._max_message_bytes = (await self._info(deadline)).max_message_bytes
+            info = await self._call(info_call(), Attempts(self._retries, deadline))
+            self._max_message_bytes = info.max_message_bytes
         return self._max_message_bytes
 
     async def _call(self, call: Call[R], attempts: Attempts) -> R:
@@ -205,10 +196,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
         method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
-        after = self._hedge(call, data)
-        if after is not None:
-            return await send_twice_async(method, data, after, deadline, **self._call_settings)
-        return await method(data, timeout=deadline.remaining(), **self._call_settings)
+        return await send_async(method, data, self._hedge(call, data), deadline, **self._call_settings)
 
     async def _stream(
         self,

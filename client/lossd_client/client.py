@@ -15,16 +15,9 @@ from lossd_client._calls import Call
 from lossd_client._channel import open_channel
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
-from lossd_client._hedging import send_twice
+from lossd_client._hedging import send
 from lossd_client._options import EvaluationOptions, LossOptions
-from lossd_client._requests import (
-    WINDOW,
-    assign_call,
-    assign_stream,
-    info_call,
-    loss_batch,
-    loss_stream,
-)
+from lossd_client._requests import WINDOW, assign_call, assign_stream, info_call, loss_batch, loss_stream
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
 from lossd_client._sharing import allocated
@@ -54,11 +47,10 @@ class Client(ClientBase[grpc.Channel]):
         channel: A channel of the caller's to use instead; never closed here, and not taken to
             another process.
         shared_memory: Whether tensors may go through memory that is shared with a server on this host,
-            which happens by itself where the target is `unix:` and the server agrees.
+            as happens by itself where the target is `unix:` and the server agrees.
         retries: How often, and after what pauses, to ask again where nobody answers; None for never.
-        hedge_after: Seconds after which a small call, one of at most 256 KiB, is made a second time,
-            where there is no answer yet: the first good one counts. It is for several servers, which have
-            more to do by that. None for never.
+        hedge_after: Seconds after which a call of less than 256 KiB is made a second time where it has no
+            answer yet: the first good one counts. It is for several servers. None for never.
         wait_for_ready: Whether a call waits, as long as it may take, while there is no connection to any
             server; otherwise it fails, after its retries.
     """
@@ -241,12 +233,9 @@ class Client(ClientBase[grpc.Channel]):
             image_size: See `assign_targets`; the same for all, as the next two.
             feature_sizes: See `assign_targets`.
             sparse: See `assign_targets`.
-            window: See `compute_loss_stream`, as for the next two.
+            window: See `compute_loss_stream`, as for the next two, and for errors.
             return_exceptions: Whether errors are results.
             timeout: Seconds for the whole stream.
-
-        Raises:
-            LossdError: As for `compute_loss_stream`.
         """
         stream = assign_stream(
             assigner,
@@ -273,17 +262,15 @@ class Client(ClientBase[grpc.Channel]):
             channel.close()
         self._sharing.close()
 
-    def _info(self, deadline: Deadline) -> ServerInfo:
-        return self._call(info_call(), Attempts(self._retries, deadline))
-
     def _pool(self, deadline: Deadline) -> "Pool | None":
         if self._sharing.is_possible and not self._sharing.is_known:
-            self._sharing.learn(self._info(deadline))
+            self._sharing.learn(self._call(info_call(), Attempts(self._retries, deadline)))
         return self._sharing.pool()
 
     def _message_limit(self, deadline: Deadline) -> int:
         if self._max_message_bytes is None:
-            self._max_message_bytes = self._info(deadline).max_message_bytes
+            info = self._call(info_call(), Attempts(self._retries, deadline))
+            self._max_message_bytes = info.max_message_bytes
         return self._max_message_bytes
 
     def _call(self, call: Call[R], attempts: Attempts) -> R:
@@ -299,10 +286,7 @@ class Client(ClientBase[grpc.Channel]):
 
     def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
-        after = self._hedge(call, data)
-        if after is not None:
-            return send_twice(method, data, after, deadline, **self._call_settings)
-        return method(data, timeout=deadline.remaining(), **self._call_settings)
+        return send(method, data, self._hedge(call, data), deadline, **self._call_settings)
 
     def _stream(
         self, stream: Stream[R], items: Iterable[Any], timeout: float | None, *, shares_memory: bool

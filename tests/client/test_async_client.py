@@ -20,6 +20,7 @@ from lossd_client import (
     TooLargeError,
     UnavailableError,
 )
+from lossd_client._options import EvaluationOptions, LossOptions
 from tests.client.support import FCOS, SIMPLE, same_bits
 from tests.service import custom_modules
 from tests.service.support import focal_arrays, make_server, scene
@@ -58,6 +59,16 @@ def test_both_clients_have_the_same_methods():
         if not name.endswith("_stream"):  # items and results of a stream may be asynchronous
             assert sync.__annotations__ == other.__annotations__, name
         assert (sync.__defaults__, sync.__kwdefaults__) == (other.__defaults__, other.__kwdefaults__), name
+
+
+def test_the_options_of_an_evaluation_are_those_that_methods_take():
+    assert LossOptions.__annotations__ == EvaluationOptions.__annotations__
+
+
+@pytest.mark.parametrize("method", ["compute_loss", "compute_losses", "compute_loss_stream"])
+def test_an_unknown_option_is_refused_at_once(client, method):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gradeints'"):
+        getattr(client, method)(FocalLoss(), [(LOGITS, LABELS)], gradeints=True)
 
 
 @pytest.mark.parametrize("case", [*SIMPLE.values(), *FCOS.values()], ids=[*SIMPLE, *FCOS])
