@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
+from lossd_client._access import TLS, Access
 from lossd_client._addresses import grpc_target
 from lossd_client._calls import Call
 from lossd_client._channel import ChannelKeeper
@@ -19,7 +21,7 @@ _DEFAULT_TARGET = "127.0.0.1:50051"
 class ClientBase(Generic[C]):
     """A client without its methods; see `Client`."""
 
-    _open: ClassVar["staticmethod[[str], Any]"]
+    _open: ClassVar["staticmethod[[Access], Any]"]
     _place: ClassVar["staticmethod[[], object]"]
 
     def __init__(
@@ -32,10 +34,13 @@ class ClientBase(Generic[C]):
         retries: RetryPolicy | None = RetryPolicy(),  # noqa: B008  # it is immutable
         hedge_after: float | None = None,
         wait_for_ready: bool = False,
+        tls: TLS | None = None,
+        token: str | Path | None = None,
+        insecure: bool = False,
     ) -> None:
         if hedge_after is not None and not hedge_after >= 0:
             raise ValueError(f"hedge_after is {hedge_after}, want at least 0")
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "target": target if isinstance(target, str) else tuple(target),
             "timeout": timeout,
             "shared_memory": shared_memory,
@@ -46,14 +51,24 @@ class ClientBase(Generic[C]):
         self._timeout = timeout
         self._retries = retries or ONCE
         self._hedge_after = hedge_after
+        self._wait_for_ready = wait_for_ready
         self._max_message_bytes: int | None = None
         address = grpc_target(target)
-        self._channels: ChannelKeeper[C] = ChannelKeeper(channel, partial(self._open, address), self._place)
+        self._access = Access(address, tls=tls, token=token, insecure=insecure)
+        self._channels: ChannelKeeper[C] = ChannelKeeper(
+            channel, partial(self._open, self._access), self._place
+        )
         self._sharing = Sharing(address, wanted=shared_memory and channel is None)
-        self._call_settings: Mapping[str, Any] = {"wait_for_ready": wait_for_ready}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), self._settings)
+        return _restored, (type(self), self._settings | self._access.settings_to_pickle())
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return type(self)(**self._settings, **self._access.settings())
+
+    def _call_settings(self) -> Mapping[str, Any]:
+        """Returns what goes with every call."""
+        return {"wait_for_ready": self._wait_for_ready, "metadata": self._access.metadata()}
 
     def _deadline(self, timeout: float | None) -> Deadline:
         """Returns when a call is to be over that may take so many seconds; None for the client's."""

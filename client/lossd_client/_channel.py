@@ -3,21 +3,7 @@
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import grpc
-
-from lossd.channel_options import client_options
-
 C = TypeVar("C")
-
-
-def open_channel(target: str) -> grpc.Channel:
-    """Returns a channel for ordinary code."""
-    return grpc.insecure_channel(target, options=client_options())
-
-
-def open_async_channel(target: str) -> grpc.aio.Channel:
-    """Returns a channel for asyncio."""
-    return grpc.aio.insecure_channel(target, options=client_options())
 
 
 class ChannelKeeper(Generic[C]):

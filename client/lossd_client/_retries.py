@@ -5,17 +5,15 @@ import random
 import time
 from dataclasses import dataclass
 
-import grpc
-
-from lossd_client._errors import LossdError
+from lossd_client._errors import LossdError, UnavailableError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
     """How often, and after what pauses, a call is made again where no server answered it.
 
-    Every method is idempotent, so that whatever was not answered may be asked again. That is done for
-    UNAVAILABLE alone: no connection, one that broke, or a server that turns work away. The pause is what
+    Every method is idempotent, so that whatever was not answered may be asked again. That is done after
+    an `UnavailableError` alone: no connection, one that broke, or work turned away. The pause is what
     the server asks for, where it does, and a random share, a half at least, of a backoff that grows with
     every failure. No pause outlasts the call's deadline: then the last error is raised at once.
 
@@ -97,7 +95,7 @@ class Attempts:
             error: What it failed with.
         """
         pause = self._pause(error)
-        if error.code is grpc.StatusCode.UNAVAILABLE and self.deadline.leaves(pause):
+        if isinstance(error, UnavailableError) and self.deadline.leaves(pause):
             self._failures += 1
             if self._failures < self._policy.max_attempts:
                 return pause

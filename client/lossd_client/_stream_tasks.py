@@ -55,7 +55,7 @@ class StreamOfTasks(Generic[R]):
         self._failure: Exception | None = None
 
     async def results(
-        self, channel: grpc.aio.Channel, settings: Mapping[str, Any]
+        self, channel: grpc.aio.Channel, settings: Callable[[], Mapping[str, Any]]
     ) -> AsyncGenerator[R | LossdError, None]:
         """Yields the results in the order of the items; ends the call however it is left."""
         taking = asyncio.create_task(self._take_items())
@@ -95,13 +95,13 @@ class StreamOfTasks(Generic[R]):
         self._changed.set()
 
     async def _call(
-        self, channel: grpc.aio.Channel, settings: Mapping[str, Any]
+        self, channel: grpc.aio.Channel, settings: Callable[[], Mapping[str, Any]]
     ) -> AsyncGenerator[tuple[int, R | LossdError], None]:
         """Makes one call, with all that has no answer yet; yields outcomes until it has ended."""
         number = self._way.begin()
         self._error = None
         method: Any = channel.stream_stream(self._stream.path)
-        call = method(timeout=self._deadline.remaining(), **settings)
+        call = method(timeout=self._deadline.remaining(), **settings())
         tasks = [asyncio.create_task(self._send(call, number)), asyncio.create_task(self._receive(call))]
         try:
             while (outcome := await self._outcomes.get()) is not None:

@@ -53,12 +53,14 @@ class StreamOfThreads(Generic[R]):
         self._failure: Exception | None = None
         self._closed = False
 
-    def results(self, channel: grpc.Channel, settings: Mapping[str, Any]) -> Iterator[R | LossdError]:
+    def results(
+        self, channel: grpc.Channel, settings: Callable[[], Mapping[str, Any]]
+    ) -> Iterator[R | LossdError]:
         """Yields the results in the order of the items; ends the call however it is left.
 
         Args:
             channel: Where to call.
-            settings: Those of a call.
+            settings: Gives those of a call.
         """
         threading.Thread(target=self._take_items, name="lossd-items", daemon=True).start()
         order = InOrder(self._stream)
@@ -103,7 +105,7 @@ class StreamOfThreads(Generic[R]):
             self._changed.notify_all()
 
     def _call(
-        self, channel: grpc.Channel, settings: Mapping[str, Any]
+        self, channel: grpc.Channel, settings: Callable[[], Mapping[str, Any]]
     ) -> Generator[tuple[int, R | LossdError], None, None]:
         """Makes one call, with all that has no answer yet; yields outcomes until it has ended."""
         with self._changed:
@@ -111,7 +113,7 @@ class StreamOfThreads(Generic[R]):
             self._changed.notify_all()
         self._error = None
         method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(self._stream.path)
-        call = method(self._requests(number), timeout=self._deadline.remaining(), **settings)
+        call = method(self._requests(number), timeout=self._deadline.remaining(), **settings())
         receiver = threading.Thread(target=self._receive, args=(call,), name="lossd-answers", daemon=True)
         receiver.start()
         try:

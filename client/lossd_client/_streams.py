@@ -10,7 +10,14 @@ import grpc
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd_client._calls import method_path, read_answer, read_result
-from lossd_client._errors import LossdError, ServerError, at_item, error_of_answer, too_large
+from lossd_client._errors import (
+    LossdError,
+    ServerError,
+    UnavailableError,
+    at_item,
+    error_of_answer,
+    too_large,
+)
 from lossd_client._retries import Attempts
 from lossd_client._storage import Storage
 
@@ -162,7 +169,7 @@ class OnTheirWay(Generic[R]):
             outcome = at_item(error_of_answer(answer.message.error), index)
             if storage.has_lost(outcome):
                 self._lost[index] = storage
-            if storage.has_lost(outcome) or outcome.code is grpc.StatusCode.UNAVAILABLE:
+            if storage.has_lost(outcome) or isinstance(outcome, UnavailableError):
                 self._refusal = outcome
                 return None
         else:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
+from lossd_client._access import Access
 from lossd_client._arrays import Array
 from lossd_client._base import ClientBase
 from lossd_client._calls import Call
-from lossd_client._channel import open_async_channel
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._hedging import send_async
@@ -52,9 +52,12 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         retries: How often, and after what pauses, to ask again where nobody answers.
         hedge_after: Seconds after which a small call is made a second time.
         wait_for_ready: Whether a call waits while there is no connection.
+        tls: Encryption.
+        token: The bearer token, or the path of a file with it.
+        insecure: Whether it may go over a network as plain text.
     """
 
-    _open = staticmethod(open_async_channel)
+    _open = staticmethod(Access.open_async)
     _place = staticmethod(_home)
 
     async def __aenter__(self) -> Self:
@@ -196,7 +199,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
         method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
-        return await send_async(method, data, self._hedge(call, data), deadline, **self._call_settings)
+        return await send_async(method, data, self._hedge(call, data), deadline, **self._call_settings())
 
     async def _stream(
         self,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
+from lossd_client._access import Access
 from lossd_client._arrays import Array
 from lossd_client._base import ClientBase
 from lossd_client._calls import Call
-from lossd_client._channel import open_channel
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._hedging import send
@@ -51,11 +51,17 @@ class Client(ClientBase[grpc.Channel]):
         retries: How often, and after what pauses, to ask again where nobody answers; None for never.
         hedge_after: Seconds after which a call of less than 256 KiB is made a second time where it has no
             answer yet: the first good one counts. It is for several servers. None for never.
-        wait_for_ready: Whether a call waits, as long as it may take, while there is no connection to any
-            server; otherwise it fails, after its retries.
+        wait_for_ready: Whether a call waits for a connection to a server instead of failing without.
+        tls: Encryption, as the server has it; None for plain text.
+        token: The bearer token, or the path of a file that holds it and is read for every call. A client
+            that was given the token itself is not pickled, so that it is in no pickle.
+        insecure: Whether a token may go over a network as plain text.
+
+    Raises:
+        ValueError: The target or a number is none, or a token would go over a network as plain text.
     """
 
-    _open = staticmethod(open_channel)
+    _open = staticmethod(Access.open)
     _place = staticmethod(os.getpid)
 
     def __enter__(self) -> Self:
@@ -248,12 +254,7 @@ class Client(ClientBase[grpc.Channel]):
         return self._stream(stream, batches, timeout, shares_memory=False)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Returns what the server says of itself.
-
-        Raises:
-            UnavailableError: No server answers.
-            DeadlineError: The timeout passed.
-        """
+        """Returns what the server says of itself; raises what `compute_loss` does where none answers."""
         return self._call(info_call(), self._attempts(timeout))
 
     def close(self) -> None:
@@ -286,17 +287,13 @@ class Client(ClientBase[grpc.Channel]):
 
     def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
-        return send(method, data, self._hedge(call, data), deadline, **self._call_settings)
+        return send(method, data, self._hedge(call, data), deadline, **self._call_settings())
 
     def _stream(
         self, stream: Stream[R], items: Iterable[Any], timeout: float | None, *, shares_memory: bool
     ) -> Iterator[R | LossdError]:
         attempts = Attempts(self._retries, Deadline(timeout))
         limit = partial(self._message_limit, attempts.deadline)
-        pool = partial(self._pool, attempts.deadline) if shares_memory else _no_pool
+        pool = partial(self._pool, attempts.deadline) if shares_memory else lambda: None
         made = StreamOfThreads(stream, items, attempts, limit, pool)
         yield from made.results(self._channels.get(), self._call_settings)
-
-
-def _no_pool() -> None:
-    """Returns the shared memory of calls whose tensors are not worth it."""

@@ -41,10 +41,10 @@ def test_a_server_that_is_not_there_is_passed_over(target, kind):
     with proxy_of(target) as gone:
         pass
     with proxy_of(target) as here, open_twin(kind, [gone.address, here.address], retries=None) as twin:
-        twin.client._call_settings = {"wait_for_ready": True}  # until there is a connection to the other
+        twin.client._wait_for_ready = True  # until there is a connection to the other
         for _ in range(20):
             assert twin.call("server_info").version
-            twin.client._call_settings = {}
+            twin.client._wait_for_ready = False
     assert len(here.calls) == 20
 
 
