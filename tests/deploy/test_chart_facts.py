@@ -132,6 +132,11 @@ def test_requests_are_within_limits(objects):
                 assert quantity(asked) <= quantity(resources["limits"].get(name, asked))
 
 
+def test_memory_is_enough_for_the_requests_that_are_let_in(objects):
+    needed = 3 * config(objects).max_in_flight_bytes + (512 << 20)
+    assert quantity(server(objects)["resources"]["limits"]["memory"]) >= needed
+
+
 def test_every_mounted_volume_exists_and_every_volume_is_mounted(objects):
     for pod in pod_specs(objects):
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
