@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import yaml
 
 from tests.deploy.conftest import CASES
 from tests.deploy.objects import (
@@ -18,6 +19,7 @@ from tests.deploy.objects import (
     the,
     workload,
 )  # fmt: skip
+from tests.deploy.tools import CHART
 
 SERVERS = tuple(case for case in CASES if case != "sidecar")
 RECOMMENDED = {
@@ -84,6 +86,14 @@ def test_the_monitor_reads_each_server_once(rendered):
         and endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     ]
     assert read == ["loss-lossd-headless"]
+
+
+def test_rules_and_dashboard_are_the_files_of_the_chart(rendered):
+    objects = rendered("hpa")
+    assert the(objects, "PrometheusRule")["spec"] == yaml.safe_load((CHART / "files/rules.yml").read_text())
+    (dashboard,) = [found for found in of_kind(objects, "ConfigMap") if "lossd.json" in found["data"]]
+    assert dashboard["data"]["lossd.json"] == (CHART / "files/dashboard.json").read_text()
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 def test_the_pod_monitor_finds_the_sidecars(rendered):
