@@ -5,6 +5,7 @@ import json
 import os
 import time
 from array import array
+from itertools import islice
 
 import grpc
 import numpy as np
@@ -89,7 +90,7 @@ def test_every_kind_is_answered_as_it_is_meant_to_be(all_kinds, kind):
 
 def test_a_server_of_its_own_is_started_watched_and_overloaded(tmp_path):
     file = tmp_path / "load.json"
-    report, text = drive(file, mix="assign:2,shared-m", overload=2, device="cpu")
+    report, text = drive(file, mix="assign:2,shared-m", overload=2, device="cpu", seconds=1)
     fields = json.loads(file.read_text())
     assert [phase["name"] for phase in fields["phases"]] == ["peak", "overload"]
     assert fields["goodput_ratio"] == report.goodput_ratio > 0
@@ -103,9 +104,9 @@ def test_a_server_of_its_own_is_started_watched_and_overloaded(tmp_path):
 
 
 def test_calls_at_a_rate_are_due_at_their_times(server):
-    (phase,) = drive(mix="assign:4", rate=40, target=server.addresses[1])[0].phases
+    (phase,) = drive(mix="assign:4", rate=40, seconds=1, target=server.addresses[1])[0].phases
     assert phase.offered_per_second == 40
-    assert phase.kinds[0].answered == 20  # in half a second, whatever they took
+    assert 0 < phase.kinds[0].answered <= 80  # in two seconds, those of the first are not counted
 
 
 def test_no_answer_is_an_error_that_says_where():
@@ -120,8 +121,13 @@ def test_shared_memory_over_tcp_is_refused(server):
 
 def test_what_is_late_is_due_in_the_past():
     begins = time.monotonic() - 10
-    due = list(Pace(begins=begins, ends=begins + 5, interval=1).starts())
-    assert due == [begins + i for i in range(5)]
+    starts = Pace(begins=begins, ends=begins + 60, interval=2).starts()
+    assert list(islice(starts, 5)) == [begins + 2 * i for i in range(5)]
+
+
+def test_what_is_due_at_the_end_is_not_called():
+    ended = time.monotonic()
+    assert list(Pace(begins=ended - 10, ends=ended, interval=2).starts()) == []
 
 
 def test_without_an_interval_each_call_is_due_when_it_is_made():
@@ -136,11 +142,11 @@ def test_without_an_interval_each_call_is_due_when_it_is_made():
 def test_refusals_are_no_errors_and_early_calls_are_not_counted():
     tally = Tally(measured_from=10.0)
     tally.count_answer(9.0, 9.5, 7)
-    tally.count_failure(9.0, 9.0, 9.5, Failure(reason="X"))
+    tally.count_failure(9.0, 9.5, Failure(reason="X"))
     assert tally.calls == 0
     tally.count_answer(10.0, 10.5, 7)
-    tally.count_failure(10.0, 11.0, 11.5, Failure(reason="UNAVAILABLE DRAINING", retry_after=1.0))
-    tally.count_failure(10.0, 10.0, 12.0, Failure(reason="INTERNAL"))
+    tally.count_failure(11.0, 11.5, Failure(reason="UNAVAILABLE DRAINING", retry_after=1.0))
+    tally.count_failure(10.0, 12.0, Failure(reason="INTERNAL"))
     both = Tally()
     both.add(tally)
     both.add(tally)

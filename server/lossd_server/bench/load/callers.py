@@ -91,7 +91,7 @@ def _repeat(call: Callable[[], int], pace: Pace, tally: Tally) -> None:
             size = call()
         except (grpc.RpcError, LossdError) as error:
             failure = failure_of(error)
-            tally.count_failure(due, made, time.monotonic(), failure)
+            tally.count_failure(made, time.monotonic(), failure)
             pace.pause(failure.retry_after)
         else:
             tally.count_answer(due, time.monotonic(), size)
@@ -109,7 +109,7 @@ def _run_stream(target: Target, pace: Pace, tally: Tally) -> None:
                 stream.run(method, timeout=left, pace=pace)
             except grpc.RpcError as error:
                 failure = failure_of(error)
-                tally.count_failure(began, began, time.monotonic(), failure)
+                tally.count_failure(began, time.monotonic(), failure)
                 pace.pause(failure.retry_after)
 
 
@@ -145,7 +145,7 @@ class _Stream:
         place, outcome = read_stream_answer(KINDS[self._target.kind].method, answer)
         due, made = self._due.pop(place)
         if isinstance(outcome, Failure):
-            self._tally.count_failure(due, made, time.monotonic(), outcome)
+            self._tally.count_failure(made, time.monotonic(), outcome)
             pace.pause(outcome.retry_after)
         else:
             self._target.check(outcome, self._tally)

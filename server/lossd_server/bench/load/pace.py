@@ -27,10 +27,10 @@ class Pace:
 
         Where calls are due at intervals and the last one took longer than that, the next is due in the
         past: what it has waited by then is part of what it takes, or a server that stands still would
-        seem fast.
+        seem fast. What is still due at the end is not called any more.
         """
         due = self.begins
-        while due < self.ends:
+        while max(due, time.monotonic()) < self.ends:
             _sleep_until(due)
             yield due
             due = time.monotonic() if self.interval is None else due + self.interval

@@ -98,6 +98,12 @@ class Phase:
         """Answered calls of all kinds a second."""
         return sum(kind.calls_per_second for kind in self.kinds)
 
+    @property
+    def made_per_second(self) -> float:
+        """Calls that came to any end, a second."""
+        ends = (kind.answered + kind.refused + sum(kind.errors.values()) for kind in self.kinds)
+        return sum(ends) / self.seconds
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:

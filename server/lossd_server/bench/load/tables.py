@@ -66,6 +66,8 @@ def _footer(phase: Phase) -> Iterator[str]:
         for reason, count in {**kind.refusals, **kind.errors}.items():
             yield f"  {kind.kind}: {count:,} {reason}"
     yield f"  callers: {phase.client_cores:.2f} cores"
+    if phase.offered_per_second is not None and phase.made_per_second < 0.95 * phase.offered_per_second:
+        yield f"  {phase.made_per_second:,.0f} calls/s were made: others were due while all callers waited"
     if phase.server is not None:
         yield from _footprint(phase.server)
 

@@ -16,7 +16,7 @@ class Tally:
     """What became of calls; of one caller, or of several added up.
 
     Attributes:
-        measured_from: Calls that were due before are not counted.
+        measured_from: Calls that came to an end before are not counted.
         answered: What each answered call took, from when it was due, seconds.
         refused: What each refusal took, from when the call was made, seconds.
         errors: How many calls failed otherwise, by reason.
@@ -46,14 +46,14 @@ class Tally:
 
     def count_answer(self, due: float, now: float, size: int) -> None:
         """Counts an answered call."""
-        if due >= self.measured_from:
+        if now >= self.measured_from:
             self.answered.append(now - due)
             self.bytes_moved += size
             self.last = now
 
-    def count_failure(self, due: float, made: float, now: float, failure: Failure) -> None:
+    def count_failure(self, made: float, now: float, failure: Failure) -> None:
         """Counts a call without a result."""
-        if due < self.measured_from:
+        if now < self.measured_from:
             return
         self.last = now
         if failure.retry_after is None:
