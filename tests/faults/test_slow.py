@@ -1,0 +1,54 @@
+"""Peers that never finish what they begin take nothing from those who do."""
+
+import time
+
+import pytest
+
+from tests.faults.slow import WAYS, Peer, slow_peers
+from tests.faults.support import eventually
+
+PEERS = 100
+"""More than the server has threads for calls."""
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_good_callers_are_served_beside_peers_that_do_not_go_on(server, way):
+    server.assert_serves()
+    before = server.held()
+    with slow_peers(server.address, way, PEERS):
+        for _ in range(5):
+            server.assert_serves()
+    assert eventually(lambda: server.held().descriptors <= before.descriptors + 4)
+
+
+def test_good_callers_are_served_beside_requests_that_come_byte_by_byte(server):
+    def begin(peer):
+        peer.begin()
+        peer.stream = peer.call("ComputeLoss")
+
+    with slow_peers(server.address, begin, PEERS) as peers:
+        for byte in b"\x00\x00\x10\x00\x00\x00\x00\x00":
+            for peer in peers:
+                try:
+                    peer.data(peer.stream, bytes([byte]))
+                except (OSError, KeyError):  # the server has had enough of it
+                    continue
+            server.assert_serves()
+            time.sleep(0.2)
+
+
+def test_calls_that_are_given_up_at_once_wear_nobody_out(server):
+    server.assert_serves()
+    before = server.held()
+    peer = Peer(server.address)
+    peer.begin()
+    try:
+        for _ in range(2_000):
+            peer.h2.reset_stream(peer.call("ComputeLoss"))
+            peer.send()
+    except OSError:  # the server has had enough of it
+        pass
+    server.assert_serves()
+    peer.close()
+    assert eventually(lambda: server.held().descriptors <= before.descriptors + 4)
+    assert server.held().rss < before.rss + (64 << 20)
