@@ -44,5 +44,9 @@ class Asker:
     def check(self) -> None:
         """Raises `DeadlineError` or `CallerGoneError` where nobody would take the answer."""
         problem = self.problem()
-        if problem is not None:
+        if problem is None:
+            return
+        try:
             raise problem
+        finally:
+            del problem  # whose traceback leads back to here, and to the memory of the request

@@ -57,8 +57,13 @@ class Pipeline:
                 self._finish(done)
         finally:
             self._close()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        try:
+            raise failure
+        finally:
+            del failure  # whose traceback leads back to here, and to answers that nobody took
 
     def wake(self) -> None:
         """Has the check made even where no request comes."""
@@ -87,8 +92,9 @@ class Pipeline:
                     break
         except LossdError as error:
             self._end(error)
-        except Exception:  # noqa: BLE001, S110  # the call is gone, or the server
-            pass
+        except Exception as error:  # noqa: BLE001  # the call is gone, or the server
+            # gRPC's own frame refers to what it raised, and that to all that this stream holds.
+            error.__traceback__ = None
         finally:
             self._ended = True
             self.wake()
