@@ -178,11 +178,10 @@ def test_answers_of_a_stream_are_told_apart():
     answer.id = 300
     assert read_stream_answer(FOCAL, answer.SerializeToString()) == (300, response.SerializeToString())
     answer = pb.ComputeLossStreamResponse(
-        id=1, error=pb.Error(code=14, reason=pb.ERROR_REASON_DRAINING, message="is stopping")
+        id=1, error=pb.Error(code=14, reason=pb.ERROR_REASON_DRAINING, retry_delay_ms=250)
     )
     place, failure = read_stream_answer(FOCAL, answer.SerializeToString())
-    assert (place, failure.reason) == (1, "UNAVAILABLE DRAINING")
-    assert failure.retry_after is not None
+    assert (place, failure) == (1, Failure(reason="UNAVAILABLE DRAINING", retry_after=0.25))
 
 
 def test_reasons_are_lossds_own(server):

@@ -65,7 +65,7 @@ def read_stream_answer(method: str, answer: bytes) -> tuple[int, bytes | Failure
     error = message.error
     code = next((code for code in grpc.StatusCode if code.value[0] == error.code), grpc.StatusCode.UNKNOWN)
     reason = pb.ErrorReason.Name(error.reason).removeprefix("ERROR_REASON_")
-    again = 1.0 if code == grpc.StatusCode.UNAVAILABLE else None
+    again = error.retry_delay_ms / 1e3 if error.HasField("retry_delay_ms") else None
     return message.id, Failure(reason=f"{code.name} {reason}", retry_after=again)
 
 
