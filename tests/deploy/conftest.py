@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from tests.deploy.containers import open_store
 from tests.deploy.tools import CHART, install
 
 CASES = tuple(sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir()))
@@ -39,3 +40,9 @@ def rendered(helm_template):
         return known[key]
 
     return render
+
+
+@pytest.fixture(scope="session")
+def containers():
+    """A store of images in which lossd's, for CPUs, is called `lossd`."""
+    return open_store()

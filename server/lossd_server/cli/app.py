@@ -1,7 +1,6 @@
 """The commands; what each needs is imported when it runs, so that `lossd info` needs no torch."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -112,8 +111,6 @@ def app() -> None:
 )
 def serve(log_format: str, **settings: object) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
-    # As process 1 of a container it would not be ended by SIGTERM before torch is there.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # gRPC's core writes lines of its own about what `lossd serve` says in one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from lossd_server.cli.log import configure_logging, say_why_not  # noqa: PLC0415
