@@ -121,7 +121,7 @@ class ServerConfig:
         checks.require_number(
             "max_connection_age_seconds", self.max_connection_age_seconds, at_least=0, at_most=_LONGEST_AGE
         )
-        checks.require_number("unix_mode", self.unix_mode, at_least=0, at_most=0o777)
+        _check_mode(self.unix_mode)
         _require_with("tls_cert", self.tls_cert, "tls_key", self.tls_key)
         _require_with("tls_key", self.tls_key, "tls_cert", self.tls_cert)
         _require_with("tls_client_ca", self.tls_client_ca, "tls_cert", self.tls_cert)
@@ -146,7 +146,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 def _check_address(address: str) -> None:
     """Raises `InvalidInputError` unless it is `unix:` and a path, or a host and a port."""
-    if address.startswith("unix:"):
+    if address.startswith("unix:") and unix_path(address):
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > _LARGEST_PORT:
@@ -155,6 +155,14 @@ def _check_address(address: str) -> None:
             f"is {address!r}, want host:port with a port in 0..{_LARGEST_PORT}, or unix:/path",
             field="listen",
             value=address,
+        )
+
+
+def _check_mode(mode: int) -> None:
+    """Raises `InvalidInputError` unless it is permissions, and no more."""
+    if not 0 <= mode <= 0o777:
+        raise InvalidInputError(
+            Reason.INVALID_OPTION, f"is {mode:#o}, want 0..0o777", field="unix_mode", value=f"{mode:#o}"
         )
 
 

@@ -1,7 +1,11 @@
 """Starts that fail: one line that says why, and an exit code that is not 0."""
 
+import json
+import os
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -25,8 +29,9 @@ BAD_SETTINGS = {
     "age below nothing": ("--max-connection-age-seconds -1", "max_connection_age_seconds: is -1.0"),
     "port that is none": ("--listen 127.0.0.1:999999", "listen: is '127.0.0.1:999999'"),
     "address without a port": ("--listen localhost", "listen: is 'localhost'"),
+    "socket without a path": ("--listen unix:", "listen: is 'unix:', want host:port"),
     "metrics port that is none": ("--metrics-port 70000", "metrics_port: is 70000, want at most 65535"),
-    "mode that is none": ("--unix-mode 7777", "unix_mode: is 4095, want at most 511"),
+    "mode that is none": ("--unix-mode 7777", "unix_mode: is 0o7777, want 0..0o777"),
     "certificate without a key": ("--tls-cert a.pem", "tls_key: is not set, but tls_cert is"),
     "callers' authority without TLS": ("--tls-client-ca a.pem", "tls_cert: is not set, but tls_client_ca is"),
 }
@@ -60,53 +65,85 @@ BAD_PLACES = {
 }
 
 
-def fails(*options):
-    """The one line of a start that fails, and its exit code."""
-    done = run("serve", "--metrics-port", "-1", *options)
-    assert "Traceback" not in done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("lossd: ")
-    return line, done.returncode
+@pytest.fixture(scope="module")
+def start():
+    """A function that returns the one line of a start that fails, and its exit code."""
+    command = [sys.executable, "-m", "tests.whole.starter"]
+    # As `lossd serve` sets it, before gRPC is imported.
+    environment = {**os.environ, "GRPC_VERBOSITY": "NONE"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as starter:
+
+        def fails(*options):
+            starter.stdin.write(json.dumps(["serve", "--metrics-port", "-1", *options]) + "\n")
+            starter.stdin.flush()
+            code, said = json.loads(starter.stdout.readline())
+            (line,) = said.splitlines()
+            assert line.startswith("lossd: ")
+            return line, code
+
+        yield fails
+        starter.stdin.close()
 
 
 @pytest.mark.parametrize("case", [*BAD_SETTINGS, *BAD_PLACES])
-def test_settings_that_cannot_be_served(case):
+def test_settings_that_cannot_be_served(start, case):
     options, message = {**BAD_SETTINGS, **BAD_PLACES}[case]
-    line, code = fails(*options.split())
+    line, code = start(*options.split())
     assert (message in line, code) == (True, 1), line
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_options_that_there_are_none_of(case):
+def test_options_that_there_are_none_of(start, case):
     options, message = BAD_OPTIONS[case]
-    line, code = fails(*options.split())
+    line, code = start(*options.split())
     assert (message in line, code) == (True, 2), line
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_a_bad_settings_file(tmp_path, text):
+def test_a_bad_settings_file(start, tmp_path, text):
     settings = tmp_path / "lossd.toml"
     settings.write_text(text)
-    line, code = fails("--config", str(settings))
+    line, code = start("--config", str(settings))
     assert BAD_FILES[text] in line
     assert code in {1, 2}
 
 
-def test_a_taken_port(address):
-    assert fails("--listen", address) == (
+@pytest.mark.parametrize("statement", ["raise ValueError('one line\\nand another')", "raise SystemExit(0)"])
+def test_a_module_that_fails_or_exits_when_it_is_imported(tmp_path, statement):
+    (tmp_path / "failing.py").write_text(statement)
+    done = run("serve", "--metrics-port", "-1", "--load", "failing:Loss", PYTHONPATH=with_path(tmp_path))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lossd: load: cannot load failing:Loss: ")
+
+
+def with_path(directory):
+    return os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+
+
+def test_a_taken_port(start, address):
+    assert start("--listen", address) == (
         f"lossd: listen: cannot listen on {address}: Address already in use",
         1,
     )
 
 
-def test_a_taken_metrics_port():
+def test_a_taken_metrics_port(start):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line, code = fails("--listen", "127.0.0.1:0", "--metrics-port", str(port))
+        line, code = start("--listen", "127.0.0.1:0", "--metrics-port", str(port))
     assert (f"metrics_port: cannot listen on 127.0.0.1:{port}: Address already in use" in line, code) == (
         True,
         1,
     )
+
+
+def test_the_command_itself_says_no_more_either():
+    done = run("serve", "--device", "tpu")
+    assert (done.returncode, done.stderr) == (1, "lossd: device: is 'tpu', want auto, cpu, cuda or cuda:N\n")
+    done = run("serve", "--port", "1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_a_unix_socket_in_use_is_a_failed_start(tmp_path):

@@ -41,7 +41,8 @@ def say_why_not(error: LossdError, log_format: str) -> None:
     if log_format == "json":
         _log.critical("cannot start", reason=str(error.reason), field=error.field, message=error.message)
     else:
-        sys.stderr.write(f"lossd: {error}\n")
+        # One line, also where an operator's module raised more of them.
+        sys.stderr.write(f"lossd: {' '.join(str(error).split())}\n")
 
 
 def _rendering(log_format: str) -> list[Processor]:

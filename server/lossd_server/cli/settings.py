@@ -26,7 +26,7 @@ class PermissionBits(click.ParamType[int]):
         if isinstance(value, int):
             return value
         try:
-            return int(value, 8)
+            return int(str(value), 8)
         except ValueError:
             self.fail(f"{value!r} is no octal number such as 0660", param, ctx)
 

@@ -159,7 +159,7 @@ def _make_module(target: str) -> nn.Module:
         raise _refusal(target, "want package.module:Class")
     try:
         made = getattr(importlib.import_module(module_name), class_name)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module that exits would end the start without a word
         raise _refusal(target, f"{type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise _refusal(target, "is no torch.nn.Module")
