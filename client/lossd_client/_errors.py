@@ -133,9 +133,9 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         detail.Unpack(retry)
     metadata = dict(info.metadata)
     field = metadata.pop("field", "")
-    make = _kind_of(error.code(), info.reason)
-    ours = make(
-        error.code(),
+    code = grpc.StatusCode.UNAVAILABLE if _was_cut_off(error, info.reason) else error.code()
+    ours = _kind_of(code, info.reason)(
+        code,
         error.details() or "",
         reason=info.reason,
         field=field,
@@ -143,6 +143,12 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() or _pushback_of(error),
     )
     return at_item(ours, first_item)
+
+
+def _was_cut_off(error: Any, reason: str) -> bool:
+    """Returns whether an answer broke off: a proxy that loses its server resets the stream."""
+    is_internal = error.code() is grpc.StatusCode.INTERNAL and not reason  # lossd's own has a reason
+    return is_internal and "RST_STREAM" in (error.details() or "")
 
 
 def _pushback_of(error: Any) -> float | None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from google.rpc import code_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from lossd_client import (
     AccessError,
@@ -279,3 +279,30 @@ def test_a_call_that_was_cancelled_as_its_refusal_arrived_is_cancelled():
 
     error = error_of_call(Cancelled())
     assert (error.code, error.reason) == (grpc.StatusCode.CANCELLED, "")
+
+
+class _Reset:
+    """What gRPC holds of a call whose stream was reset, and of one that failed with a reason of lossd's."""
+
+    def __init__(self, reason):
+        self._status = status_pb2.Status(code=code_pb2.INTERNAL, message=self.details())
+        if reason:
+            self._status.details.add().Pack(error_details_pb2.ErrorInfo(domain="lossd", reason=reason))
+
+    def code(self):
+        return grpc.StatusCode.INTERNAL
+
+    def details(self):
+        return "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+
+    def trailing_metadata(self):
+        return (
+            (("grpc-status-details-bin", self._status.SerializeToString()),) if self._status.details else ()
+        )
+
+
+def test_an_answer_that_a_proxy_cut_off_is_asked_for_again_and_a_fault_is_not():
+    error = error_of_call(_Reset(""))
+    assert (type(error), error.code) == (UnavailableError, grpc.StatusCode.UNAVAILABLE)
+    assert "RST_STREAM" in error.message
+    assert type(error_of_call(_Reset("INTERNAL"))) is ServerError

@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -145,28 +145,52 @@ def test_refusals_and_streams_pass_unchanged(two_servers):
     assert len({float(result.loss) for result in results}) == 1
 
 
-@pytest.mark.parametrize("going", [signal.SIGKILL, signal.SIGTERM], ids=["dies", "drains"])
-def test_a_server_that_goes_away_takes_no_call_along(two_servers, going):
+def until_one_is_gone(two_servers, going, calls):
+    """Calls from many threads until one server has been gone for a while; returns what each call gives."""
     envoy, (doomed, _) = two_servers
-    large, small = focal_request((16, 82, 100, 100)), focal_request((2, 80, 20, 20))
     gone = threading.Event()
 
-    def call_until_it_is_long_gone(request):
+    def call_again_and_again(call):
         answers = []
-        with grpc.insecure_channel(envoy.address, ONCE) as channel:
-            stub = LossServiceStub(channel)
-            while not gone.is_set() or len(answers) < 3:
-                answers.append(stub.ComputeLoss(request, timeout=120).results[0].loss.inline)
-        return set(answers)
+        while not gone.is_set() or len(answers) < 3:
+            answers.append(call())
+        return answers
 
-    with ThreadPoolExecutor(6) as pool:
-        calls = [pool.submit(call_until_it_is_long_gone, request) for request in [large] * 2 + [small] * 4]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        running = [pool.submit(call_again_and_again, call) for call in calls]
         time.sleep(3)
         doomed.send_signal(going)
         doomed.wait(timeout=60)
         envoy.wait_until_healthy(1)
         gone.set()
-        answers = [call.result(timeout=200) for call in calls]
+        return [one.result(timeout=200) for one in running]
+
+
+@pytest.mark.parametrize("going", [signal.SIGKILL, signal.SIGTERM], ids=["dies", "drains"])
+def test_a_server_that_goes_away_takes_no_call_along(two_servers, going):
+    envoy, _ = two_servers
+    large, small = focal_request((16, 82, 100, 100)), focal_request((2, 80, 20, 20))
+    with ExitStack() as open_channels:
+
+        def caller(request):
+            stub = LossServiceStub(open_channels.enter_context(grpc.insecure_channel(envoy.address, ONCE)))
+            return lambda: stub.ComputeLoss(request, timeout=120).results[0].loss.inline
+
+        callers = [caller(request) for request in [large] * 2 + [small] * 4]
+        answers = [set(same) for same in until_one_is_gone(two_servers, going, callers)]
     assert all(len(same) == 1 for same in answers)
     assert len(set.union(*answers)) == 2
     assert envoy.count("cluster.lossd.upstream_rq_retry") > 0
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_by_the_client(two_servers):
+    envoy, _ = two_servers
+    rng = np.random.default_rng(0)
+    logits, targets = rng.standard_normal((16, 82, 100, 100), np.float32), rng.integers(0, 82, (16, 100, 100))
+    with Client(envoy.address) as client:
+
+        def call():
+            return client.compute_loss(FocalLoss(), logits, targets, gradients=True).gradients["inputs"].sum()
+
+        answers = until_one_is_gone(two_servers, signal.SIGKILL, [call] * 4)
+    assert len({float(answer) for same in answers for answer in same}) == 1

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lossd_server.engine import Asker, AssignItem, AssignJob, Batching, evaluator
+from lossd_server.engine import Asker, AssignItem, AssignJob, Batching, Engine, evaluator
 from lossd_server.errors import (
     CallerGoneError,
+    CustomLossError,
     DeadlineError,
     InvalidInputError,
     OutOfMemoryError,
@@ -88,6 +89,21 @@ def test_every_item_has_the_bits_that_it_has_alone(jobs, batching):
             answers = list(pool.map(lambda n: busy.compute(jobs[n], Asker(flow=n % 3)), range(len(jobs))))
         found = [bits_of([outcome]) for outcomes, _timing in answers for outcome in outcomes]
     assert found == alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@settings(deadline=None, max_examples=10)
+@given(st.lists(JOBS, min_size=2, max_size=8))
+def test_on_a_gpu_too_every_item_has_the_bits_that_it_has_alone(jobs):
+    device = torch.device("cuda", 0)
+    with (
+        closing(Engine(device, batching=Batching(together=False))) as engine,
+        closing(Engine(device)) as busy,
+    ):
+        alone = [bits_of(engine.compute(replace(job, items=[item]))[0]) for job in jobs for item in job.items]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            answers = list(pool.map(lambda n: busy.compute(jobs[n], Asker(flow=n)), range(len(jobs))))
+        assert [bits_of([outcome]) for outcomes, _ in answers for outcome in outcomes] == alone
 
 
 def test_what_waits_goes_together_and_is_read_at_once(monkeypatch):
@@ -305,6 +321,38 @@ def test_a_device_that_does_not_come_back_turns_work_away_until_it_does():
         wait_until(lambda: said == [True, False])
         assert not engine.is_wedged
         assert len(engine.compute(random_job("rows", [1], 1))[0]) == 1
+
+
+class Crashes(nn.Module):
+    """What an error of a GPU's kernel looks like."""
+
+    def forward(self, pred):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.skipif(
+    not hasattr(torch, "AcceleratorError"), reason="this torch has no error of its own for it"
+)
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_device_that_is_lost_turns_work_away_for_good_and_one_that_answers_goes_on(monkeypatch, is_lost):
+    def synchronize(_device):
+        if is_lost:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    engine, said = cpu_engine(), []
+    engine.watch(5.0, said.append)
+    with closing(engine):
+        with pytest.raises(CustomLossError):
+            engine.compute(custom_job(Crashes()))
+        if is_lost:
+            wait_until(lambda: said == [True])
+            with pytest.raises(UnavailableError) as caught:
+                engine.compute(random_job("rows", [1], 1))
+            assert caught.value.reason is Reason.DEVICE_WEDGED
+        else:
+            assert len(engine.compute(random_job("rows", [1], 1))[0]) == 1
+            assert said == []
 
 
 def test_nothing_is_watched_where_none_is_to_be():

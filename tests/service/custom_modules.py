@@ -100,6 +100,20 @@ class InPlace(nn.Module):
         return pred.sum()
 
 
+class Hungry(nn.Module):
+    """Runs out of memory for more than two numbers, and the first time for any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, pred: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 1 or pred.numel() > 2:
+            raise torch.OutOfMemoryError(SECRET)
+        return pred.sum()
+
+
 class Held(nn.Module):
     """Holds the device until the test lets go."""
 

@@ -184,6 +184,21 @@ def test_callers_over_a_unix_socket_are_told_apart_by_the_memory_that_they_share
     assert asking.order == ["other", "one", "one", "one"]
 
 
+def test_a_want_of_memory_is_that_requests_alone():
+    def request(*sizes):
+        items = [{"pred": np.ones(size, np.float32)} for size in sizes]
+        return loss_request(losses_pb2.CustomLoss(name="Hungry"), items)
+
+    with make_server(load=("tests.service.custom_modules:Hungry",)) as server, connect(server) as stub:
+        assert len(stub.ComputeLoss(request(1, 2)).results) == 2
+        found = refusal(stub.ComputeLoss, request(1, 3))
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY")
+        assert found.metadata["field"] == "items[1].custom"
+        assert custom_modules.SECRET not in found.message
+        assert stub.ComputeLoss(request(2)).results
+        assert stub.ComputeLoss(good_loss_request()).results
+
+
 def test_a_device_that_hangs_turns_health_and_calls_away_until_it_is_back(held):
     with (
         make_server(load=HELD, wedged_seconds=0.3) as server,

@@ -140,14 +140,14 @@ class Engine:
             self.compute(LossJob(loss=loss, items=[item]))
 
     def watch(self, seconds: float, notify: Callable[[bool], None]) -> None:
-        """Turns work away while one evaluation takes longer than so many seconds.
+        """Turns work away while one evaluation takes longer than so many seconds, or the device is lost.
 
         Args:
             seconds: How long it may take; 0 for as long as it likes.
             notify: Called with true then, and with false once it has ended after all.
         """
         if seconds:
-            self._watchdog = Watchdog(self._turns, seconds, notify)
+            self._watchdog = Watchdog(self._turns, lambda: self._evaluator.is_lost, seconds, notify)
 
     def drain(self) -> None:
         """Refuses work from now on; what runs or waits goes on to its end."""

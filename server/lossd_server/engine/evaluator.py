@@ -25,8 +25,11 @@ _HOST = torch.device("cpu")
 _MAX_IDLE_BYTES = 1 << 30
 """Most memory that is kept for the gradients of later requests."""
 
-_HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
-"""What torch says in a plain `RuntimeError` where the host has no memory left."""
+_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
+"""What torch says in a plain `RuntimeError` where the host has no memory left, or none to be pinned."""
+
+_DeviceError: type[Exception] = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+"""What torch raises for an error of a GPU, from version 2.8 on."""
 
 _log = structlog.get_logger()
 
@@ -35,9 +38,14 @@ class Evaluator:
     """Takes the steps of tasks on one device; what goes wrong with one task is that task's error alone.
 
     Each item is evaluated by itself and reduced in a fixed order: its bits do not depend on its company.
+
+    Attributes:
+        is_lost: Whether the device will answer nothing any more. A kernel that fails takes the whole context
+            of a GPU with it, for as long as the process lives.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.is_lost = False
         self._device = device
         self._buffers = BufferPool(_MAX_IDLE_BYTES)
 
@@ -52,6 +60,8 @@ class Evaluator:
             found = [_attempted(task, partial(self._one_by_one, task)) for task in tasks]
         for task, outcomes in zip(tasks, found, strict=True):
             task.outcomes += outcomes
+        if any(map(_is_of_device, tasks)):
+            self.is_lost = not self._answers()
 
     def _together(self, tasks: Sequence[Task]) -> list[list[LossOutcome]] | None:
         """Returns what came of each task; None where it is worth trying each item alone."""
@@ -62,9 +72,11 @@ class Evaluator:
                 _attempted(task, partial(_outcomes, task, some, readings))
                 for task, some in zip(tasks, launched, strict=True)
             ]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # it is the error of a task, or found again
             if len(tasks) == 1 and not _is_out_of_memory(error):
-                raise
+                tasks[0].error = error
+                return [[]]
+            _log.warning("trying again item by item", error=type(error).__name__, device=str(self._device))
             return None
 
     def _launch_step(self, task: Task) -> list[Launched]:
@@ -108,10 +120,17 @@ class Evaluator:
 
     def _make_room(self) -> None:
         """Gives back what is kept for later."""
-        _log.warning("out of memory, trying again item by item", device=str(self._device))
         self._buffers.let_go()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _answers(self) -> bool:
+        """Whether the device still does what it is told."""
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
 
 
 def _outcomes(task: Task, launched: Sequence[Launched], readings: Iterator[Reading]) -> list[LossOutcome]:
@@ -140,7 +159,13 @@ def _attempted(task: Task, work: Callable[[], list[T]]) -> list[T]:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and _HOST_IS_FULL in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+
+
+def _is_of_device(task: Task) -> bool:
+    """Whether a task failed for what a GPU reported, in a loss of the operator's or in ours."""
+    error = task.error
+    return isinstance(error, _DeviceError) or isinstance(error and error.__cause__, _DeviceError)
 
 
 def _too_large(item: LossItem) -> OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""Notices that the device does not come back from an evaluation."""
+"""Notices that the device does not come back from an evaluation, or not at all."""
 
 import threading
 from collections.abc import Callable
@@ -19,16 +19,25 @@ class Watchdog:
 
     Args:
         turns: Who has the device.
+        is_lost: Whether the device will answer nothing any more.
         seconds: How long an evaluation may take.
-        notify: Called with true when one takes longer, and with false once it has ended after all.
+        notify: Called with true when one takes longer or the device is lost, and with false once it has
+            ended after all.
 
     Attributes:
-        is_wedged: Whether one takes longer now.
+        is_wedged: Whether that is so now.
     """
 
-    def __init__(self, turns: Turns, seconds: float, notify: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        turns: Turns,
+        is_lost: Callable[[], bool],
+        seconds: float,
+        notify: Callable[[bool], None],
+    ) -> None:
         self.is_wedged = False
         self._turns = turns
+        self._is_lost = is_lost
         self._seconds = seconds
         self._notify = notify
         self._stopped = threading.Event()
@@ -42,13 +51,13 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stopped.wait(min(self._seconds / _LOOKS, 1.0)):
-            if (self._turns.busy_seconds > self._seconds) != self.is_wedged:
+            if (self._is_lost() or self._turns.busy_seconds > self._seconds) != self.is_wedged:
                 self._change()
 
     def _change(self) -> None:
         self.is_wedged = not self.is_wedged
         if self.is_wedged:
-            _log.error("the device does not come back", seconds=self._seconds)
+            _log.error("the device does not come back", seconds=self._seconds, is_lost=self._is_lost())
             self._turns.refuse(self._refusal)
         else:
             _log.warning("the device is back")
@@ -56,6 +65,8 @@ class Watchdog:
         self._notify(self.is_wedged)
 
     def _refusal(self) -> UnavailableError:
+        if self._is_lost():
+            return UnavailableError(Reason.DEVICE_WEDGED, "the device has failed")
         return UnavailableError(
             Reason.DEVICE_WEDGED,
             f"one evaluation has the device for more than {self._seconds:g} s",
