@@ -178,6 +178,7 @@ def error_of_answer(error: pb.Error) -> LossdError:
         reason=reason,
         field=error.field,
         metadata={key: value for key, value in error.metadata.items() if key != "field"},
+        retry_after=error.retry_delay_ms / 1000 if error.HasField("retry_delay_ms") else None,
     )
 
 

@@ -67,14 +67,16 @@ def cut_after(count: int) -> Any:
     return act
 
 
-def turn_away(*items: int) -> Any:
+def turn_away(*items: int, retry_after: float | None = None) -> Any:
     """Passes a stream on, but for some of its items, which are turned away for the time being."""
+    error = pb.Error(code=UNAVAILABLE.value[0], message="busy", reason=pb.ERROR_REASON_DRAINING)
+    if retry_after is not None:
+        error.retry_delay_ms = round(retry_after * 1000)
 
     def act(proxy: Any, method: str, requests: Any, call: grpc.ServicerContext) -> Iterator[bytes]:
         for data in forward_stream(proxy, method, requests, call):
             answer = pb.ComputeLossStreamResponse.FromString(data)
             if answer.id in items:
-                error = pb.Error(code=UNAVAILABLE.value[0], message="busy", reason=pb.ERROR_REASON_DRAINING)
                 yield pb.ComputeLossStreamResponse(id=answer.id, error=error).SerializeToString()
             else:
                 yield data

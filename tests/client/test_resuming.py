@@ -144,6 +144,17 @@ def test_items_that_are_turned_away_come_again(target, kind, assert_same_as_call
     assert len(proxy.items) == len(actions) + 1
 
 
+def test_a_stream_makes_the_pause_that_a_server_asks_for(target, kind, assert_same_as_calls):
+    items = pairs(3)
+    with (
+        proxy_of(target, turn_away(1, retry_after=0.7)) as proxy,
+        open_twin(kind, proxy.address, retries=QUICK) as twin,
+    ):
+        results = twin.stream("compute_loss_stream", LOSS, items, gradients=True)
+    assert_same_as_calls(results, items)
+    assert proxy.times[1] - proxy.times[0] >= 0.7
+
+
 @pytest.mark.parametrize("action", [cut_after(0), turn_away(0, 1, 2, 3)], ids=["cut", "turned away"])
 def test_attempts_without_an_answer_are_bounded(target, kind, action):
     with proxy_of(target, *[action] * 9) as proxy, open_twin(kind, proxy.address, retries=QUICK) as twin:
