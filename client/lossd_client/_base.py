@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+from lossd.headers import REQUEST_BYTES
 from lossd_client._access import TLS, Access
 from lossd_client._addresses import grpc_target
 from lossd_client._calls import Call
@@ -16,6 +17,10 @@ from lossd_client._sharing import Sharing
 C = TypeVar("C")
 
 _DEFAULT_TARGET = "127.0.0.1:50051"
+
+_LEAST_DECLARED_BYTES = 64 << 10
+"""Smaller requests are there as soon as a word of their size; larger ones may so be refused
+before they are sent."""
 
 
 class ClientBase(Generic[C]):
@@ -66,9 +71,12 @@ class ClientBase(Generic[C]):
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return type(self)(**self._settings, **self._access.settings())
 
-    def _call_settings(self) -> Mapping[str, Any]:
-        """Returns what goes with every call."""
-        return {"wait_for_ready": self._wait_for_ready, "metadata": self._access.metadata()}
+    def _call_settings(self, size: int = 0) -> Mapping[str, Any]:
+        """Returns what goes with a call, of a request of so many bytes; 0 where there are several."""
+        metadata = self._access.metadata()
+        if size >= _LEAST_DECLARED_BYTES:
+            metadata = (*(metadata or ()), (REQUEST_BYTES, str(size)))
+        return {"wait_for_ready": self._wait_for_ready, "metadata": metadata}
 
     def _deadline(self, timeout: float | None) -> Deadline:
         """Returns when a call is to be over that may take so many seconds; None for the client's."""

@@ -117,6 +117,12 @@ _BY_REASON: dict[str, type[LossdError]] = {"RATE_LIMITED": UnavailableError}
 
 _PUSHBACK = "grpc-retry-pushback-ms"
 
+_CANCELLED_HERE = {"Locally cancelled by application!", "Channel closed!"}
+"""What gRPC says where nobody but the caller ended a call."""
+
+_BROKEN = ("RST_STREAM", "Internal error from Core")
+"""What it says of a stream that was reset, and asyncio's of one that ended as a request was written."""
+
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -146,9 +152,13 @@ def error_of_call(error: Any, *, first_item: int = 0) -> LossdError:
 
 
 def _was_cut_off(error: Any, reason: str) -> bool:
-    """Returns whether an answer broke off: a proxy that loses its server resets the stream."""
-    is_internal = error.code() is grpc.StatusCode.INTERNAL and not reason  # lossd's own has a reason
-    return is_internal and "RST_STREAM" in (error.details() or "")
+    """Returns whether a call broke off: a server that stops, or a proxy that loses one, resets its stream."""
+    details = error.details() or ""
+    if reason:  # lossd's own errors have one
+        return False
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return details not in _CANCELLED_HERE
+    return error.code() is grpc.StatusCode.INTERNAL and any(broken in details for broken in _BROKEN)
 
 
 def _pushback_of(error: Any) -> float | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import grpc
 
 from lossd.wire import Parcel
-from lossd_client._errors import LossdError, UnavailableError, error_of_call
+from lossd_client._errors import LossdError, error_of_call
 from lossd_client._requests import SMALL_BYTES
 from lossd_client._retries import Attempts
 from lossd_client._storage import Storage
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from lossd_client._shared_memory.pool import Pool
 
 R = TypeVar("R")
-
-_BROKEN_WRITE = "Internal error from Core"
-"""What grpc.aio says of a call that ended while a request was being written, in place of why it did."""
 
 
 class StreamOfTasks(Generic[R]):
@@ -162,18 +159,12 @@ class StreamOfTasks(Generic[R]):
                     self._outcomes.put_nowait(outcome)
                 else:
                     self._changed.set()
-        except grpc.aio.AioRpcError as error:
-            self._error = _error_of_stream(error)
+        except grpc.RpcError as error:
+            self._error = error_of_call(error)
         except Exception as error:  # noqa: BLE001  # an answer that cannot be read
             self._error = error
         finally:
             self._outcomes.put_nowait(None)
-
-
-def _error_of_stream(error: grpc.aio.AioRpcError) -> LossdError:
-    if error.details() == _BROKEN_WRITE:
-        return UnavailableError(grpc.StatusCode.UNAVAILABLE, "the call ended as a request was sent")
-    return error_of_call(error)
 
 
 async def _ended(*tasks: asyncio.Task[None]) -> None:

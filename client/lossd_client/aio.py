@@ -199,7 +199,9 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
         method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
-        return await send_async(method, data, self._hedge(call, data), deadline, **self._call_settings())
+        return await send_async(
+            method, data, self._hedge(call, data), deadline, **self._call_settings(len(data))
+        )
 
     async def _stream(
         self,

@@ -287,7 +287,7 @@ class Client(ClientBase[grpc.Channel]):
 
     def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
-        return send(method, data, self._hedge(call, data), deadline, **self._call_settings())
+        return send(method, data, self._hedge(call, data), deadline, **self._call_settings(len(data)))
 
     def _stream(
         self, stream: Stream[R], items: Iterable[Any], timeout: float | None, *, shares_memory: bool

@@ -96,6 +96,7 @@ class Proxy(grpc.GenericRpcHandler):
         calls: Names of the methods that were called, in order.
         times: When.
         requests: What was asked, in unary calls.
+        metadata: What came with that.
         items: Places of the items of each stream.
         cancelled: Names of the methods whose callers were gone before they were passed on.
         released: Ends all delays.
@@ -108,6 +109,7 @@ class Proxy(grpc.GenericRpcHandler):
         self.calls: list[str] = []
         self.times: list[float] = []
         self.requests: list[bytes] = []
+        self.metadata: list[Any] = []
         self.items: list[list[int]] = []
         self.cancelled: list[str] = []
         self.released = threading.Event()
@@ -122,6 +124,7 @@ class Proxy(grpc.GenericRpcHandler):
 
         def unary(request: bytes, call: grpc.ServicerContext) -> bytes:
             self.requests.append(request)
+            self.metadata.append(call.invocation_metadata())
             return self._action(method, forward)(self, method, request, call)
 
         def stream(requests: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[bytes]:

@@ -284,16 +284,18 @@ def test_a_call_that_was_cancelled_as_its_refusal_arrived_is_cancelled():
 class _Reset:
     """What gRPC holds of a call whose stream was reset, and of one that failed with a reason of lossd's."""
 
-    def __init__(self, reason):
-        self._status = status_pb2.Status(code=code_pb2.INTERNAL, message=self.details())
+    def __init__(self, reason, code="INTERNAL", details="Received RST_STREAM with error code 2"):
+        self._code = grpc.StatusCode[code]
+        self._details = details
+        self._status = status_pb2.Status(code=self._code.value[0], message=details)
         if reason:
             self._status.details.add().Pack(error_details_pb2.ErrorInfo(domain="lossd", reason=reason))
 
     def code(self):
-        return grpc.StatusCode.INTERNAL
+        return self._code
 
     def details(self):
-        return "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+        return self._details
 
     def trailing_metadata(self):
         return (
@@ -301,8 +303,21 @@ class _Reset:
         )
 
 
-def test_an_answer_that_a_proxy_cut_off_is_asked_for_again_and_a_fault_is_not():
-    error = error_of_call(_Reset(""))
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        ("INTERNAL", "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"),
+        ("INTERNAL", "Internal error from Core"),
+        ("CANCELLED", "CANCELLED"),
+    ],
+)
+def test_a_call_that_others_cut_off_may_be_made_again_and_one_that_failed_may_not(code, details):
+    error = error_of_call(_Reset("", code, details))
     assert (type(error), error.code) == (UnavailableError, grpc.StatusCode.UNAVAILABLE)
-    assert "RST_STREAM" in error.message
-    assert type(error_of_call(_Reset("INTERNAL"))) is ServerError
+    assert error.message == details
+    assert type(error_of_call(_Reset("INTERNAL", code, details))) is ServerError
+
+
+@pytest.mark.parametrize("details", ["Channel closed!", "Locally cancelled by application!"])
+def test_a_call_that_its_caller_ended_is_not_made_again(details):
+    assert error_of_call(_Reset("", "CANCELLED", details)).code is grpc.StatusCode.CANCELLED

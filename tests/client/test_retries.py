@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
+from lossd.headers import REQUEST_BYTES
 from lossd_client import DeadlineError, FocalLoss, RetryPolicy, UnavailableError
 from lossd_client._retries import Attempts, Deadline
 from tests.client.proxies import delay, proxy_of, refuse
@@ -194,3 +195,17 @@ def test_a_pickled_client_keeps_its_settings(kind):
     copy = pickle.loads(pickle.dumps(kind.kind(**settings)))  # noqa: S301
     assert copy._settings == settings
     assert dataclasses.asdict(copy._retries)["max_attempts"] == 2
+
+
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_of_a_large_request_its_size_is_told_before_it_comes(target, kind, token):
+    logits = np.zeros((20_000, 8), np.float32)
+    with (
+        proxy_of(target) as proxy,
+        open_twin(kind, proxy.address, token=token) as twin,
+    ):
+        twin.call("compute_loss", FocalLoss(), logits, np.zeros(len(logits), np.int64))
+        twin.call("server_info")
+    told = [dict(metadata).get(REQUEST_BYTES) for metadata in proxy.metadata]
+    assert told == [str(len(proxy.requests[0])), None]
+    assert {dict(metadata).get("authorization") for metadata in proxy.metadata} == {token and "Bearer secret"}
