@@ -159,6 +159,7 @@ def _check_shape(shape: Sequence[int]) -> None:
             f"shape has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed",
             dimensions=len(shape),
         )
+    size = 8
     for axis, extent in enumerate(shape):
         if extent < 0:
             raise TensorError(
@@ -167,8 +168,8 @@ def _check_shape(shape: Sequence[int]) -> None:
                 axis=axis,
                 extent=extent,
             )
-    # Zero extents hide the others from the product, but not from numpy.
-    if math.prod(max(extent, 1) for extent in shape) * 8 > _MAX_BYTES:
+        size *= extent or 1  # zero extents hide the others from the product, but not from numpy
+    if size > _MAX_BYTES:
         raise TensorError("INVALID_SHAPE", f"shape {list(shape)} is too large", shape=list(shape))
 
 

@@ -124,7 +124,7 @@ class Engine:
             asker.check()
             with errors_within(item.path):
                 found = job.assigner.assign_objects(item.objects, item.sizes, max_positives=room)
-            room -= len(found.location)
+            room -= found.positive_count
             assignments.append(found)
         return assignments, Timing(queue=0.0, compute=time.monotonic() - began)
 

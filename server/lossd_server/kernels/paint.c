@@ -10,6 +10,7 @@
 typedef struct {
     const double *corners; /* [boxes, 4]: x1 y1 x2 y2, in the order of painting */
     const int64_t *images; /* [boxes]: which image each box is of */
+    const int64_t *labels, *indices; /* [boxes]: its class, and its place among the boxes of its image */
     const int64_t *strides, *heights, *widths, *starts; /* of each level; starts in the row of locations */
     const double *lower, *upper; /* [levels]: the range of the farthest side */
     int32_t *canvas;       /* [batch, locations]: the box on top, or -1 */
@@ -79,7 +80,7 @@ static void paint_box(const paint_job *j, int64_t box, int64_t level) {
 }
 
 /* Returns how many pairs of box and cell there are to look at. */
-int64_t lossd_pairs(const paint_job *j) {
+static int64_t count_pairs(const paint_job *j) {
     double pairs = 0; /* exact as far as it matters, and beyond that too large all the same */
     for (int64_t box = 0; box < j->boxes; box++) {
         const double *sides = j->corners + 4 * box;
@@ -90,9 +91,11 @@ int64_t lossd_pairs(const paint_job *j) {
     return fmin(pairs, 9e18);
 }
 
-/* Paints every box, and returns how many locations have one on top. */
-int64_t lossd_paint(const paint_job *j, int64_t batch) {
-    int64_t positives = 0;
+/* Paints every box, and returns how many locations have one on top; if there are more pairs to look at than
+ * `most`, nothing is painted, and the complement of their number is returned. */
+int64_t lossd_paint(const paint_job *j, int64_t batch, int64_t most) {
+    int64_t positives = 0, pairs = count_pairs(j);
+    if (pairs > most) return ~pairs;
     for (int64_t at = 0; at < batch * j->locations; at++) j->canvas[at] = -1;
     for (int64_t box = 0; box < j->boxes; box++)
         for (int64_t level = 0; level < j->levels; level++)
@@ -107,33 +110,54 @@ static double share(const paint_job *j, double a, double b) {
 
 /* Where the positives of a canvas go, in the order of images and locations; `count` of each. */
 typedef struct {
-    int64_t *images, *locations, *boxes;
+    int64_t *images, *locations, *labels;
+    int32_t *cells; /* [count, 4]: image, level, row, column */
+    int32_t *matched; /* its box among those of its image */
     float *ltrb; /* [count, 4] */
     float *centerness;
+    int64_t *level_counts; /* [levels], in place of `count`: how many lie on each */
 } positives;
+
+static int all_free(const int32_t *eight) {
+    int32_t all = -1;
+    for (int at = 0; at < 8; at++) all &= eight[at];
+    return all == -1;
+}
 
 /* Reads the positives off a canvas. */
 void lossd_positives(const paint_job *j, int64_t batch, const positives *to) {
     int64_t at = 0;
+    for (int64_t level = 0; level < j->levels; level++) to->level_counts[level] = 0;
     for (int64_t image = 0; image < batch; image++) {
         for (int64_t level = 0; level < j->levels; level++) {
             int64_t stride = j->strides[level], width = j->widths[level], cells = width * j->heights[level];
             const int32_t *canvas = j->canvas + image * j->locations + j->starts[level];
+            int64_t row = 0, line = 0; /* which begins at that cell */
             for (int64_t cell = 0; cell < cells; cell++) {
-                if (canvas[cell] < 0) continue;
+                /* Most cells are nobody's, and -1 is all ones. */
+                while (cell + 8 <= cells && all_free(canvas + cell)) cell += 8;
+                if (cell == cells || canvas[cell] < 0) continue;
+                while (line + width <= cell) row++, line += width;
+                int64_t column = cell - line;
                 const double *sides = j->corners + 4 * (int64_t)canvas[cell];
-                double x = point_of(j, cell % width, stride), y = point_of(j, cell / width, stride);
+                double x = point_of(j, column, stride), y = point_of(j, row, stride);
                 double left = rounded(j, x - sides[0]), top = rounded(j, y - sides[1]);
                 double right = rounded(j, sides[2] - x), bottom = rounded(j, sides[3] - y);
                 double product = rounded(j, share(j, left, right) * share(j, top, bottom));
                 to->images[at] = image;
                 to->locations[at] = j->starts[level] + cell;
-                to->boxes[at] = canvas[cell];
+                to->labels[at] = j->labels[canvas[cell]];
+                to->matched[at] = j->indices[canvas[cell]];
+                to->cells[4 * at] = image;
+                to->cells[4 * at + 1] = level;
+                to->cells[4 * at + 2] = row;
+                to->cells[4 * at + 3] = column;
                 to->ltrb[4 * at] = left;
                 to->ltrb[4 * at + 1] = top;
                 to->ltrb[4 * at + 2] = right;
                 to->ltrb[4 * at + 3] = bottom;
                 to->centerness[at] = rounded(j, sqrt(product));
+                to->level_counts[level]++;
                 at++;
             }
         }

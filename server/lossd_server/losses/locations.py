@@ -69,18 +69,18 @@ def from_dense(
 
 def from_assignment(assignment: Assignment) -> list[LevelTargets]:
     """Returns the targets that an assignment found."""
-    labels, ignored = assignment.label_map(), assignment.ignored
+    labels, ignored, found = assignment.label_map(), assignment.ignored, assignment.found
     starts = assignment.pyramid.starts
     spans = list(map(slice, starts[:-1].tolist(), starts[1:].tolist()))
-    here = [(assignment.location >= s.start) & (assignment.location < s.stop) for s in spans]
+    here = [(found.location >= s.start) & (found.location < s.stop) for s in spans]
     return [
         LevelTargets(
             labels=labels[:, span],
             ignored=None if ignored is None else ignored[:, span],
-            image=assignment.image[mask],
-            cell=assignment.location[mask] - span.start,
-            ltrb=assignment.ltrb[mask],
-            centerness=assignment.centerness[mask],
+            image=found.image[mask],
+            cell=found.location[mask] - span.start,
+            ltrb=found.ltrb[mask],
+            centerness=found.centerness[mask],
         )
         for span, mask in zip(spans, here, strict=True)
     ]

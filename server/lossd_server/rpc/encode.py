@@ -1,6 +1,7 @@
 """From outcomes to messages."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from lossd.sparse import is_smaller, pack_sparse
 from lossd.tensors import pack, pack_shared
@@ -10,6 +11,7 @@ from lossd.wire import Payloads
 from lossd_server.engine import LossOutcome
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
 from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
+from lossd_server.targets.pyramid import Pyramid
 
 _COUNTS = {"valid_count", "positive_count"}
 
@@ -72,9 +74,15 @@ def target_result(
         dense=None if sparse else _dense(assignment.dense(), payloads),
         sparse=_sparse(assignment.sparse(), payloads) if sparse else None,
         positive_counts=assignment.positive_counts(),
-        feature_sizes=[pb.Size(height=height, width=width) for height, width in assignment.pyramid.sizes],
+        feature_sizes=_sizes(assignment.pyramid),
         preset=number_of(ASSIGNER_PRESETS, preset),
     )
+
+
+@lru_cache(maxsize=256)
+def _sizes(pyramid: Pyramid) -> list[pb.Size]:
+    """Returns the level sizes of a pyramid, to be copied into messages; there are few pyramids."""
+    return [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
 
 
 def _dense(levels: list[DenseLevel], payloads: Payloads) -> pb.DenseTargets:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool
 
-from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.metrics import HANDLED_CODES, Metrics
 
 _Handler = Any
 """A `grpc.RpcMethodHandler`; only its stub is generic, and only at run time are its attributes known."""
@@ -88,8 +88,8 @@ class _ObservedMethod:
     """The metrics of a method, around whatever answers a call of it."""
 
     def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
-        self._labels = labels
-        self._handled = metrics.handled
+        self._handled = {code: metrics.handled.labels(*labels, code.name) for code in HANDLED_CODES}
+        self._handled_otherwise = partial(metrics.handled.labels, *labels)
         self._started = metrics.started.labels(*labels)
         self._received = metrics.received.labels(*labels)
         self._sent = metrics.sent.labels(*labels)
@@ -140,4 +140,5 @@ class _ObservedMethod:
         code = call.code() or (grpc.StatusCode.UNKNOWN if failed else grpc.StatusCode.OK)
         if not call.is_active() and not failed:
             code = grpc.StatusCode.CANCELLED
-        self._handled.labels(*self._labels, code.name).inc()
+        counter = self._handled.get(code) or self._handled_otherwise(code.name)
+        counter.inc()

@@ -21,7 +21,8 @@ BYTES = tuple(4.0**power for power in range(4, 15))
 ITEMS = tuple(2.0**power for power in range(13))
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["LossService"]
-_CODES = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, *CODES.values()}
+HANDLED_CODES = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, *CODES.values()}
+"""What calls of this service end with."""
 
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
 
@@ -166,7 +167,7 @@ class Metrics:
             labels = (kind, _SERVICE.full_name, method.name)
             for metric in (self.started, self.received, self.sent, self.handling):
                 metric.labels(*labels)
-            for code in _CODES:
+            for code in HANDLED_CODES:
                 self.handled.labels(*labels, code.name)
             if not method.server_streaming:  # a stream's requests count as those of its method
                 self.of(method.name)
@@ -206,4 +207,4 @@ class MethodMetrics:
     def count_assignments(self, assignments: Sequence[Assignment]) -> None:
         """Counts the items and positives of a batch of assignments."""
         self._items.observe(len(assignments))
-        self._positives.inc(sum(len(found.labels) for found in assignments))
+        self._positives.inc(sum(found.positive_count for found in assignments))

@@ -1,8 +1,6 @@
 """Where the time of a call goes."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lossd.v1 import loss_service_pb2 as pb
 
@@ -19,14 +17,9 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time until the block ends to a stage."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add(stage, time.monotonic() - began)
+    def timed(self, stage: str) -> "_Timed":
+        """Adds the time that a `with` block takes to a stage."""
+        return _Timed(self, stage)
 
     def add(self, stage: str, seconds: float) -> None:
         """Adds time measured elsewhere to a stage."""
@@ -35,3 +28,19 @@ class Stages:
     def timings(self) -> pb.StageTimings:
         """Returns the message of the stages so far."""
         return pb.StageTimings(**{f"{stage}_us": round(s * 1e6) for stage, s in self.seconds.items()})
+
+
+class _Timed:
+    """Times a block: a class, since a generator takes three times as long."""
+
+    __slots__ = ("_began", "_stage", "_stages")
+
+    def __init__(self, stages: Stages, stage: str) -> None:
+        self._stages = stages
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_exception: object) -> None:
+        self._stages.add(self._stage, time.monotonic() - self._began)

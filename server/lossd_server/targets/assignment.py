@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd_server.targets.positives import Positives
 from lossd_server.targets.pyramid import Pyramid
 
 # Classes are int64, distances and centerness float32, image, level, row and column int32.
@@ -65,12 +65,7 @@ class Assignment:
     Attributes:
         pyramid: The levels.
         batch_size: Number of images B.
-        image: Image of each positive, `[P]`, ascending.
-        location: Flat location of each positive in its image, `[P]`, ascending within an image.
-        labels: Class of each, `[P]`.
-        matched: Index of its box among the boxes of its image, `[P]`.
-        ltrb: Its distances in pixels, `[P, 4]`.
-        centerness: Its centerness, `[P]`.
+        found: The positives.
         ignored: Locations in crowd regions that took no box, `[B, locations]` bool; None when there
             is no crowd region.
         unassigned: The label of every other location.
@@ -78,42 +73,42 @@ class Assignment:
 
     pyramid: Pyramid
     batch_size: int
-    image: Ints
-    location: Ints
-    labels: Ints
-    matched: Ints
-    ltrb: Floats
-    centerness: Floats
+    found: Positives
     ignored: NDArray[np.bool_] | None
     unassigned: int
 
+    @property
+    def positive_count(self) -> int:
+        """Number of positives."""
+        return len(self.found.labels)
+
     def positive_counts(self) -> list[int]:
         """Returns the number of positives of each level."""
-        levels = len(self.pyramid.strides)
-        counts = np.bincount(self.pyramid.level_of(self.location), minlength=levels)
-        return [int(count) for count in counts]
+        counts: list[int] = self.found.level_counts.tolist()
+        return counts
 
     def label_map(self) -> Ints:
         """Returns the class of every location, `[B, locations]`."""
         labels = np.full((self.batch_size, self.pyramid.location_count), self.unassigned, np.int64)
-        labels[self.image, self.location] = self.labels
+        labels[self.found.image, self.found.location] = self.found.labels
         return labels
 
     def is_smaller_sparse(self) -> bool:
         """Returns whether the positives alone, and the ignored locations, take fewer bytes than all."""
         ignored = 0 if self.ignored is None else int(np.count_nonzero(self.ignored))
-        sparse = len(self.location) * BYTES_OF_POSITIVE + ignored * _BYTES_OF_CELL
+        sparse = self.positive_count * BYTES_OF_POSITIVE + ignored * _BYTES_OF_CELL
         dense = _BYTES_OF_LOCATION + (0 if self.ignored is None else 1)
         return sparse < self.batch_size * self.pyramid.location_count * dense
 
     def sparse(self) -> SparseTargets:
         """Returns the positives alone."""
+        found = self.found
         return SparseTargets(
-            locations=self._cells(self.image, self.location),
-            labels=self.labels,
-            ltrb=self.ltrb,
-            centerness=self.centerness,
-            matched=self.matched.astype(np.int32),
+            locations=found.cells,
+            labels=found.labels,
+            ltrb=found.ltrb,
+            centerness=found.centerness,
+            matched=found.matched,
             ignored=self._ignored_cells(),
         )
 
@@ -124,12 +119,13 @@ class Assignment:
 
     def _dense_level(self, level: int, labels: Ints, span: slice) -> DenseLevel:
         shape = (self.batch_size, *self.pyramid.sizes[level])
-        here = (self.location >= span.start) & (self.location < span.stop)
-        image, cell = self.image[here], self.location[here] - span.start
+        found = self.found
+        here = (found.location >= span.start) & (found.location < span.stop)
+        image, cell = found.image[here], found.location[here] - span.start
         reg = np.zeros((self.batch_size, 4, span.stop - span.start), np.float32)
-        reg[image, :, cell] = self.ltrb[here]
+        reg[image, :, cell] = found.ltrb[here]
         centerness = np.zeros((self.batch_size, span.stop - span.start), np.float32)
-        centerness[image, cell] = self.centerness[here]
+        centerness[image, cell] = found.centerness[here]
         return DenseLevel(
             cls=labels[:, span].reshape(shape),
             reg=reg.reshape(shape[0], 4, *shape[1:]),
@@ -141,10 +137,8 @@ class Assignment:
         starts = self.pyramid.starts.tolist()
         return map(slice, starts[:-1], starts[1:])
 
-    def _cells(self, image: NDArray[Any], location: NDArray[Any]) -> NDArray[np.int32]:
-        return np.stack([image, *self.pyramid.cells_of(location)], axis=1).astype(np.int32)
-
     def _ignored_cells(self) -> NDArray[np.int32]:
         if self.ignored is None:
             return np.zeros((0, 4), np.int32)
-        return self._cells(*np.nonzero(self.ignored))
+        image, location = np.nonzero(self.ignored)
+        return np.stack([image, *self.pyramid.cells_of(location)], axis=1).astype(np.int32)

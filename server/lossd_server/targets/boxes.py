@@ -41,6 +41,29 @@ class Boxes:
 
 def in_paint_order(objects: Sequence[Objects], kind: np.dtype[Any], rules: AssignerRules) -> Boxes:
     """Returns the ordinary boxes of one type, from last to first choice."""
+    if len(objects) == 1 and objects[0].boxes.dtype == kind:
+        boxes, crowd = _of_one(objects[0])
+    else:
+        boxes, crowd = _of_many(objects, kind)
+    if crowd.any():
+        boxes = boxes.take(~crowd)
+    with np.errstate(over="ignore"):
+        width, height = (boxes.corners[:, 2:] - boxes.corners[:, :2]).T
+        choice = np.argsort(rules.size_key(width, height), kind="stable")
+    return boxes.take(choice[::-1])
+
+
+def _of_one(image: Objects) -> tuple[Boxes, NDArray[np.bool_]]:
+    """Returns the boxes of the only image, and which are crowd regions: nothing is copied."""
+    count = len(image.labels)
+    number = np.zeros(count, np.int64)
+    return Boxes(
+        corners=image.boxes, image=number, index=np.arange(count), labels=image.labels
+    ), image.iscrowd
+
+
+def _of_many(objects: Sequence[Objects], kind: np.dtype[Any]) -> tuple[Boxes, NDArray[np.bool_]]:
+    """Returns the boxes of one type of all images, and which are crowd regions."""
     images = [(number, image) for number, image in enumerate(objects) if image.boxes.dtype == kind]
     counts = [len(image.labels) for _, image in images]
     boxes = Boxes(
@@ -49,10 +72,4 @@ def in_paint_order(objects: Sequence[Objects], kind: np.dtype[Any], rules: Assig
         index=np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)]),
         labels=np.concatenate([np.zeros(0, np.int64), *(image.labels for _, image in images)]),
     )
-    crowd = np.concatenate([np.zeros(0, np.bool_), *(image.iscrowd for _, image in images)])
-    if crowd.any():
-        boxes = boxes.take(~crowd)
-    with np.errstate(over="ignore"):
-        width, height = (boxes.corners[:, 2:] - boxes.corners[:, :2]).T
-        choice = np.argsort(rules.size_key(width, height), kind="stable")
-    return boxes.take(choice[::-1])
+    return boxes, np.concatenate([np.zeros(0, np.bool_), *(image.iscrowd for _, image in images)])

@@ -115,7 +115,8 @@ def _read_boxes(given: Any, box_format: BoxFormat, field: str) -> NDArray[Any]:
     checks.require_finite(field, given_boxes)
     with np.errstate(over="ignore"):  # what overflows is refused just below
         boxes = _to_xyxy(given_boxes, box_format)
-        checks.require_finite(field, boxes.astype(np.float32))
+        if wide or boxes is not given_boxes:
+            checks.require_finite(field, boxes.astype(np.float32))
     checks.require_upright_boxes(field, boxes)
     return boxes
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from lossd_server.targets.assignment import Assignment
 from lossd_server.targets.boxes import Boxes, in_paint_order
 from lossd_server.targets.ground_truth import Objects
-from lossd_server.targets.native import assign_natively
-from lossd_server.targets.positives import Positives, require_pairs, require_positives
+from lossd_server.targets.native import Ranges, assign_natively
+from lossd_server.targets.positives import Positives, joined, require_pairs, require_positives
 from lossd_server.targets.presets import AssignerRules
 from lossd_server.targets.pyramid import Pyramid
 
@@ -30,7 +30,7 @@ Bools = NDArray[np.bool_]
 def paint_targets(
     objects: Sequence[Objects],
     levels: Pyramid,
-    ranges: Sequence[tuple[float, float]],
+    ranges: Ranges,
     rules: AssignerRules,
     max_positives: int | None = None,
 ) -> Assignment:
@@ -46,26 +46,20 @@ def paint_targets(
     Raises:
         InvalidInputError: Boxes reach too many locations, or too many are positive.
     """
-    bounds = np.array(ranges, np.float64).T
-    types = sorted({image.boxes.dtype for image in objects}, key=str) or [np.dtype(np.float32)]
-    groups = [
-        _assign_group(
-            in_paint_order(objects, kind, rules), len(objects), levels, bounds, rules, max_positives
-        )
-        for kind in types
-    ]
-    image, location, labels, matched, ltrb, centerness = map(np.concatenate, zip(*groups, strict=True))
-    order = np.lexsort((location, image)) if len(groups) > 1 else slice(None)
+    types = list({image.boxes.dtype for image in objects}) or [np.dtype(np.float32)]
+    found = joined(
+        [
+            _assign_group(
+                in_paint_order(objects, kind, rules), len(objects), levels, ranges, rules, max_positives
+            )
+            for kind in types
+        ]
+    )
     return Assignment(
         pyramid=levels,
         batch_size=len(objects),
-        image=image[order],
-        location=location[order],
-        labels=labels[order],
-        matched=matched[order],
-        ltrb=ltrb[order],
-        centerness=centerness[order],
-        ignored=_ignored(objects, levels, rules, image, location),
+        found=found,
+        ignored=_ignored(objects, levels, rules, found.image, found.location),
         unassigned=rules.unassigned,
     )
 
@@ -74,26 +68,25 @@ def _assign_group(
     boxes: Boxes,
     batch_size: int,
     levels: Pyramid,
-    bounds: NDArray[np.float64],
+    ranges: Ranges,
     rules: AssignerRules,
     max_positives: int | None,
-) -> tuple[NDArray[Any], ...]:
-    """Returns image, location, label, box index, distances and centerness of each positive."""
-    found = assign_natively(boxes, batch_size, levels, bounds, rules, max_positives)
+) -> Positives:
+    found = assign_natively(boxes, batch_size, levels, ranges, rules, max_positives)
     if found is None:
-        found = _assign_by_numpy(boxes, batch_size, levels, bounds, rules, max_positives)
-    labels, index = boxes.labels[found.box], boxes.index[found.box]
-    return found.image, found.location, labels, index, found.ltrb, found.centerness
+        found = _assign_by_numpy(boxes, batch_size, levels, ranges, rules, max_positives)
+    return found
 
 
 def _assign_by_numpy(
     boxes: Boxes,
     batch_size: int,
     levels: Pyramid,
-    bounds: NDArray[np.float64],
+    ranges: Ranges,
     rules: AssignerRules,
     max_positives: int | None,
 ) -> Positives:
+    bounds = np.array(ranges, np.float64).T
     # Areas and distances of boxes near the end of float32 overflow to infinity, which orders well.
     with np.errstate(over="ignore"):
         painted = _paint(boxes, batch_size, levels, bounds, rules)
@@ -107,9 +100,12 @@ def _assign_by_numpy(
         return Positives(
             image=image,
             location=location,
-            box=box,
+            labels=boxes.labels[box],
+            cells=np.stack([image, level, row, column], axis=1).astype(np.int32),
+            matched=boxes.index[box].astype(np.int32),
             ltrb=np.stack(ltrb, axis=1).astype(np.float32),
             centerness=centerness.astype(np.float32),
+            level_counts=np.bincount(level, minlength=len(levels.strides)),
         )
 
 

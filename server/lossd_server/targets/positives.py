@@ -1,5 +1,6 @@
 """The positive locations that boxes of one type came to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ MAX_PAIRS = 2**28
 
 Ints = NDArray[np.int64]
 
+_ORDERED_BY = ("image", "location")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positives:
@@ -20,16 +23,36 @@ class Positives:
     Attributes:
         image: Image of each, `[P]`.
         location: Flat location of each in its image, `[P]`.
-        box: Its box among those that were painted, `[P]`.
+        labels: Class of each, `[P]`.
+        cells: Image, level, row and column of each, `[P, 4]` int32.
+        matched: Index of its box among the boxes of its image, `[P]` int32.
         ltrb: Its distances in pixels, `[P, 4]` float32.
         centerness: `[P]` float32.
+        level_counts: How many lie on each level, `[L]`.
     """
 
     image: Ints
     location: Ints
-    box: Ints
+    labels: Ints
+    cells: NDArray[np.int32]
+    matched: NDArray[np.int32]
     ltrb: NDArray[np.float32]
     centerness: NDArray[np.float32]
+    level_counts: Ints
+
+
+def joined(parts: Sequence[Positives]) -> Positives:
+    """Returns the positives of boxes of several types, in the order of images and locations."""
+    if len(parts) == 1:
+        return parts[0]
+    image, location = (np.concatenate([getattr(part, name) for part in parts]) for name in _ORDERED_BY)
+    order = np.lexsort((location, image))
+    others = {
+        name: np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("labels", "cells", "matched", "ltrb", "centerness")
+    }
+    counts = np.sum([part.level_counts for part in parts], axis=0)
+    return Positives(image=image[order], location=location[order], level_counts=counts, **others)
 
 
 def require_pairs(count: int) -> None:

@@ -10,9 +10,9 @@ MAX_LOCATIONS = 2**28
 """Most locations of one image's pyramid; an index must fit 32 bits with room for the batch."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Pyramid:
-    """The levels of a feature pyramid.
+    """The levels of a feature pyramid; one is equal to itself alone.
 
     Attributes:
         strides: Pixels between neighbouring locations, `[L]` int64.
