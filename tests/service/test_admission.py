@@ -1,5 +1,6 @@
 """Too many callers, greedy ones, and such as never send what they announced; the others are served."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lossd.channel_options import client_options
 from lossd.headers import CANCELLED_FOR, REQUEST_BYTES
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
@@ -33,6 +33,21 @@ METHODS = ("ComputeLoss", "AssignTargets")
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 HEALTH = "/grpc.health.v1.Health"
 MEBIBYTE = 1 << 20
+RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "lossd.v1.LossService"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.001s",
+                "maxBackoff": "0.001s",
+                "backoffMultiplier": 1,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+"""What any gRPC client can be told: without the server's word, five tries within milliseconds."""
 
 
 class Withheld:
@@ -123,7 +138,8 @@ def test_grpcs_own_retries_wait_as_long_as_they_are_told():
     with make_server(max_in_flight=1) as server, withheld(server) as calls:
         first = calls.call(path_of("ComputeLoss"))
         eventually(is_let_in(server, 1))
-        with grpc.insecure_channel(server.addresses[0], options=client_options()) as channel:
+        options = [("grpc.service_config", json.dumps(RETRIES)), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(server.addresses[0], options=options) as channel:
             answer = LossServiceStub(channel).AssignTargets.future(good_assign_request(), timeout=60)
             eventually(lambda: value(server, "lossd_refusals_total", reason="OVERLOADED") >= 1)
             first.cancel()
