@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 from h2.connection import H2Connection
 
-from tests.service.support import good_loss_request
+from tests.service.support import assign_request, good_loss_request
 
 SERVICE = "/lossd.v1.LossService"
 _FRAME_HEADER = b"\x00\x10\x00\x01\x00\x00\x00\x00\x01"
@@ -110,6 +111,15 @@ def answers_not_read(peer: Peer) -> None:
     data = good_loss_request().SerializeToString()
     for _ in range(50):
         peer.data(peer.call("ComputeLoss"), b"\x00" + len(data).to_bytes(4, "big") + data, end=True)
+
+
+def large_answers_not_read(peer: Peer) -> None:
+    """The same, each of megabytes."""
+    peer.begin()
+    scene = {"boxes": np.array([[4, 4, 600, 600]], np.float32), "labels": np.array([1])}
+    data = assign_request([scene] * 2, (800, 1333)).SerializeToString()
+    for _ in range(20):
+        peer.data(peer.call("AssignTargets"), b"\x00" + len(data).to_bytes(4, "big") + data, end=True)
 
 
 WAYS: tuple[Callable[[Peer], None], ...] = (

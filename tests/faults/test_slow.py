@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from tests.faults.slow import WAYS, Peer, slow_peers
-from tests.faults.support import eventually
+from tests.faults.slow import WAYS, Peer, large_answers_not_read, slow_peers
+from tests.faults.support import eventually, victim
 
 PEERS = 100
 """More than the server has threads for calls."""
@@ -35,6 +35,15 @@ def test_good_callers_are_served_beside_requests_that_come_byte_by_byte(server):
                     continue
             server.assert_serves()
             time.sleep(0.2)
+
+
+def test_places_of_calls_whose_answers_are_not_read_are_free_again(tmp_path):
+    # More calls than there are places, and each answer larger than gRPC sends to whoever does not read.
+    options = ("--max-in-flight", "32", "--read-seconds", "2")
+    with victim(tmp_path, *options) as server, slow_peers(server.address, large_answers_not_read, 20):
+        for _ in range(3):
+            server.assert_serves()
+        assert server.peak_rss() < 1 << 30
 
 
 def test_calls_that_are_given_up_at_once_wear_nobody_out(server):

@@ -4,9 +4,12 @@ import grpc
 import numpy as np
 import pytest
 
+from lossd.headers import REQUEST_BYTES
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
+from tests.service.metrics import eventually
 from tests.service.support import connect, good_assign_request, make_server, objects, refusal
+from tests.service.test_admission import path_of, withheld
 
 LIMIT = 1 << 20
 POSITIVE_BYTES = 48
@@ -71,3 +74,20 @@ def test_the_smaller_form_may_be_the_dense_one(stub):
 
 def test_locations_beside_a_crowd_region_count_as_if_all_were_answered(stub):
     assert refused(stub, whole_image(400, form=pb.TARGET_FORMAT_SPARSE, crowd=True))["field"] == "items"
+
+
+@pytest.mark.parametrize("form", [pb.TARGET_FORMAT_DENSE, pb.TARGET_FORMAT_SPARSE])
+def test_answers_count_among_the_bytes_in_flight(form):
+    with (
+        make_server(max_message_bytes=LIMIT, max_in_flight_bytes=LIMIT) as server,
+        withheld(server) as calls,
+        connect(server) as stub,
+    ):
+        large = whole_image(140, form=form)
+        assert len(stub.AssignTargets(large).results) == 1
+        calls.call(path_of("ComputeLoss"), **{REQUEST_BYTES: str(LIMIT // 2)})
+        eventually(lambda: server._admission.bytes == LIMIT // 2)
+        found = refusal(stub.AssignTargets, large)
+        assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+        assert found.retry_seconds > 0
+        assert len(stub.AssignTargets(whole_image(9, form=form)).results) == 1

@@ -64,7 +64,7 @@ def app() -> None:
 @server_option("--max-in-flight", type=int, help="Requests in flight at a time; further ones are refused.")
 @server_option("--max-in-flight-bytes", type=int, help="Most bytes of requests in flight.")
 @server_option("--max-streams", type=int, help="Streams open at a time.")
-@server_option("--read-seconds", type=float, help="How long the body of a call may take to come.")
+@server_option("--read-seconds", type=float, help="How long a body may take to come, an answer to go.")
 @server_option(
     "--max-shared-bytes",
     type=int,

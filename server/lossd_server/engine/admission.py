@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 from lossd_server.errors import Reason, UnavailableError
 
@@ -72,18 +73,22 @@ class Place:
 
     Attributes:
         peer: The connection that it came over.
-        size: Bytes of its body, as far as they are known.
+        size: Bytes of its body, and of its answer, as far as they are known.
         received: When the body had come; None before.
         open_ends: How many of the two are to come.
+        first_end: When the first of them came; None before.
+        hang_up: Ends the call; None once it has ended.
     """
 
-    __slots__ = ("open_ends", "peer", "received", "size")
+    __slots__ = ("first_end", "hang_up", "open_ends", "peer", "received", "size")
 
     def __init__(self, peer: str, size: int) -> None:
         self.peer = peer
         self.size = size
         self.received: float | None = None
         self.open_ends = 2
+        self.first_end: float | None = None
+        self.hang_up: Callable[[], object] | None = None
 
 
 class Admission:
@@ -102,6 +107,7 @@ class Admission:
         self._bytes = Budget(max_bytes)
         self._clock = clock
         self._lock = threading.Lock()
+        self._half_out: dict[Place, None] = {}  # whose first end is longest ago comes first
         self._answered = threading.Condition(self._lock)
         self._unanswered = 0
         self._draining = False
@@ -153,12 +159,38 @@ class Admission:
             place.received = self._clock()
             self._unanswered += 1
 
+    def grow(self, place: Place, size: int) -> None:
+        """Counts what the answer to a request comes to, beside its body.
+
+        Raises:
+            UnavailableError: There is no room for it.
+        """
+        with self._lock:
+            if not self._bytes.take(place.peer, size):
+                raise self._overloaded("bytes", self._bytes)
+            place.size += size
+
+    def hang_up_on_idle(self, seconds: float) -> int:
+        """Ends calls whose answers have not been taken for so long; returns how many."""
+        with self._lock:
+            late = self._clock() - seconds
+            idle = [*takewhile(lambda place: (place.first_end or late) < late, self._half_out)]
+            for place in idle:
+                del self._half_out[place]
+        calls = [place.hang_up for place in idle if place.hang_up is not None]
+        for hang_up in calls:
+            hang_up()
+        return len(calls)
+
     def leave(self, place: Place) -> None:
         """Says that the work of a request is done, or that its call has ended; both free its place."""
         with self._lock:
             place.open_ends -= 1
             if place.open_ends:
+                place.first_end = self._clock()
+                self._half_out[place] = None
                 return
+            self._half_out.pop(place, None)
             self._requests.give_back(place.peer, 1)
             self._bytes.give_back(place.peer, place.size)
             if place.received is not None:
@@ -167,20 +199,19 @@ class Admission:
                 self._end()
 
     @contextmanager
-    def holding(self, peer: str, size: int) -> Iterator[None]:
+    def holding(self, peer: str, size: int) -> Iterator[Place]:
         """Counts the bytes of a request on a stream until the block ends.
 
         Raises:
             UnavailableError: There is no room for them.
         """
-        with self._lock:
-            if not self._bytes.take(peer, size):
-                raise self._overloaded("bytes", self._bytes)
+        place = Place(peer, 0)
+        self.grow(place, size)
         try:
-            yield
+            yield place
         finally:
             with self._lock:
-                self._bytes.give_back(peer, size)
+                self._bytes.give_back(peer, place.size)
 
     def begin(self) -> None:
         """Counts something else that is to be answered before the server stops."""

@@ -101,11 +101,19 @@ class AssignItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssignJob:
-    """A batch of assignments under one assigner, to be refused where more locations are positive."""
+    """A batch of assignments under one assigner.
+
+    Attributes:
+        assigner: The rules.
+        items: The images.
+        max_positives: It is refused where more locations are positive.
+        answer_bytes: What the answer comes to whatever is positive.
+    """
 
     assigner: FCOSAssigner
     items: list[AssignItem]
     max_positives: int
+    answer_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

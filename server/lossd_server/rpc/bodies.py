@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TypeVar
 
@@ -40,11 +40,15 @@ class BodyReader:
         seconds: How long a body may take.
         most: How many are waited for: when another comes, whoever has waited longest is given up. None for
             any number.
+        look: Called as often as those who wait are looked through.
     """
 
-    def __init__(self, seconds: float, most: int | None = None) -> None:
+    def __init__(
+        self, seconds: float, most: int | None = None, look: Callable[[], object] = lambda: None
+    ) -> None:
         self._seconds = seconds
         self._most = most
+        self._look_too = look
         self._lock = threading.Lock()
         self._waits: dict[_Wait, None] = {}  # whoever has waited longest comes first
         self._watch: threading.Thread | None = None
@@ -107,3 +111,4 @@ class BodyReader:
         while not self._closed.wait(min(self._seconds / _LOOKS, _LONGEST_SLEEP)):
             while self.give_up_oldest(self._seconds):
                 pass
+            self._look_too()

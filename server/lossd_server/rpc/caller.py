@@ -1,11 +1,16 @@
 """Who calls, as far as it matters to the answer."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
 
 from lossd_server.engine import Asker
+
+
+def _unlimited(_size: int) -> None:
+    """There is room for any answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,13 +21,15 @@ class Caller:
         asker: What the engine knows of it. All callers over Unix sockets are one flow, since gRPC does
             not tell them apart; those that share memory are told apart by that.
         is_on_this_host: Whether it came over a Unix socket, and so may share memory.
+        reserve: Counts bytes of the answer before they are there; raises where there is no room.
     """
 
     asker: Asker = field(default_factory=Asker)
     is_on_this_host: bool = False
+    reserve: Callable[[int], None] = _unlimited
 
     @classmethod
-    def of(cls, call: grpc.ServicerContext) -> "Caller":
+    def of(cls, call: grpc.ServicerContext, reserve: Callable[[int], None]) -> "Caller":
         """Returns who makes a call."""
         remaining, peer = call.time_remaining(), call.peer()
         return cls(
@@ -32,4 +39,5 @@ class Caller:
                 is_gone=lambda: not call.is_active(),
             ),
             is_on_this_host=peer.startswith("unix:"),
+            reserve=reserve,
         )

@@ -111,8 +111,12 @@ def read_assign_job(
         with errors_within(f"items[{index}]"):
             items.append(_read_assign_item(f"items[{index}]", item, assigner, reader))
     _require_answer_size(items, request.format, max_answer_bytes)
-    most = _most_positives(items, request.format, max_answer_bytes)
-    return AssignJob(assigner=assigner, items=items, max_positives=most)
+    return AssignJob(
+        assigner=assigner,
+        items=items,
+        max_positives=_most_positives(items, request.format, max_answer_bytes),
+        answer_bytes=_known_answer_bytes(items, request.format),
+    )
 
 
 def _custom_loss(name: str, custom_losses: Mapping[str, CustomLoss]) -> CustomLoss:
@@ -278,6 +282,11 @@ def _most_positives(items: list[AssignItem], target_format: int, max_bytes: int)
     locations, sparse = _location_count(items), max_bytes // BYTES_OF_POSITIVE
     dense_fits = locations * _DENSE_BYTES_PER_LOCATION <= max_bytes
     return max(locations, sparse) if dense_fits and target_format != pb.TARGET_FORMAT_SPARSE else sparse
+
+
+def _known_answer_bytes(items: list[AssignItem], target_format: int) -> int:
+    """Returns what the answer comes to before a box is looked at."""
+    return 0 if target_format in _SPARSE_FORMATS else _location_count(items) * _DENSE_BYTES_PER_LOCATION
 
 
 def _location_count(items: list[AssignItem]) -> int:

@@ -1,14 +1,18 @@
 """How a unary call comes in: judged before its body is read, and its place is free when it is over."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Protocol, TypeVar
 
 import grpc
+import structlog
 
 from lossd.headers import REQUEST_BYTES
 from lossd_server.engine import Admission, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason
 from lossd_server.rpc.bodies import BodyReader
+
+_log = structlog.get_logger()
 
 _PATIENCE = 1.0
 """Seconds for which a body is waited for even where others want its place."""
@@ -29,14 +33,15 @@ class Door:
 
     Args:
         admission: Judges them.
-        read_seconds: How long the body of one may take.
+        read_seconds: How long the body of one may take, and its answer to be taken.
         max_message_bytes: What gRPC reads of one: more than that none comes to.
     """
 
     def __init__(self, admission: Admission, *, read_seconds: float, max_message_bytes: int) -> None:
         self._admission = admission
         self._max_message_bytes = max_message_bytes
-        self._reader = BodyReader(read_seconds)
+        self._read_seconds = read_seconds
+        self._reader = BodyReader(read_seconds, look=self._hang_up)
 
     def enter(self, call: grpc.ServicerContext) -> Place:
         """Lets a call in before its body is read; `Admission.leave` is to be called when its work is done.
@@ -49,8 +54,9 @@ class Door:
         except LossdError:
             self._reader.give_up_oldest(_PATIENCE)  # the next one finds room
             raise
-        if not call.add_callback(lambda: self._admission.leave(place)):
-            self._admission.leave(place)  # at once, where the caller is gone
+        place.hang_up = call.cancel
+        if not call.add_callback(partial(self._end, place)):
+            self._end(place)  # at once, where the caller is gone
         return place
 
     def receive(self, bodies: Iterator[B], call: grpc.ServicerContext, place: Place) -> B:
@@ -67,6 +73,15 @@ class Door:
             raise InvalidInputError(Reason.MALFORMED_REQUEST, "the call ended without a message", length=0)
         self._admission.receive(place, len(body))
         return body
+
+    def _end(self, place: Place) -> None:
+        place.hang_up = None
+        self._admission.leave(place)
+
+    def _hang_up(self) -> None:
+        count = self._admission.hang_up_on_idle(self._read_seconds)
+        if count:
+            _log.warning("hung up on callers that did not take their answers", count=count)
 
     def close(self) -> None:
         """Lets its thread go."""

@@ -18,7 +18,7 @@ import structlog
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
-from lossd_server.engine import Admission, LockedBudget
+from lossd_server.engine import Admission, LockedBudget, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.decode import parse
@@ -141,7 +141,7 @@ class Handlers:
             place = None
             try:
                 place = self._door.enter(call)
-                return self._answer(method, self._door.receive(bodies, call, place), call)
+                return self._answer(method, self._door.receive(bodies, call, place), call, place)
             except grpc.RpcError:
                 raise  # its caller is gone
             except Exception as error:  # noqa: BLE001  # every other exception gets its status here
@@ -176,11 +176,12 @@ class Handlers:
         if not call.add_callback(self._admission.end):
             self._admission.end()  # at once, where the caller is gone
 
-    def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext) -> bytes:
+    def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext, place: Place) -> bytes:
         with self._observed(method, len(body)) as stages:
             with stages.timed("decode"):
                 request = parse(method.request, body.take())
-            response = method.answer(request, stages, Caller.of(call))
+            caller = Caller.of(call, partial(self._admission.grow, place))
+            response = method.answer(request, stages, caller)
             return self._serialize(method, response, stages)
 
     def _answer_on_stream(
@@ -192,8 +193,9 @@ class Handlers:
                 envelope = parse(stream.request, body.take())
             mark = envelope.message.id
             try:
-                with self._admission.holding(peer, size):
-                    response = method.answer(_request_in(envelope), stages, Caller.of(call))
+                with self._admission.holding(peer, size) as place:
+                    caller = Caller.of(call, partial(self._admission.grow, place))
+                    response = method.answer(_request_in(envelope), stages, caller)
                 answer = Parcel(stream.response(id=mark, response=response.message), response.payloads)
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)

@@ -14,6 +14,7 @@ from lossd_server.rpc.losses import LOSS_KINDS
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.stages import Stages
 from lossd_server.shared_memory import RegionListener, Regions
+from lossd_server.targets import BYTES_OF_POSITIVE
 
 
 class LossService:
@@ -54,7 +55,10 @@ class LossService:
         """Assigns targets to a batch of items."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
+        caller.reserve(job.answer_bytes)
         assignments, timing = self._engine.assign(job, caller.asker)
+        if not job.answer_bytes:
+            caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
         stages.add("compute", timing.compute)
         payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
         with stages.timed("encode"):
