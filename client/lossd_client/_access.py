@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from lossd.channel_options import Options, client_options
+from lossd_client._tracing import with_trace
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -109,12 +110,12 @@ class Access:
             ValueError: It holds none.
         """
         if self._token is None:
-            return None
+            return with_trace(None)
         token = self._token
         if isinstance(token, Path):
             token = token.read_text().strip()
             _require_token(token)
-        return (("authorization", f"Bearer {token}"),)
+        return with_trace((("authorization", f"Bearer {token}"),))
 
     def open(self) -> grpc.Channel:
         """Returns a channel for ordinary code; raises `OSError` where a file of TLS cannot be read."""

@@ -54,6 +54,7 @@ class ServerConfig:
             `rpc.tokens`. Read anew when it changes. None lets everyone in who can connect.
         insecure: Whether listeners without TLS may be open to more than this machine.
         unix_mode: Permissions of Unix sockets: who may write may connect.
+        tracing: Whether calls are spans of OpenTelemetry, sent by the standard `OTEL_…` variables.
         load: Custom losses beside those of entry points, as `[name=]package.module:Class`.
 
     Raises:
@@ -84,6 +85,7 @@ class ServerConfig:
     tokens: str | None = None
     insecure: bool = False
     unix_mode: int = 0o600
+    tracing: bool = False
     load: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

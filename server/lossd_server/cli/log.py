@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from lossd_server.errors import LossdError
 
@@ -21,7 +21,11 @@ def configure_logging(log_format: str) -> None:
     Args:
         log_format: `json`, or `text` for people, where an exception takes more lines than one.
     """
-    about: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
+    about: list[Processor] = [
+        _add_trace,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
     rendering = _rendering(log_format)
     structlog.configure(
         processors=[*about, *rendering],
@@ -43,6 +47,15 @@ def say_why_not(error: LossdError, log_format: str) -> None:
     else:
         # One line, also where an operator's module raised more of them.
         sys.stderr.write(f"lossd: {' '.join(str(error).split())}\n")
+
+
+def _add_trace(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """Says of which trace and span a line is, where there is one."""
+    if "opentelemetry.trace" in sys.modules:
+        span = sys.modules["opentelemetry.trace"].get_current_span().get_span_context()
+        if span.is_valid:
+            event.update(trace_id=f"{span.trace_id:032x}", span_id=f"{span.span_id:016x}")
+    return event
 
 
 def _rendering(log_format: str) -> list[Processor]:

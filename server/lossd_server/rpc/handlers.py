@@ -83,6 +83,7 @@ class Handlers:
         admission: Who lets requests in.
         door: How they come in.
         max_streams: Streams open at a time.
+        stages: Makes what times the stages of a request, given the method's name and the call.
     """
 
     def __init__(
@@ -94,11 +95,13 @@ class Handlers:
         door: Door,
         *,
         max_streams: int,
+        stages: Callable[[str, grpc.ServicerContext], Stages] | None = None,
     ) -> None:
         self._metrics = metrics
         self._refusals = refusals
         self._admission = admission
         self._door = door
+        self._stages = stages
         self._streams = LockedBudget(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
         self._stream_pool = ThreadPoolExecutor(max_streams * WIDTH, thread_name_prefix="lossd-stream")
@@ -177,7 +180,7 @@ class Handlers:
             self._admission.end()  # at once, where the caller is gone
 
     def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext, place: Place) -> bytes:
-        with self._observed(method, len(body)) as stages:
+        with self._observed(method, len(body), call) as stages:
             with stages.timed("decode"):
                 request = parse(method.request, body.take())
             caller = Caller.of(call, partial(self._admission.grow, place))
@@ -188,7 +191,7 @@ class Handlers:
         self, stream: _StreamMethod, body: _Body, call: grpc.ServicerContext, peer: str
     ) -> bytes:
         method, size = stream.method, len(body)
-        with self._observed(method, size) as stages:
+        with self._observed(method, size, call) as stages:
             with stages.timed("decode"):
                 envelope = parse(stream.request, body.take())
             mark = envelope.message.id
@@ -210,15 +213,17 @@ class Handlers:
         return answer
 
     @contextmanager
-    def _observed(self, method: _Method, request_bytes: int) -> Iterator[Stages]:
+    def _observed(self, method: _Method, request_bytes: int, call: grpc.ServicerContext) -> Iterator[Stages]:
         """Counts a request, and its time by stage however it ends."""
-        stages, metrics = Stages(), self._metrics.of(method.name)
+        stages = Stages() if self._stages is None else self._stages(method.name, call)
+        metrics = self._metrics.of(method.name)
         metrics.request_bytes.observe(request_bytes)
         with metrics.in_flight.track_inprogress():
             try:
                 yield stages
             finally:
                 metrics.observe_stages(stages.seconds)
+                stages.close()
 
     def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         self._refusals.abort(method.name, _as_lossd_error(error), call)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -41,7 +41,7 @@ class MetricsInterceptor(grpc.ServerInterceptor):
         """Returns the wrapped handler, the same for every call of a method that is not refused."""
         known, wrapped = self._wrapped.get(path, (None, None))
         if known is not handler:
-            wrapped = _wrap(handler, self._method(path))
+            wrapped = wrap(handler, self._method(path))
             self._wrapped[path] = handler, wrapped
         return wrapped
 
@@ -67,8 +67,18 @@ _TYPES = {
 }
 
 
-def _wrap(handler: _Handler, method: "_ObservedMethod") -> _Handler:
-    """Returns a handler with its one behaviour observed, on the threads that it wants."""
+class Around(Protocol):
+    """What is done around whatever answers a call of a method."""
+
+    def unary(self, behaviour: _Behaviour, request: Any, call: grpc.ServicerContext) -> Any:
+        """Runs a behaviour with one answer."""
+
+    def stream(self, behaviour: _Behaviour, request: Any, call: grpc.ServicerContext) -> Iterator[Any]:
+        """Runs a behaviour with a stream of answers."""
+
+
+def wrap(handler: _Handler, method: Around) -> _Handler:
+    """Returns a handler with something done around its one behaviour, on the threads that it wants."""
     requests = "stream" if handler.request_streaming else "unary"
     responses = "stream" if handler.response_streaming else "unary"
     behaviour = getattr(handler, f"{requests}_{responses}")
@@ -137,8 +147,18 @@ class _ObservedMethod:
 
     def _finish(self, began: float, call: Any, *, failed: bool = False) -> None:
         self._handling.observe(time.monotonic() - began)
-        code = call.code() or (grpc.StatusCode.UNKNOWN if failed else grpc.StatusCode.OK)
-        if not call.is_active() and not failed:
-            code = grpc.StatusCode.CANCELLED
+        code = code_of_call(call, failed=failed)
         counter = self._handled.get(code) or self._handled_otherwise(code.name)
         counter.inc()
+
+
+def code_of_call(call: Any, *, failed: bool) -> grpc.StatusCode:
+    """Returns what a call ends with.
+
+    Args:
+        call: The call.
+        failed: Whether its behaviour raised.
+    """
+    if not call.is_active() and not failed:
+        return grpc.StatusCode.CANCELLED
+    return call.code() or (grpc.StatusCode.UNKNOWN if failed else grpc.StatusCode.OK)

@@ -27,10 +27,18 @@ class Refusals:
     Args:
         metrics: What counts them.
         clock: Seconds, from any origin.
+        mark: Told of each refusal on the thread of its request, if anyone is.
     """
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        mark: Callable[[LossdError], None] | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._mark = mark
         self._clock = clock
         self._lock = threading.Lock()
         self._lines: dict[str, _Lines] = {}
@@ -49,6 +57,8 @@ class Refusals:
             peer: Who asked, as gRPC names them.
         """
         self._metrics.refusals.labels(method, error.reason).inc()
+        if self._mark is not None:
+            self._mark(error)
         unwritten = self._admit(error.reason)
         if unwritten is None:
             return

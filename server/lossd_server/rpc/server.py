@@ -35,6 +35,7 @@ from lossd_server.rpc.service import LossService
 from lossd_server.rpc.standard import StandardServices
 from lossd_server.rpc.tls import Certificates
 from lossd_server.rpc.tokens import Tokens
+from lossd_server.rpc.tracing_setup import make_tracing
 from lossd_server.shared_memory import RegionListener, Regions
 
 _log = structlog.get_logger()
@@ -79,7 +80,8 @@ class Server:
         threads = self._config.max_in_flight + self._config.max_streams + _REFUSING_THREADS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lossd-rpc")
         self._sharing = _sharing(self._config)
-        self._refusals = Refusals(self._metrics)
+        self._tracing = make_tracing(SERVICE_NAME) if self._config.tracing else None
+        self._refusals = Refusals(self._metrics, mark=self._tracing.mark_refusal if self._tracing else None)
         self._refusing = RefusingHandlers(self._refusals)
         self._auth = self._authentication()
         service = LossService(self._engine, self._metrics, self._config, self._sharing)
@@ -98,6 +100,7 @@ class Server:
             self._admission,
             self._door,
             max_streams=self._config.max_streams,
+            stages=self._tracing.stages if self._tracing else None,
         )
         self._standard = StandardServices((SERVICE_NAME,), self._refusals, self._config.read_seconds)
         self._grpc = self._assemble()
@@ -168,6 +171,8 @@ class Server:
         self._door.close()
         self._standard.close()
         self._refusals.close()
+        if self._tracing is not None:
+            self._tracing.close()
         if self._sharing is not None:
             self._sharing.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -185,11 +190,15 @@ class Server:
             return []
         return [AuthInterceptor(Tokens(self._config.tokens, self._metrics), self._refusing)]
 
+    def _traced(self) -> list[grpc.ServerInterceptor]:
+        """Returns what makes spans, if anything does."""
+        return [self._tracing.interceptor()] if self._tracing else []
+
     def _assemble(self) -> grpc.Server:
         config = self._config
         server = grpc.server(
             self._pool,
-            interceptors=[MetricsInterceptor(self._metrics), *self._auth],
+            interceptors=[*self._traced(), MetricsInterceptor(self._metrics), *self._auth],
             options=server_options(
                 config.max_message_bytes,
                 max_connection_age_seconds=config.max_connection_age_seconds,

@@ -1,6 +1,7 @@
 """Where the time of a call goes."""
 
 import time
+from contextlib import AbstractContextManager
 
 from lossd.v1 import loss_service_pb2 as pb
 
@@ -17,13 +18,16 @@ class Stages:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def timed(self, stage: str) -> "_Timed":
+    def timed(self, stage: str) -> AbstractContextManager[None]:
         """Adds the time that a `with` block takes to a stage."""
         return _Timed(self, stage)
 
     def add(self, stage: str, seconds: float) -> None:
         """Adds time measured elsewhere to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def close(self) -> None:
+        """Ends the request."""
 
     def timings(self) -> pb.StageTimings:
         """Returns the message of the stages so far."""
