@@ -1,5 +1,6 @@
 """TLS and mutual TLS: who gets in, who does not, and that the server goes on after those who did not."""
 
+import contextlib
 import socket
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,12 +175,29 @@ def test_a_volume_that_changes_by_a_link_is_seen(tmp_path, authority, stranger):
 
 
 def test_a_connection_that_never_shakes_hands_holds_nobody_up(server, authority):
-    host, port = server.addresses[0].split(":")
-    idle = [socket.create_connection((host, int(port))) for _ in range(8)]
+    idle = [socket.create_connection(address_of(server)) for _ in range(8)]
     with secure(server, authority) as stub:
         assert is_served(stub)
     for each in idle:
         each.close()
+
+
+def test_who_connects_and_says_nothing_is_let_go(server, authority):
+    with make_server() as plain:
+        idle = [socket.create_connection(address_of(each)) for each in (server, plain)]
+        for each in idle:
+            each.settimeout(50)  # gRPC's own patience is longer
+            with contextlib.suppress(ConnectionResetError):
+                while each.recv(4096):
+                    continue
+            each.close()
+    with secure(server, authority) as stub:
+        assert is_served(stub)
+
+
+def address_of(server):
+    host, port = server.addresses[0].split(":")
+    return host, int(port)
 
 
 def test_unix_sockets_stay_plain_text_beside_tls(tmp_path, authority, pair):
