@@ -221,6 +221,13 @@ def test_a_changed_file_counts_from_the_next_call_and_old_tokens_no_longer(serve
     assert value(server, "lossd_reloads_total", file="tokens", outcome="ok") == 1
 
 
+def test_an_old_token_is_good_beside_the_new_one_and_both_have_one_allowance(stub, file):
+    new = "bob-abcdef0123456789"
+    file.write_text(f'[bob]\ntoken = ["{new}", "{BOB}"]\nrequests_per_second = 0.01\n')
+    assert is_served(stub, BOB)
+    assert refused(stub, bearing(new)["metadata"]).reason == "RATE_LIMITED"
+
+
 def test_a_changed_file_gives_nobody_a_fresh_allowance(stub, file):
     assert is_served(stub, BOB)
     file.write_text(FILE.replace("[alice]", "[alicia]"))
@@ -234,10 +241,13 @@ BAD_FILES = {
     "alice = 1": "alice has no token",
     "[alice]": "alice has no token",
     "[alice]\ntoken = 12345678901234567890": "alice has no token",
+    "[alice]\ntoken = []": "alice has no token",
+    f'[alice]\ntoken = ["{ALICE}", 5]': "alice has no token",
+    f'[alice]\ntoken = ["{ALICE}", "short"]': "alice has a token of 5 characters",
     '[alice]\ntoken = "short"': "alice has a token of 5 characters, want at least 16",
     '[alice]\ntoken = "with a space in it"': "alice has a token with other characters",
     '[alice]\ntoken = "ünïcödé-0123456789"': "alice has a token with other characters",
-    f'[alice]\ntoken = "{ALICE}"\n[bob]\ntoken = "{ALICE}"': "bob has the token of alice",
+    f'[alice]\ntoken = "{ALICE}"\n[bob]\ntoken = "{ALICE}"': "bob has a token of alice",
     f'[alice]\ntoken = "{ALICE}"\nrequests_per_second = 0': "requests_per_second: is 0, want above 0",
     f'[alice]\ntoken = "{ALICE}"\nbytes_per_second = nan': "bytes_per_second: is nan, want above 0",
     f'[alice]\ntoken = "{ALICE}"\nbytes_per_second = "many"': "bytes_per_second: is 'many', want a number",

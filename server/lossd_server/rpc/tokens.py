@@ -2,7 +2,7 @@
 
 ```toml
 [trainer]                    # a name for people: logs and errors bear it, and never the token
-token = "…"                  # 16 characters or more
+token = "…"                  # 16 characters or more; ["new", "old"] while callers change from one to another
 requests_per_second = 200    # as this and the next, where there is a limit
 bytes_per_second = 1e9
 ```
@@ -10,7 +10,7 @@ bytes_per_second = 1e9
 
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Tokens:
             _log.error("tokens not reloaded, the old ones stay", field=error.field, message=error.message)
         else:
             self._metrics.count_reload(ReloadedFile.TOKENS, failed=False)
-            _log.info("tokens reloaded", path=self._path, count=len(self._accounts))
+            _log.info("tokens reloaded", path=self._path)
 
     def _read(self, known: Mapping[str, Account]) -> dict[bytes, Account]:
         """Returns the accounts by the hashes of their tokens; who had a limit and has it still goes on."""
@@ -94,11 +94,11 @@ class Tokens:
         accounts: dict[bytes, Account] = {}
         for name, entry in entries.items():
             try:
-                digest, account = _entry(name, entry, known.get(name))
-                _require_new(digest, accounts)
+                digests, account = _entry(name, entry, known.get(name))
+                _require_new(digests, accounts)
             except InvalidEntryError as error:
                 raise unusable(_FIELD, self._path, f"{self._path}: {name} {error}") from None
-            accounts[digest] = account
+            accounts.update(dict.fromkeys(digests, account))
         if not accounts:
             raise unusable(_FIELD, self._path, f"{self._path} holds no token")
         return accounts
@@ -108,30 +108,40 @@ class InvalidEntryError(ValueError):
     """What is wrong with an entry of the file; never the token itself."""
 
 
-def _entry(name: str, entry: Any, before: Account | None) -> tuple[bytes, Account]:
-    """Returns the hash of an entry's token and its account: as before, where its limits are."""
-    token, limits = _token_of(entry), _limits_of(entry)
+def _entry(name: str, entry: Any, before: Account | None) -> tuple[list[bytes], Account]:
+    """Returns the hashes of an entry's tokens and its account: as before, where its limits are."""
+    tokens, limits = _tokens_of(entry), _limits_of(entry)
     if before is None or before.limits != limits:
         requests, size = (limits.get(limit) for limit in _LIMITS)
         allowance = Allowance(name, requests_per_second=requests, bytes_per_second=size)
         before = Account(name=name, limits=limits, allowance=allowance)
-    return _digest(token), before
+    return [_digest(token) for token in tokens], before
 
 
-def _require_new(digest: bytes, accounts: Mapping[bytes, Account]) -> None:
-    if digest in accounts:
-        raise InvalidEntryError(f"has the token of {accounts[digest].name}")
+def _require_new(digests: Sequence[bytes], accounts: Mapping[bytes, Account]) -> None:
+    for digest in digests:
+        if digest in accounts:
+            raise InvalidEntryError(f"has a token of {accounts[digest].name}")
 
 
-def _token_of(entry: Any) -> str:
-    token = entry.get("token") if isinstance(entry, dict) else None
+def _tokens_of(entry: Any) -> list[str]:
+    """Returns the tokens of an entry: one, or a list of some."""
+    value = entry.get("token") if isinstance(entry, dict) else None
+    tokens: list[Any] = value if isinstance(value, list) else [value]
+    if not tokens:
+        raise InvalidEntryError("has no token")
+    for token in tokens:
+        _require_token(token)
+    return tokens
+
+
+def _require_token(token: object) -> None:
     if not isinstance(token, str):
         raise InvalidEntryError("has no token")
     if len(token) < SHORTEST_TOKEN:
         raise InvalidEntryError(f"has a token of {len(token)} characters, want at least {SHORTEST_TOKEN}")
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise InvalidEntryError("has a token with other characters than visible ASCII")
-    return token
 
 
 def _limits_of(entry: Mapping[str, Any]) -> dict[str, float]:
