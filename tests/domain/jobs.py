@@ -50,14 +50,31 @@ def _head(rng: np.random.Generator, size: int, dtype: np.dtype) -> tuple[LossMod
 MAKERS = {"rows": _rows, "map": _map, "boxes": _boxes, "centerness": _centerness, "head": _head}
 
 
-def random_job(kind: str, sizes: list[int], seed: int, dtype: str = "float32", **settings: Any) -> LossJob:
-    """A job of one loss with an item of each size and all gradients."""
+def random_job(
+    kind: str,
+    sizes: list[int],
+    seed: int,
+    dtype: str = "float32",
+    *,
+    has_outputs: bool = False,
+    **settings: Any,
+) -> LossJob:
+    """A job of one loss with an item of each size and all gradients, which may have places of their own."""
     rng, items = np.random.default_rng(seed), []
     for place, size in enumerate(sizes):
         loss, arguments = MAKERS[kind](rng, size, TYPES[dtype])
         options = EvaluationOptions(gradients=loss.differentiable)
-        items.append(LossItem(path=f"items[{place}]", arguments=loss.prepare(arguments), options=options))
+        outputs = {name: _places(arguments[name]) for name in loss.differentiable} if has_outputs else {}
+        items.append(
+            LossItem(
+                path=f"items[{place}]", arguments=loss.prepare(arguments), options=options, outputs=outputs
+            )
+        )
     return LossJob(loss=loss, items=items, **settings)
+
+
+def _places(value: Any) -> list[np.ndarray]:
+    return [np.zeros_like(array) for array in (value if isinstance(value, list) else [value])]
 
 
 def custom_job(module: nn.Module, items: int = 1, **settings: Any) -> LossJob:

@@ -71,6 +71,7 @@ JOBS = st.builds(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     seed=st.integers(0, 1 << 30),
     dtype=st.sampled_from(list(TYPES)),
+    has_outputs=st.booleans(),
 )
 LIMITS = st.builds(
     Batching,

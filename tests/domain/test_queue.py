@@ -5,7 +5,7 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossd_server.engine.queue import FairQueue, Place
+from lossd_server.engine.queue import Entry, FairQueue
 
 FLOWS = st.sampled_from("abcd")
 STEPS = st.lists(st.integers(1, 50), min_size=1, max_size=4)
@@ -24,28 +24,28 @@ class Line:
 
     def __init__(self):
         self.queue = FairQueue()
-        self.turns: list[tuple[Place, int]] = []
+        self.turns: list[tuple[Entry, int]] = []
 
     def join(self, flow, costs):
-        place = Place(flow=flow, costs=list(costs))
-        self.queue.join(place)
-        return place
+        entry = Entry(flow=flow, costs=list(costs))
+        self.queue.join(entry)
+        return entry
 
     def turn(self):
         cost = self.queue.first().costs[0]
-        place = self.queue.take()
-        self.turns.append((place, cost))
-        if place.costs:
-            self.queue.rejoin(place)
+        entry = self.queue.take()
+        self.turns.append((entry, cost))
+        if entry.costs:
+            self.queue.rejoin(entry)
         else:
-            self.queue.leave(place)
-        return place
+            self.queue.leave(entry)
+        return entry
 
 
 def served(turns):
     shares = defaultdict(int)
-    for place, cost in turns:
-        shares[place.flow] += cost
+    for entry, cost in turns:
+        shares[entry.flow] += cost
     return shares
 
 
@@ -59,18 +59,18 @@ def test_whoever_waits_has_every_turn_in_the_order_of_its_flow_and_is_forgotten(
         elif what == "turn" and line.queue:
             line.turn()
         elif what == "give up" and line.queue:
-            place = sorted(line.queue)[who % len(line.queue)]
-            line.queue.leave(place)
-            gone.append(place)
-        assert line.queue.flow_count == len({place.flow for place in line.queue})
+            entry = sorted(line.queue)[who % len(line.queue)]
+            line.queue.leave(entry)
+            gone.append(entry)
+        assert line.queue.flow_count == len({entry.flow for entry in line.queue})
     while line.queue:
         line.turn()
-    taken = [place for place, _ in line.turns]
-    for place in arrived:
-        assert taken.count(place) <= steps[place]
-        assert place in gone or taken.count(place) == steps[place]
+    taken = [entry for entry, _ in line.turns]
+    for entry in arrived:
+        assert taken.count(entry) <= steps[entry]
+        assert entry in gone or taken.count(entry) == steps[entry]
     for flow in "abcd":
-        order = [arrived.index(place) for place in taken if place.flow == flow]
+        order = [arrived.index(entry) for entry in taken if entry.flow == flow]
         assert order == sorted(order)
     assert line.queue.flow_count == 0
 
@@ -82,7 +82,7 @@ def test_flows_that_always_wait_get_the_same_to_within_their_largest_steps(flows
         for costs in jobs:
             line.join(flow, costs)
     largest = [max(map(max, jobs)) for jobs in flows]
-    while len({place.flow for place in line.queue}) == len(flows):
+    while len({entry.flow for entry in line.queue}) == len(flows):
         line.turn()
         shares = served(line.turns)
         for one in range(len(flows)):

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Place:
+class Entry:
     """What stands in the queue, or has its turn.
 
     Attributes:
@@ -25,23 +25,23 @@ class Place:
     order: int = 0
     is_waiting: bool = False
 
-    def __lt__(self, other: "Place") -> bool:
+    def __lt__(self, other: "Entry") -> bool:
         return (self.tag, self.order) < (other.tag, other.order)
 
 
-AnyPlace = TypeVar("AnyPlace", bound=Place)
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 @dataclass(slots=True)
 class _Flow:
-    """What is known of a flow as long as it has a place: when the last of its steps would end."""
+    """What is known of a flow as long as it has an entry: when the last of its steps would end."""
 
     end: int
-    places: int = 0
+    entries: int = 0
 
 
-class FairQueue(Generic[AnyPlace]):
-    """A self-clocked fair queue (Golestani, 1994) of places, each for one step or several.
+class FairQueue(Generic[AnyEntry]):
+    """A self-clocked fair queue (Golestani, 1994) of entries, each for one step or several.
 
     A step's tag is the later of the virtual time and the end of its flow's last step, and what it costs
     on top; the smallest tag goes next, and virtual time is the tag of what went last. So two flows that
@@ -49,11 +49,11 @@ class FairQueue(Generic[AnyPlace]):
     for little. Inside a flow they go in the order of their arrival, all steps of one before the next:
     the tags of a flow only grow.
 
-    A flow is forgotten with its last place. Not safe for threads.
+    A flow is forgotten with its last entry. Not safe for threads.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[AnyPlace] = []
+        self._waiting: list[AnyEntry] = []
         self._flows: dict[Hashable, _Flow] = {}
         self._time = 0
         self._arrivals = itertools.count()
@@ -62,7 +62,7 @@ class FairQueue(Generic[AnyPlace]):
         """How many wait."""
         return len(self._waiting)
 
-    def __iter__(self) -> Iterator[AnyPlace]:
+    def __iter__(self) -> Iterator[AnyEntry]:
         """Those that wait, in no order; they may leave meanwhile."""
         return iter(list(self._waiting))
 
@@ -71,43 +71,43 @@ class FairQueue(Generic[AnyPlace]):
         """Flows that are remembered: those of which something waits or has its turn."""
         return len(self._flows)
 
-    def join(self, place: AnyPlace) -> None:
-        """Lets a new place wait for its first step."""
-        flow = self._flows.setdefault(place.flow, _Flow(self._time))
+    def join(self, entry: AnyEntry) -> None:
+        """Lets a new entry wait for its first step."""
+        flow = self._flows.setdefault(entry.flow, _Flow(self._time))
         start = max(self._time, flow.end)
-        flow.end = start + sum(place.costs)
-        flow.places += 1
-        place.tag, place.order = start + place.costs[0], next(self._arrivals)
-        self._wait(place)
+        flow.end = start + sum(entry.costs)
+        flow.entries += 1
+        entry.tag, entry.order = start + entry.costs[0], next(self._arrivals)
+        self._wait(entry)
 
-    def first(self) -> AnyPlace | None:
+    def first(self) -> AnyEntry | None:
         """Returns who would be next, if anyone waits."""
         return self._waiting[0] if self._waiting else None
 
-    def take(self) -> AnyPlace:
+    def take(self) -> AnyEntry:
         """Returns who is next. It has its turn, after which it rejoins or leaves."""
-        place = heapq.heappop(self._waiting)
-        place.is_waiting = False
-        self._time = max(self._time, place.tag)
-        del place.costs[0]
-        return place
+        entry = heapq.heappop(self._waiting)
+        entry.is_waiting = False
+        self._time = max(self._time, entry.tag)
+        del entry.costs[0]
+        return entry
 
-    def rejoin(self, place: AnyPlace) -> None:
+    def rejoin(self, entry: AnyEntry) -> None:
         """Lets one that had its turn wait for its next step, before all others of its flow."""
-        place.tag += place.costs[0]
-        self._wait(place)
+        entry.tag += entry.costs[0]
+        self._wait(entry)
 
-    def leave(self, place: AnyPlace) -> None:
-        """Ends a place, waiting or not; what it did not use is nobody's debt."""
-        if place.is_waiting:
-            place.is_waiting = False
-            self._waiting.remove(place)
+    def leave(self, entry: AnyEntry) -> None:
+        """Ends an entry, waiting or not; what it did not use is nobody's debt."""
+        if entry.is_waiting:
+            entry.is_waiting = False
+            self._waiting.remove(entry)
             heapq.heapify(self._waiting)
-        flow = self._flows[place.flow]
-        flow.places -= 1
-        if not flow.places:
-            del self._flows[place.flow]
+        flow = self._flows[entry.flow]
+        flow.entries -= 1
+        if not flow.entries:
+            del self._flows[entry.flow]
 
-    def _wait(self, place: AnyPlace) -> None:
-        place.is_waiting = True
-        heapq.heappush(self._waiting, place)
+    def _wait(self, entry: AnyEntry) -> None:
+        entry.is_waiting = True
+        heapq.heappush(self._waiting, entry)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
-from lossd_server.engine.queue import FairQueue, Place
+from lossd_server.engine.queue import Entry, FairQueue
 from lossd_server.engine.steps import Step
 from lossd_server.engine.work import LossJob, LossOutcome
 from lossd_server.errors import LossdError
@@ -23,7 +23,7 @@ def _called_later() -> threading.Lock:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Task(Place):
+class Task(Entry):
     """A job in the engine; the thread that brought it waits, or does the work.
 
     Attributes:
