@@ -136,7 +136,7 @@ def test_a_call_that_is_cancelled_in_the_queue_is_dropped_and_counted(fresh, hel
 
 def test_an_assignment_for_nobody_is_not_begun(fresh, monkeypatch):
     late = Caller(asker=Asker(deadline=0.0))
-    monkeypatch.setattr(Caller, "of", classmethod(lambda _kind, _call: late))
+    monkeypatch.setattr(Caller, "of", lambda *_: late)
     with connect(fresh) as stub:
         assert refusal(stub.AssignTargets, good_assign_request()).reason == "DEADLINE_EXCEEDED"
         monkeypatch.undo()

@@ -92,7 +92,7 @@ def test_on_a_stream(caller):
     bad.items[0].focal.inputs.shared.offset = 8
     requests = (bad, shared(caller, request))
     messages = [pb.ComputeLossStreamRequest(id=i, request=r) for i, r in enumerate(requests)]
-    refused, answered = caller.stub.ComputeLossStream(iter(messages))
+    refused, answered = sorted(caller.stub.ComputeLossStream(iter(messages)), key=lambda answer: answer.id)
     assert (refused.error.reason, refused.error.field) == (
         pb.ERROR_REASON_INVALID_SLICE,
         "items[0].focal.inputs.shared",

@@ -97,7 +97,8 @@ class Regions:
             if region_id not in owner.ids:
                 raise RefusedError(Answer.UNKNOWN_REGION)
             owner.ids.remove(region_id)
-            del self._mappings[region_id], self._owners[region_id]
+            for table in (self._mappings, self._owners):
+                table.pop(region_id, None)
 
     def release_all(self, owner: Owner) -> None:
         """Forgets all regions of an owner."""

@@ -23,7 +23,7 @@ def relay(tmp_path, target):
 
 
 def in_flight(server, count):
-    wait_until(lambda: server._handlers.in_flight._count == count)
+    wait_until(lambda: server._admission.requests == count)
 
 
 def cut_and_release(server, relay):
