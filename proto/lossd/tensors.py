@@ -75,7 +75,8 @@ def pack(array: Array, payloads: Payloads | None = None) -> pb.Tensor:
     """
     data_type = data_type_of(array.dtype)
     _check_shape(array.shape)
-    little_endian = array.astype(DTYPES[data_type], copy=False)
+    wanted = DTYPES[data_type]
+    little_endian = array if array.dtype is wanted else array.astype(wanted, copy=False)
     if payloads is None:
         inline = little_endian.tobytes()
     else:

@@ -75,10 +75,11 @@ class Payloads:
 
         A small array stands for itself, unless it looks like a stand-in.
         """
-        raw = array.reshape(-1).view(np.uint8).data
-        if len(raw) < LARGE_BYTES and raw[: len(_MARKER)] != _MARKER:
-            return raw.tobytes()
-        return self.add(raw)
+        if array.nbytes < LARGE_BYTES:
+            inline = array.tobytes()
+            if not inline.startswith(_MARKER):
+                return inline
+        return self.add(array.reshape(-1).view(np.uint8).data)
 
     def add(self, buffer: Buffer) -> bytes:
         """Returns the stand-in of bytes."""

@@ -97,6 +97,8 @@ def _limited(handler: _Handler, allowance: Allowance) -> _Handler:
         answers: Iterator[Any] = handler.stream_stream(_paced(messages, deserialize, allowance, call), call)
         return answers
 
+    threads = getattr(handler.stream_stream, "experimental_thread_pool", None)
+    answer.experimental_thread_pool = threads  # type: ignore[attr-defined]  # where gRPC looks for it
     return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
 
 
