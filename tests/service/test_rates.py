@@ -1,7 +1,7 @@
 """Token buckets: what goes in over any time, on a clock that is turned by hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossd_server.rpc.rates import Allowance, Bucket
@@ -30,6 +30,7 @@ def take_when_there_is(bucket, clock, pauses, amount):
     return taken
 
 
+@settings(deadline=None)
 @given(RATES, PAUSES)
 def test_over_any_time_no_more_requests_than_the_rate_and_a_seconds_worth(rate, pauses):
     clock = Clock()
@@ -40,6 +41,7 @@ def test_over_any_time_no_more_requests_than_the_rate_and_a_seconds_worth(rate, 
             assert last - first + 1 <= allowed * (1 + 1e-9) + 1e-6
 
 
+@settings(deadline=None)
 @given(RATES, PAUSES, st.floats(1, 1e7))
 def test_bytes_may_go_over_by_one_message_and_no_more(rate, pauses, size):
     clock = Clock()
@@ -49,6 +51,7 @@ def test_bytes_may_go_over_by_one_message_and_no_more(rate, pauses, size):
         assert len(taken) * size <= allowed * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(RATES, st.integers(1, 50))
 def test_who_waits_as_long_as_told_is_let_in(rate, count):
     clock = Clock()
@@ -60,6 +63,7 @@ def test_who_waits_as_long_as_told_is_let_in(rate, count):
     assert bucket.wait() <= 3 / rate + 1e-6
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000))
 def test_a_full_bucket_is_a_seconds_worth(rate):
     clock = Clock()
