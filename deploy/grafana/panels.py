@@ -163,6 +163,12 @@ WORK = [
         queries={"{{instance}}": f"lossd_in_flight_bytes{{{SERVERS}}}"},
     ),
     Panel(
+        title="Budgets",
+        about="Shares of --max-in-flight and --max-in-flight-bytes that are taken; at 1 calls are refused.",
+        unit="percentunit",
+        queries={"{{instance}} {{of}}": f"lossd_budget_used_ratio{{{SERVERS}}}"},
+    ),
+    Panel(
         title="Queue",
         about="Requests that wait for the device.",
         unit="none",

@@ -104,6 +104,12 @@ FIRES = {
         )
     ],
     "LossdUnauthenticated": [Case(series=refusals("UNAUTHENTICATED", 60), labels=(JOB,))],
+    "LossdNearlyFull": [
+        Case(
+            series={server("lossd_budget_used_ratio", 'of="bytes"'): always(0.9)},
+            labels=(f'{SERVER},of="bytes"',),
+        )
+    ],
     "LossdOverloaded": [
         Case(series={**handled(90), **refusals("OVERLOADED", 10)}, labels=(JOB,)),
         Case(series={**handled(90), **refusals("TOO_MANY_STREAMS", 10)}, labels=(JOB,)),
@@ -222,6 +228,7 @@ SILENT = {
         Case(series={server("lossd_reloads_total", 'file="tokens",outcome="ok"'): rising(1)}),
     ],
     "LossdUnauthenticated": [Case(series=refusals("UNAUTHENTICATED", 1))],
+    "LossdNearlyFull": [Case(series={server("lossd_budget_used_ratio", 'of="bytes"'): always(0.5)})],
     "LossdOverloaded": [
         Case(series={**handled(1000), **refusals("OVERLOADED", 1)}),
         Case(series={**handled(90), **refusals("RATE_LIMITED", 90)}),  # a caller's own limit

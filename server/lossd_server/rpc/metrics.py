@@ -24,6 +24,8 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["LossService"]
 HANDLED_CODES = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, *CODES.values()}
 """What calls of this service end with."""
 
+_BUDGETS = ("requests", "bytes")
+
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
 
 
@@ -107,6 +109,9 @@ class Metrics:
         self.in_flight_bytes = Gauge(
             "lossd_in_flight_bytes", "Bytes of the requests that were let in.", registry=registry
         )
+        self.budget_used = Gauge(
+            "lossd_budget_used_ratio", "Share of a budget that is taken.", ("of",), registry=registry
+        )
         self.refusals = Counter(
             "lossd_refusals", "Requests refused, by reason.", ("method", "reason"), registry=registry
         )
@@ -162,6 +167,8 @@ class Metrics:
         for file in ReloadedFile:
             for outcome in ("ok", "failed"):
                 self._reloads.labels(file, outcome)
+        for budget in _BUDGETS:
+            self.budget_used.labels(budget)
         for method in _SERVICE.methods:
             kind = "bidi_stream" if method.server_streaming else "unary"
             labels = (kind, _SERVICE.full_name, method.name)

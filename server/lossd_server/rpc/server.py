@@ -209,9 +209,16 @@ class Server:
         server.add_generic_rpc_handlers(self._standard.generic_handlers())
         if self._sharing is not None:
             self._metrics.shared_memory.set_function(partial(getattr, self._sharing.regions, "held_bytes"))
-        self._metrics.in_flight_bytes.set_function(partial(getattr, self._admission, "bytes"))
+        self._describe_budgets()
         self._describe_engine()
         return server
+
+    def _describe_budgets(self) -> None:
+        metrics, admission, config = self._metrics, self._admission, self._config
+        metrics.in_flight_bytes.set_function(lambda: admission.bytes)
+        used = metrics.budget_used.labels
+        used("requests").set_function(lambda: admission.requests / config.max_in_flight)
+        used("bytes").set_function(lambda: admission.bytes / config.max_in_flight_bytes)
 
     def _describe_engine(self) -> None:
         device = self._engine.device
