@@ -135,6 +135,17 @@ def test_a_bad_item_in_a_batch_fails_its_own_request_alone():
         assert bits_of(last.result(30)[0]) == bits_of(engine.compute(good[1])[0])
 
 
+def test_a_loss_of_the_operators_gives_way_between_its_items():
+    engine, batches = cpu_engine(), []
+    with closing(engine), ThreadPoolExecutor(2) as pool:
+        engine._observe = lambda _jobs, items: batches.append(items)
+        for future in asked_together(
+            engine, [custom_job(Leaves(99), items=3), random_job("rows", [1] * 2, 1)], pool
+        ):
+            future.result(30)
+    assert batches == [1, 1, 1, 2, 1]  # the one that held the device, then two of each, then the rest
+
+
 class Hungry(nn.Module):
     """Runs out of memory for more than so many numbers; the first time for any."""
 
@@ -284,7 +295,7 @@ def test_jobs_on_one_owners_memory_are_done_in_the_order_of_asking_whoever_bring
 def test_who_waits_when_the_engine_closes_is_told_that_it_stops():
     engine, module = cpu_engine(), Held()
     with ThreadPoolExecutor(3) as pool:
-        holding = pool.submit(engine.compute, custom_job(module, items=2))
+        holding = pool.submit(engine.compute, custom_job(module))
         assert module.entered.wait(30)
         waiting = [
             pool.submit(engine.compute, job) for job in (random_job("rows", [1], 1), custom_job(module))
@@ -296,7 +307,7 @@ def test_who_waits_when_the_engine_closes_is_told_that_it_stops():
                 future.result(30)
             assert caught.value.reason is Reason.DRAINING
         module.release.set()
-        assert len(holding.result(30)[0]) == 2
+        assert len(holding.result(30)[0]) == 1
 
 
 def test_a_job_whose_thread_was_let_go_is_told_that_the_engine_stops():

@@ -26,6 +26,9 @@ from lossd_server.losses.gpu import compile_programs
 
 _ANYONE = Asker()
 
+_ITEM_BY_ITEM = Batching(max_items=1)
+"""For losses of the operator's, of which nobody knows how long they take."""
+
 _HERE, _ELSEWHERE = "here", "elsewhere"
 """Kinds of tasks: those that any thread may do, and those that torch's thread does."""
 
@@ -89,14 +92,15 @@ class Engine:
         """
         self._refuse_when_draining()
         arrived = time.monotonic()
-        steps = steps_of(job.items, self._batching)
+        kind = self._kind_of(job)
+        steps = steps_of(job.items, _ITEM_BY_ITEM if kind is None else self._batching)
         task = Task(
             job=job,
             asker=asker,
             steps=steps,
             costs=[step.cost for step in steps],
             flow=asker.flow if job.owner is None else job.owner,
-            kind=self._kind_of(job),
+            kind=kind,
         )
         self._turns.complete(task)
         if task.error is not None:
