@@ -33,6 +33,18 @@ def test_a_late_answer_is_not_waited_for(target, kind, client):
         wait_until(lambda: proxy.cancelled)  # the one that lost was told
 
 
+def test_of_two_servers_one_that_is_stuck_holds_up_nobody(target, kind):
+    with (
+        proxy_of(target, *[delay(60)] * 20) as stuck,
+        proxy_of(target) as good,
+        open_twin(kind, [stuck.address, good.address], hedge_after=0.1) as twin,
+    ):
+        for _ in range(10):
+            twin.call("compute_loss", *SMALL, timeout=30)
+        assert len(stuck.calls) >= 5
+        assert len(good.calls) == 10
+
+
 def test_an_answer_in_time_is_the_only_one(target, kind):
     with proxy_of(target) as proxy, open_twin(kind, proxy.address, hedge_after=30) as twin:
         for _ in range(3):

@@ -87,9 +87,10 @@ def mapping_count() -> int:
     return Path("/proc/self/maps").read_text().count("/memfd:test")
 
 
-def wait_until(condition) -> None:
-    """Waits, some seconds at most, for what another thread is about to do."""
-    for _ in range(500):
+def wait_until(condition, seconds: float = 5.0) -> None:
+    """Waits, so many seconds at most, for what another thread or process is about to do."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.01)
