@@ -62,7 +62,7 @@ def test_whoever_waits_has_every_turn_in_the_order_of_its_flow_and_is_forgotten(
             entry = sorted(line.queue)[who % len(line.queue)]
             line.queue.leave(entry)
             gone.append(entry)
-        assert line.queue.flow_count == len({entry.flow for entry in line.queue})
+        assert len(line.queue._flows) == len({entry.flow for entry in line.queue})
     while line.queue:
         line.turn()
     taken = [entry for entry, _ in line.turns]
@@ -72,7 +72,7 @@ def test_whoever_waits_has_every_turn_in_the_order_of_its_flow_and_is_forgotten(
     for flow in "abcd":
         order = [arrived.index(entry) for entry in taken if entry.flow == flow]
         assert order == sorted(order)
-    assert line.queue.flow_count == 0
+    assert len(line.queue._flows) == 0
 
 
 @given(st.lists(st.lists(STEPS, min_size=1, max_size=12), min_size=2, max_size=4))

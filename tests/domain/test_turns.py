@@ -179,7 +179,7 @@ def test_only_one_has_it_whoever_gives_up_when(batching):
     assert len(done) == 6 * 100
     assert sum(done) >= 6 * 25
     assert device.turns.waiting_count == 0
-    assert device.turns._queue.flow_count == 0
+    assert device.turns._queue._flows == {}
     assert device.turns.busy_seconds == 0
 
 

@@ -66,11 +66,6 @@ class FairQueue(Generic[AnyEntry]):
         """Those that wait, in no order; they may leave meanwhile."""
         return iter(list(self._waiting))
 
-    @property
-    def flow_count(self) -> int:
-        """Flows that are remembered: those of which something waits or has its turn."""
-        return len(self._flows)
-
     def join(self, entry: AnyEntry) -> None:
         """Lets a new entry wait for its first step."""
         flow = self._flows.setdefault(entry.flow, _Flow(self._time))
