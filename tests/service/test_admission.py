@@ -287,3 +287,28 @@ def test_an_overload_is_refused_and_over_when_it_is_over():
         assert True in outcomes
         eventually(is_let_in(server, 0))
         assert ask(0) is True
+
+
+def test_a_body_that_comes_once_the_server_stops_is_refused_so(held):
+    server = make_server(load=HELD, drain_seconds=30)
+    server.start()
+    with another(server) as stub, grpc.insecure_channel(server.addresses[0]) as channel:
+        running, released = held(stub), threading.Event()
+        late = channel.stream_unary(path_of("ComputeLoss")).future(when(released), timeout=60)
+        eventually(is_let_in(server, 2))
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        eventually(lambda: server._admission._draining)
+        released.set()
+        found = refusal_of(late.exception())
+        assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert found.retry_seconds > 0
+        custom_modules.release.set()
+        assert running.result(30).results
+        stopping.join(60)
+        assert not stopping.is_alive()
+
+
+def when(released):
+    released.wait(60)
+    yield good_loss_request().SerializeToString()
