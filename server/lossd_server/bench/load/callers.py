@@ -44,8 +44,8 @@ class Target:
 
 
 def connect(address: str) -> grpc.Channel:
-    """Returns a connection of its own, on which nothing is tried again: refusals are to be seen."""
-    return grpc.insecure_channel(address, options=[*client_options(), ("grpc.enable_retries", 0)])
+    """Returns a connection of its own, which makes no call twice that a server has seen."""
+    return grpc.insecure_channel(address, options=client_options())
 
 
 def run_caller(target: Target, pace: Pace, tally: Tally) -> None:
@@ -71,7 +71,7 @@ def _run_unary(target: Target, pace: Pace, tally: Tally) -> None:
 def _run_shared(target: Target, pace: Pace, tally: Tally) -> None:
     values = focal_arrays(target.kind.removeprefix("shared-"))
     size = 2 * values[0].nbytes + values[1].nbytes
-    with Client(target.address, timeout=target.timeout) as client:
+    with Client(target.address, timeout=target.timeout, retries=None) as client:
         arrays = [client.allocate(array.shape, array.dtype) for array in values]
         for array, value in zip(arrays, values, strict=True):
             array[:] = value
