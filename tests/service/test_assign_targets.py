@@ -154,4 +154,4 @@ def test_timings_are_set(stub, rng):
     timings = stub.AssignTargets(assign_request([scene(rng, (64, 64))])).timings
     assert timings.decode_us > 0
     assert timings.compute_us > 0
-    assert timings.queue_us == 0
+    assert timings.queue_us >= 0

@@ -13,8 +13,10 @@ import torch
 from lossd_server.engine.affinity import leaves_torch_asleep
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
+from lossd_server.engine.cores import Cores
 from lossd_server.engine.custom import CustomLoss
 from lossd_server.engine.evaluator import Evaluator
+from lossd_server.engine.resources import granted_cores
 from lossd_server.engine.steps import steps_of
 from lossd_server.engine.turns import Task, Turns
 from lossd_server.engine.watchdog import Watchdog
@@ -33,6 +35,9 @@ _HERE, _ELSEWHERE = "here", "elsewhere"
 """Kinds of tasks: those that any thread may do, and those that torch's thread does."""
 
 _log = structlog.get_logger()
+
+_CHEAP = 1000
+"""An assignment of that cost, some ten images or a thousand boxes, takes a core for about a millisecond."""
 
 
 class Engine:
@@ -64,6 +69,7 @@ class Engine:
         self._turns = Turns(self._take_steps, self._batching if self._batching.is_on(device) else None)
         # Torch keeps a team of helpers for every thread that ever woke them: this one may.
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
+        self._cores = Cores(granted_cores(), cheap=_CHEAP)
         self._watchdog: Watchdog | None = None
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
@@ -113,7 +119,7 @@ class Engine:
         return task.outcomes, Timing(queue=waited, compute=task.seconds)
 
     def assign(self, job: AssignJob, asker: Asker = _ANYONE) -> AssignResults:
-        """Assigns targets; on the host and without waiting for the device.
+        """Assigns targets; on the host and without waiting for the device, on a core an item.
 
         Raises:
             UnavailableError: The engine drains.
@@ -122,15 +128,18 @@ class Engine:
             InvalidInputError: Level sizes do not go with the strides, or too many locations are positive.
         """
         self._refuse_when_draining()
-        began = time.monotonic()
+        arrived, seconds = time.monotonic(), 0.0
         assignments, room = [], job.max_positives
         for item in job.items:
             asker.check()
-            with errors_within(item.path):
-                found = job.assigner.assign_objects(item.objects, item.sizes, max_positives=room)
+            with self._cores.turn(asker, item.cost):
+                began = time.monotonic()
+                with errors_within(item.path):
+                    found = job.assigner.assign_objects(item.objects, item.sizes, max_positives=room)
+                seconds += time.monotonic() - began
             room -= found.positive_count
             assignments.append(found)
-        return assignments, Timing(queue=0.0, compute=time.monotonic() - began)
+        return assignments, Timing(queue=time.monotonic() - arrived - seconds, compute=seconds)
 
     def warm_up(self) -> None:
         """Loads or compiles the kernels and evaluates every loss once: no caller pays for first-time work."""

@@ -14,6 +14,8 @@ from lossd_server.targets.ground_truth import Objects
 
 Array = NDArray[Any]
 
+_IMAGE_COST = 100
+
 
 class Evaluable(Protocol):
     """A loss that the engine can evaluate: one of ours, or the operator's."""
@@ -97,6 +99,11 @@ class AssignItem:
     path: str
     objects: list[Objects]
     sizes: list[tuple[int, int]]
+
+    @property
+    def cost(self) -> int:
+        """What it takes beside other items: an image is about as much as a hundred boxes."""
+        return 1 + sum(_IMAGE_COST + len(image.labels) for image in self.objects)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

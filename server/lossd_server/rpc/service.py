@@ -59,6 +59,7 @@ class LossService:
         assignments, timing = self._engine.assign(job, caller.asker)
         if not job.answer_bytes:
             caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
+        stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
         payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
         with stages.timed("encode"):

@@ -1,0 +1,103 @@
+"""Whose turn at the host's cores it is."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lossd_server.engine.asker import Asker
+from lossd_server.engine.queue import Entry, FairQueue
+
+_LOOK_SECONDS = 0.1
+"""How often one that waits looks whether its caller is still there."""
+
+
+def _called_later() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Waiting(Entry):
+    """Work that waits for a core; released when it is called."""
+
+    call: threading.Lock = field(default_factory=_called_later)
+
+
+class Cores:
+    """Turns at the host's cores: as many at a time as there are, shared fairly between flows.
+
+    Were all who ask at work at a time, each would be slow, and the thread that takes calls in, to answer or
+    to refuse them, would be one among hundreds that want a core.
+
+    Args:
+        count: How many there are.
+        cheap: What costs no more does not wait: two changes of threads would take longer than it does.
+    """
+
+    def __init__(self, count: int, cheap: int = 0) -> None:
+        self._free = count
+        self._cheap = cheap
+        self._mutex = threading.Lock()
+        self._queue: FairQueue[_Waiting] = FairQueue()
+
+    @property
+    def waiting_count(self) -> int:
+        """How many wait for a core."""
+        return len(self._queue)
+
+    @contextmanager
+    def turn(self, asker: Asker, cost: int) -> Iterator[None]:
+        """Waits for a core, where the work is not cheap, and has it until the block ends.
+
+        Args:
+            asker: For whom.
+            cost: What the work costs beside other work, at least 1.
+
+        Raises:
+            DeadlineError: The deadline passed before.
+            CallerGoneError: Nobody waits for the answer any more.
+        """
+        if cost <= self._cheap:
+            yield
+            return
+        entry = self._enter(asker, cost)
+        if entry is not None:
+            self._await_call(entry, asker)
+        try:
+            yield
+        finally:
+            self._leave(entry)
+
+    def _enter(self, asker: Asker, cost: int) -> _Waiting | None:
+        """Takes a free core, or an entry in the queue."""
+        with self._mutex:
+            if self._free:
+                self._free -= 1
+                return None
+            entry = _Waiting(flow=asker.flow, costs=[cost])
+            self._queue.join(entry)
+            return entry
+
+    def _await_call(self, entry: _Waiting, asker: Asker) -> None:
+        while not entry.call.acquire(timeout=asker.patience(_LOOK_SECONDS)):
+            if asker.problem() is not None and self._withdraw(entry):
+                asker.check()
+
+    def _withdraw(self, entry: _Waiting) -> bool:
+        """Takes work out of the queue; returns whether it was still waiting there."""
+        with self._mutex:
+            if not entry.is_waiting:
+                return False
+            self._queue.leave(entry)
+            return True
+
+    def _leave(self, entry: _Waiting | None) -> None:
+        with self._mutex:
+            if entry is not None:
+                self._queue.leave(entry)
+            if self._queue:
+                self._queue.take().call.release()  # which has this core now
+            else:
+                self._free += 1
