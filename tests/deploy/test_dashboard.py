@@ -7,9 +7,14 @@ import runpy
 import sys
 from collections import Counter
 
+import grpc
 import pytest
 import yaml
 
+from lossd.v1 import loss_service_pb2 as pb
+from lossd_server.errors import Reason
+from lossd_server.rpc.metrics import State
+from lossd_server.rpc.stages import STAGES
 from tests.deploy.tools import ROOT
 from tests.service.test_metric_names import table
 
@@ -19,6 +24,7 @@ DASHBOARD = json.loads((FILES / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 BUILT_IN = {"__rate_interval"}
+LOSSES = pb.DESCRIPTOR.services_by_name["LossService"]
 SUFFIXES = ("_bucket", "_sum", "_count")
 
 
@@ -64,6 +70,24 @@ def test_every_rule_is_about_metrics_that_there_are():
             assert name in recorded
             expression = expression.replace(name, "")
         assert metrics_in(expression) <= table().keys(), rule
+
+
+def test_rules_and_queries_name_labels_by_values_that_there_are():
+    """A reason that is renamed would silence its alert."""
+    known = {
+        "reason": set(Reason),
+        "grpc_code": {code.name for code in grpc.StatusCode},
+        "stage": set(STAGES),
+        "state": {*State, "allocated", "reserved", "free", "total"},
+        "outcome": {"ok", "failed"},
+        "grpc_type": {"unary", "bidi_stream"},
+        "grpc_service": {LOSSES.full_name},
+        "grpc_method": set(LOSSES.methods_by_name),
+        "method": set(LOSSES.methods_by_name),
+    }
+    text = (FILES / "rules.yml").read_text() + "\n".join(expressions())
+    for label, values in re.findall(r'\b(\w+)(?:=~|!=|=)"([^"$]+)"', text):
+        assert set(values.split("|")) <= known[label], label
 
 
 def test_panels_have_numbers_of_their_own_and_do_not_overlap():
