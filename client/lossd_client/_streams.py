@@ -110,7 +110,8 @@ class OnTheirWay(Generic[R]):
         self._are_all_here = True
         if before is not None:
             self._unsent.clear()
-            self._items = {index: item for index, item in self._items.items() if index < before}
+            for index in [index for index in list(self._items) if index >= before]:
+                self._items.pop(index, None)  # one by one, since answers come in meanwhile
 
     def begin(self) -> int:
         """Begins a call, on which everything is to be sent that has no answer; returns its number."""
