@@ -21,13 +21,11 @@ COMMANDS = ("buildah", "podman", "runc", "mmdebstrap")
 BASE = "docker.io/library/debian:bookworm-slim"
 UID = 10001
 
-_CLEAN = tuple(
-    f"--aptopt={line}"
-    for line in (
-        'Dir::Cache::pkgcache ""',
-        'Dir::Cache::srcpkgcache ""',
-        'APT::Keep-Downloaded-Packages "false"',
-    )
+_CLEAN = (
+    '--aptopt=Dir::Cache::pkgcache ""',
+    '--aptopt=Dir::Cache::srcpkgcache ""',
+    # Not an option: mmdebstrap itself needs what it has downloaded.
+    """--customize-hook=echo 'APT::Keep-Downloaded-Packages "false";' >"$1"/etc/apt/apt.conf.d/99downloads""",
 )
 """What Debian's images tell apt not to keep."""
 
@@ -39,9 +37,6 @@ RESTRICTED = (
     f"--user={UID}:{UID}",
 )
 """What the chart asks of a cluster, in podman's words; its seccomp profile is podman's own."""
-
-_LIMITS = ("--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
-"""Podman's own are more than a sandbox may grant."""
 
 _SLIM = ("doc", "info", "lintian/overrides", "locale", "man")
 """Directories of /usr/share that Debian's slim images leave out."""
@@ -92,11 +87,11 @@ class Containers:
         """Returns what podman knows of an image or a container."""
         return json.loads(self.run("podman", "inspect", name).stdout)[0]
 
-    def run_inside(self, image, command, *arguments, user=UID, stdin=None):
+    def run_inside(self, image, command, *arguments, user=UID, options=(), stdin=None):
         """Runs one command of an image and returns what it did."""
         return self.run(
-            *("podman", "run", "--rm", "--interactive", "--runtime=runc", "--network=none", *_LIMITS),
-            *("--no-healthcheck", f"--user={user}", f"--entrypoint={command}", image, *arguments),
+            *("podman", "run", "--rm", "--interactive", "--network=none"),
+            *("--no-healthcheck", f"--user={user}", f"--entrypoint={command}", *options, image, *arguments),
             stdin=stdin,
         )
 
@@ -104,7 +99,7 @@ class Containers:
     def running(self, image, *arguments, options=(), network="host"):
         """Yields a container that runs an image with the chart's own security context, and removes it."""
         done = self.run(
-            *("podman", "run", "--detach", "--runtime=runc", f"--network={network}", *_LIMITS),
+            *("podman", "run", "--detach", f"--network={network}"),
             *(*RESTRICTED, *options, image, *arguments),
         )
         container = Container(store=self, name=done.stdout.strip())
@@ -178,6 +173,7 @@ def make_store(folder):
         sys.exit("the image's Python is 3.11, and wheels for it are downloaded by such a one")
     folder.mkdir(parents=True, exist_ok=True)
     store = Containers(folder=folder, environment=_environment(folder))
+    _isolate(store)
     _choose_driver(store)
     if store.run("podman", "image", "exists", BASE, check=False).returncode:
         _provide_base(store)
@@ -186,7 +182,21 @@ def make_store(folder):
 
 
 def _environment(folder):
-    return {**os.environ, "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf")}
+    files = {"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"}
+    return {**os.environ, **{name: str(folder / file) for name, file in files.items()}}
+
+
+def _isolate(store):
+    """Keeps the store's state apart from that of others on the machine, and within what a sandbox grants."""
+    (store.folder / "containers.conf").write_text(
+        f"""[containers]
+default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
+[engine]
+runtime = "runc"
+tmp_dir = "{store.folder}/libpod"
+lock_type = "file"
+"""
+    )
 
 
 def _choose_driver(store):

@@ -104,14 +104,12 @@ def project(containers):
     name = f"lossd-{uuid.uuid4().hex[:8]}"
 
     def run(*arguments, check=True):
-        limits = "--ulimit=nofile=4096:4096 --ulimit=nproc=4096:4096"
         return containers.run(
             *(
                 sys.executable,
                 "-m",
                 "podman_compose",
                 f"--project-name={name}",
-                f"--podman-run-args={limits}",
             ),
             *("--file=deploy/compose.yaml", *arguments),
             check=check,
