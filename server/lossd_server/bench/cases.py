@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 from lossd_server.bench.assign_cases import assign_cases
-from lossd_server.bench.batching_cases import batching_cases
 from lossd_server.bench.case import CaseSpec
 from lossd_server.bench.loss_cases import loss_cases
 from lossd_server.bench.option_cases import option_cases
+from lossd_server.bench.queue_cases import queue_cases
 from lossd_server.bench.transport_cases import stream_cases, transport_cases
 from lossd_server.errors import InvalidInputError, Reason
 
 CASES: tuple[CaseSpec, ...] = (
     *loss_cases(),
     *assign_cases(),
-    *batching_cases(),
+    *queue_cases(),
     *transport_cases(),
     *stream_cases(),
     *option_cases(),
