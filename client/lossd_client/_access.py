@@ -26,7 +26,8 @@ class TLS:
             gRPC trusts by itself.
         cert: PEM file of a certificate of the caller's own, for a server that asks for one.
         key: PEM file of its key.
-        server_name: Name that the server's certificate must be for, in place of the target's.
+        server_name: Name that the server's certificate must be for, in place of the target's; several
+            addresses have none of their own.
 
     Raises:
         ValueError: One of `cert` and `key` is there without the other.
@@ -67,7 +68,8 @@ class Access:
         insecure: Whether a token may go over a network as plain text.
 
     Raises:
-        ValueError: It may not, but would; or the token is none.
+        ValueError: It may not, but would; or the token is none; or there are several addresses and no name
+            for their certificates.
     """
 
     def __init__(
@@ -77,6 +79,11 @@ class Access:
             raise ValueError(
                 f"target is {target!r}: a token would go there as plain text; "
                 "set tls, or allow it with insecure"
+            )
+        if tls is not None and tls.server_name is None and "," in target:
+            # gRPC would look for a certificate for all of the addresses in one.
+            raise ValueError(
+                f"server_name of tls is not set: certificates are for one name, not for {target!r}"
             )
         if isinstance(token, str):
             _require_token(token)

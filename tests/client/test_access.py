@@ -51,7 +51,7 @@ def test_any_other_target_needs_tls_or_leave_for_a_token(target):
     with pytest.raises(ValueError, match="a token would go there as plain text") as caught:
         Access(target, token=TOKEN)
     assert TOKEN not in str(caught.value)
-    assert Access(target, token=TOKEN, tls=TLS()).metadata()
+    assert Access(target, token=TOKEN, tls=TLS(server_name="lossd")).metadata()
     assert Access(target, token=TOKEN, insecure=True).metadata()
     assert Access(target).metadata() is None
 

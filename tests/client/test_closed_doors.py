@@ -182,3 +182,13 @@ def test_no_token_is_logged_by_the_client(target, tls, caplog, capfd):
         loss(client)
     written = caplog.text + "".join(capfd.readouterr()) + str(caught.value) + repr(caught.value)
     assert WRONG not in written
+
+
+def test_several_servers_have_certificates_for_one_name(authority):
+    pair = authority.issue()
+    settings = {"tls_cert": pair.cert, "tls_key": pair.key}
+    with make_server(**settings) as one, make_server(**settings) as other:
+        addresses = [one.addresses[0], other.addresses[0]]
+        assert is_served(addresses, tls=TLS(ca=authority.path, server_name="localhost"))
+        with pytest.raises(ValueError, match="server_name of tls is not set"):
+            Client(addresses, tls=TLS(ca=authority.path))
