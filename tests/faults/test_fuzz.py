@@ -1,6 +1,9 @@
 """Whatever bytes come, each call is answered or cleanly refused, and the server goes on."""
 
+import random
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -91,4 +94,27 @@ def test_a_small_message_that_unpacks_to_a_large_one_is_refused(server):
             call(bytes(256 << 20), timeout=60)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert server.peak_rss() - before < 64 << 20
+    server.assert_serves()
+
+
+@pytest.mark.parametrize("prelude", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+@pytest.mark.parametrize("kind", [socket.AF_INET, socket.AF_UNIX])
+def test_bytes_that_are_no_http_at_all(server, kind, prelude):
+    host, _, port = server.address.rpartition(":")
+    path = server.unix_address.removeprefix("unix:")
+    noise = random.Random(5)  # noqa: S311  # not for secrets
+    for _ in range(50):
+        with socket.socket(kind) as peer, suppress(OSError):  # the server may have had enough of it
+            peer.connect(path if kind == socket.AF_UNIX else (host, int(port)))
+            peer.sendall(prelude + noise.randbytes(noise.randrange(1, 5_000)))
+    server.assert_serves()
+
+
+def test_packets_that_are_no_messages_of_shared_memory(server):
+    noise = random.Random(6)  # noqa: S311  # not for secrets
+    packets = (b"LSHM\1\1\0\0" + bytes(24), b"LSHM", noise.randbytes(32), noise.randbytes(3_000))
+    for packet in packets * 10:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer, suppress(OSError):
+            peer.connect(f"{server.unix_address.removeprefix('unix:')}.shm")
+            peer.sendall(packet)
     server.assert_serves()
