@@ -15,9 +15,9 @@ from lossd.v1 import loss_service_pb2 as pb
 from tests.domain.wire_bytes import message_bytes
 from tests.faults.support import LONG, Victim, victim
 from tests.fuzz.attack import CLEAN, SERVICE, Attack
+from tests.fuzz.fuzz_server import SETTINGS
 from tests.service.support import refusal_of
 
-MESSAGE_BYTES = 4 << 20
 REQUESTS = {
     "ComputeLoss": pb.ComputeLossRequest,
     "AssignTargets": pb.AssignTargetsRequest,
@@ -28,7 +28,8 @@ REQUESTS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Victim]:
-    with victim(tmp_path_factory.mktemp("fuzz"), "--max-message-bytes", str(MESSAGE_BYTES)) as running:
+    limits = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    with victim(tmp_path_factory.mktemp("fuzz"), *limits) as running:
         yield running
         running.assert_serves()
 
