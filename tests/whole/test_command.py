@@ -43,7 +43,7 @@ def test_health_is_the_exit_code_and_needs_no_torch(address):
 import sys
 from lossd_server.cli.health import run
 try:
-    run({address!r}, service='', timeout=5.0)
+    run({address!r}, service='', timeout=5.0, tls=None)
 except SystemExit as end:
     print(end.code or 0, "torch" in sys.modules)
 """

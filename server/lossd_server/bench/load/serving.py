@@ -75,15 +75,15 @@ def serve(device: str) -> Iterator[Served]:
 def _address(child: "subprocess.Popen[str]") -> str:
     """Waits until a server serves, and lets its further lines go: it must not wait for a reader."""
     lines = child.stderr or iter(())
-    last = ""
+    reason = "nobody knows why"
     for line in lines:
         event = _event(line)
         if event.get("event") == "serving":
             reader = threading.Thread(target=collections.deque, args=(lines, 0), daemon=True)
             reader.start()
             return str(event["addresses"][0])
-        last = line.strip()
-    raise ConfigurationError(Reason.INVALID_OPTION, f"the server did not start: {last}")
+        reason = f"{event['field']}: {event['message']}" if "field" in event else line.strip()
+    raise ConfigurationError(Reason.INVALID_OPTION, f"the server did not start: {reason}")
 
 
 def _event(line: str) -> dict[str, Any]:
