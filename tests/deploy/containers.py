@@ -223,7 +223,7 @@ def _provide_base(store):
 def _provide_wheels(store):
     """Downloads what the image is made of, for a build that asks no index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--constraint=constraints.txt"]
-    store.run(*command, f"--dest={store.folder / 'wheels'}", ".[server]", "hatchling>=1.27")
+    store.run(*command, f"--dest={store.folder / 'wheels'}", ".[otel,server]", "hatchling>=1.27")
 
 
 if __name__ == "__main__":
