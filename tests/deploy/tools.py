@@ -31,11 +31,17 @@ class Tools:
 
     folder: Path
 
-    def run(self, program, *arguments, stdin=None):
-        """Runs a program and returns what it did."""
+    def run(self, program, *arguments, stdin=None, directory=None):
+        """Runs a program, in the folder unless told otherwise, and returns what it did."""
         command = [str(self.folder / program) if program != "node" else "node", *map(str, arguments)]
         return subprocess.run(
-            command, cwd=self.folder, input=stdin, capture_output=True, text=True, timeout=120, check=False
+            command,
+            cwd=directory or self.folder,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
     def faults_of(self, custom_resources):
