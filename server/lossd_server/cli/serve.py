@@ -2,13 +2,13 @@
 
 import gc
 import os
-import signal
 import sys
 import threading
 
 from prometheus_client import disable_created_metrics
 
 from lossd_server.cli.log import say_why_not
+from lossd_server.cli.signals import on_every_end
 from lossd_server.config import ServerConfig
 from lossd_server.engine import keep_freed_memory, use_granted_cores
 from lossd_server.errors import LossdError
@@ -25,14 +25,7 @@ def run(config: ServerConfig, log_format: str) -> None:
     disable_created_metrics()  # type: ignore[no-untyped-call]  # half as many series again, of no use
     sys.path.insert(0, "")  # `--load` finds modules in the working directory, as `python -m` does
     stop = threading.Event()
-
-    def on_signal(_number: int, _frame: object) -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    on_every_end(lambda: os._exit(1) if stop.is_set() else stop.set())
     try:
         server = Server(config)
         server.start()
