@@ -3,26 +3,10 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from lossd_server.engine.asker import Asker
-from lossd_server.engine.queue import Entry, FairQueue
-
-_LOOK_SECONDS = 0.1
-"""How often one that waits looks whether its caller is still there."""
-
-
-def _called_later() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Waiting(Entry):
-    """Work that waits for a core; released when it is called."""
-
-    call: threading.Lock = field(default_factory=_called_later)
+from lossd_server.engine.calling import LOOK_SECONDS, Waiting
+from lossd_server.engine.queue import FairQueue
 
 
 class Cores:
@@ -40,7 +24,7 @@ class Cores:
         self._free = count
         self._cheap = cheap
         self._mutex = threading.Lock()
-        self._queue: FairQueue[_Waiting] = FairQueue()
+        self._queue: FairQueue[Waiting] = FairQueue()
 
     @property
     def waiting_count(self) -> int:
@@ -70,22 +54,22 @@ class Cores:
         finally:
             self._leave(entry)
 
-    def _enter(self, asker: Asker, cost: int) -> _Waiting | None:
+    def _enter(self, asker: Asker, cost: int) -> Waiting | None:
         """Takes a free core, or an entry in the queue."""
         with self._mutex:
             if self._free:
                 self._free -= 1
                 return None
-            entry = _Waiting(flow=asker.flow, costs=[cost])
+            entry = Waiting(flow=asker.flow, costs=[cost])
             self._queue.join(entry)
             return entry
 
-    def _await_call(self, entry: _Waiting, asker: Asker) -> None:
-        while not entry.call.acquire(timeout=asker.patience(_LOOK_SECONDS)):
+    def _await_call(self, entry: Waiting, asker: Asker) -> None:
+        while not entry.call.acquire(timeout=asker.patience(LOOK_SECONDS)):
             if asker.problem() is not None and self._withdraw(entry):
                 asker.check()
 
-    def _withdraw(self, entry: _Waiting) -> bool:
+    def _withdraw(self, entry: Waiting) -> bool:
         """Takes work out of the queue; returns whether it was still waiting there."""
         with self._mutex:
             if not entry.is_waiting:
@@ -93,7 +77,7 @@ class Cores:
             self._queue.leave(entry)
             return True
 
-    def _leave(self, entry: _Waiting | None) -> None:
+    def _leave(self, entry: Waiting | None) -> None:
         with self._mutex:
             if entry is not None:
                 self._queue.leave(entry)

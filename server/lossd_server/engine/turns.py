@@ -7,24 +7,18 @@ from dataclasses import dataclass, field
 
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
-from lossd_server.engine.queue import Entry, FairQueue
+from lossd_server.engine.calling import LOOK_SECONDS, Waiting
+from lossd_server.engine.queue import FairQueue
 from lossd_server.engine.steps import Step
 from lossd_server.engine.work import LossJob, LossOutcome
 from lossd_server.errors import LossdError
 
-_LOOK_SECONDS = 0.1
-"""How often one that waits looks whether its caller is still there."""
-
-
-def _called_later() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
-
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Task(Entry):
+class Task(Waiting):
     """A job in the engine; the thread that brought it waits, or does the work.
+
+    It is called when it is the task's turn, or when it is done.
 
     Attributes:
         job: The job.
@@ -45,8 +39,6 @@ class Task(Entry):
     error: BaseException | None = None
     seconds: float = 0.0
     is_done: bool = False
-    call: threading.Lock = field(default_factory=_called_later)
-    """Released when it is the task's turn, or when it is done."""
 
     def end(self, error: BaseException | None = None) -> None:
         """Marks it done and calls its thread."""
@@ -114,12 +106,12 @@ class Turns:
 
     def _await_call(self, task: Task) -> None:
         """Waits for the task's turn or its end; ends it where nobody waits for its answer any more."""
-        patience = task.asker.patience(_LOOK_SECONDS)
+        patience = task.asker.patience(LOOK_SECONDS)
         while not task.call.acquire(timeout=patience):
             problem = task.asker.problem()
             if problem is not None and self._withdraw(task, problem):
                 return
-            patience = _LOOK_SECONDS if problem else task.asker.patience(_LOOK_SECONDS)
+            patience = LOOK_SECONDS if problem else task.asker.patience(LOOK_SECONDS)
 
     def _withdraw(self, task: Task, problem: LossdError) -> bool:
         """Takes a task out of the queue; returns whether it was still waiting there."""
