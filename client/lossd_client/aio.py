@@ -50,7 +50,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         channel: A channel of the caller's to use instead; never closed here.
         shared_memory: Whether tensors may go through shared memory.
         retries: How often, and after what pauses, to ask again where nobody answers.
-        hedge_after: Seconds after which a small call is made a second time.
+        hedge_after: Seconds after which a small call is made again.
         wait_for_ready: Whether a call waits while there is no connection.
         tls: Encryption.
         token: The bearer token, or the path of a file with it.

@@ -49,8 +49,9 @@ class Client(ClientBase[grpc.Channel]):
         shared_memory: Whether tensors may go through memory that is shared with a server on this host,
             as happens by itself where the target is `unix:` and the server agrees.
         retries: How often, and after what pauses, to ask again where nobody answers; None for never.
-        hedge_after: Seconds after which a call of less than 256 KiB is made a second time where it has no
-            answer yet: the first good one counts. It is for several servers. None for never.
+        hedge_after: Seconds after which a call of less than 256 KiB is made again where it has no answer
+            yet, and once more after as long: the first good one counts. It is for several servers. None for
+            never.
         wait_for_ready: Whether a call waits for a connection to a server instead of failing without.
         tls: Encryption, as the server has it; None for plain text.
         token: The bearer token, or the path of a file that holds it and is read for every call. A client

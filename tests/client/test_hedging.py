@@ -1,4 +1,4 @@
-"""A small call that stays without an answer is made a second time; the first good answer counts."""
+"""A small call that stays without an answer is made again; the first good answer counts."""
 
 import grpc
 import numpy as np
@@ -27,8 +27,9 @@ def test_a_late_answer_is_not_waited_for(target, kind, client):
     ):
         result = twin.call("compute_loss", *SMALL, gradients=True)
         assert result.loss == client.compute_loss(*SMALL).loss
-        assert proxy.calls == ["ComputeLoss"] * 2
-        assert proxy.requests[0] == proxy.requests[1]
+        assert set(proxy.calls) == {"ComputeLoss"}
+        assert len(proxy.requests) >= 2
+        assert len(set(proxy.requests)) == 1
         proxy.released.set()
         wait_until(lambda: proxy.cancelled)  # the one that lost was told
 
@@ -45,6 +46,15 @@ def test_of_two_servers_one_that_is_stuck_holds_up_nobody(target, kind):
         assert len(good.calls) == 10
 
 
+def test_two_in_a_row_that_are_stuck_hold_up_nobody(target, kind):
+    with (
+        proxy_of(target, delay(60), delay(60)) as proxy,
+        open_twin(kind, proxy.address, hedge_after=0.1) as twin,
+    ):
+        assert twin.call("server_info", timeout=30).version
+        assert len(proxy.calls) == 3
+
+
 def test_an_answer_in_time_is_the_only_one(target, kind):
     with proxy_of(target) as proxy, open_twin(kind, proxy.address, hedge_after=30) as twin:
         for _ in range(3):
@@ -52,13 +62,13 @@ def test_an_answer_in_time_is_the_only_one(target, kind):
         assert len(proxy.calls) == 3
 
 
-def test_a_second_call_that_is_turned_away_does_not_count(target, kind):
+def test_calls_that_are_turned_away_do_not_count(target, kind):
     with (
-        proxy_of(target, delay(1), refuse()) as proxy,
+        proxy_of(target, delay(1), refuse(), refuse()) as proxy,
         open_twin(kind, proxy.address, hedge_after=0.1, retries=None) as twin,
     ):
         assert twin.call("server_info").version
-        assert len(proxy.calls) == 2
+        assert len(proxy.calls) == 3
 
 
 def test_an_error_is_an_answer(target, kind):
@@ -81,14 +91,14 @@ def test_where_both_are_turned_away_both_are_asked_again(target, kind):
         assert len(proxy.calls) >= 3
 
 
-def test_one_deadline_for_both(target, kind):
+def test_one_deadline_for_all(target, kind):
     with (
-        proxy_of(target, delay(60), delay(60)) as proxy,
+        proxy_of(target, *[delay(60)] * 4) as proxy,
         open_twin(kind, proxy.address, hedge_after=0.1) as twin,
     ):
         with pytest.raises(DeadlineError):
-            twin.call("server_info", timeout=0.7)
-        assert len(proxy.calls) == 2
+            twin.call("server_info", timeout=1)
+        assert len(proxy.calls) == 3
 
 
 def test_without_a_server_it_is_unavailable(kind):
