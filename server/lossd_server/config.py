@@ -54,6 +54,7 @@ class ServerConfig:
             `rpc.tokens`. Read anew when it changes. None lets everyone in who can connect.
         insecure: Whether listeners without TLS may be open to more than this machine.
         unix_mode: Permissions of Unix sockets: who may write may connect.
+        spread: Whether the threads of small calls use all cores, and not one that they share.
         tracing: Whether calls are spans of OpenTelemetry, sent by the standard `OTEL_…` variables.
         load: Custom losses beside those of entry points, as `[name=]package.module:Class`.
 
@@ -85,6 +86,7 @@ class ServerConfig:
     tokens: str | None = None
     insecure: bool = False
     unix_mode: int = 0o600
+    spread: bool = False
     tracing: bool = False
     load: tuple[str, ...] = ()
 

@@ -99,6 +99,7 @@ def app() -> None:
     show_default="0600",
     help="Permissions of Unix sockets: who may write may connect.",
 )
+@server_option("--spread", is_flag=True, help="Run small calls on all cores, not on one that they share.")
 @server_option("--tracing", is_flag=True, help="Make OpenTelemetry spans, sent by the OTEL_… variables.")
 @server_option("--load", multiple=True, help="[name=]package.module:Class of a custom loss; repeatable.")
 @click.option(

@@ -6,6 +6,7 @@ from lossd_server.engine.batching import Batching
 from lossd_server.engine.custom import CustomLoss, load_custom_losses
 from lossd_server.engine.devices import describe_device, device_memory, has_kernels, resolve_device
 from lossd_server.engine.engine import Engine
+from lossd_server.engine.home import Home
 from lossd_server.engine.resources import granted_cores, granted_memory, keep_freed_memory, use_granted_cores
 from lossd_server.engine.work import (
     AssignItem,
@@ -24,6 +25,7 @@ __all__ = [
     "Batching",
     "CustomLoss",
     "Engine",
+    "Home",
     "LockedBudget",
     "LossItem",
     "LossJob",

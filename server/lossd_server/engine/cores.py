@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.calling import LOOK_SECONDS, Waiting
+from lossd_server.engine.home import Home
 from lossd_server.engine.queue import FairQueue
 
 
@@ -18,11 +19,13 @@ class Cores:
     Args:
         count: How many there are.
         cheap: What costs no more does not wait: two changes of threads would take longer than it does.
+        home: The core of those who have not got one of these.
     """
 
-    def __init__(self, count: int, cheap: int = 0) -> None:
+    def __init__(self, count: int, cheap: int = 0, home: Home | None = None) -> None:
         self._free = count
         self._cheap = cheap
+        self._home = home or Home(frozenset())
         self._mutex = threading.Lock()
         self._queue: FairQueue[Waiting] = FairQueue()
 
@@ -50,7 +53,8 @@ class Cores:
         if entry is not None:
             self._await_call(entry, asker)
         try:
-            yield
+            with self._home.away():
+                yield
         finally:
             self._leave(entry)
 

@@ -16,6 +16,7 @@ from lossd_server.engine.batching import Batching
 from lossd_server.engine.cores import Cores
 from lossd_server.engine.custom import CustomLoss
 from lossd_server.engine.evaluator import Evaluator
+from lossd_server.engine.home import Home
 from lossd_server.engine.resources import granted_cores
 from lossd_server.engine.steps import steps_of
 from lossd_server.engine.turns import Task, Turns
@@ -48,6 +49,7 @@ class Engine:
         custom_losses: The operator's losses by name.
         batching: How much is evaluated in one go.
         observe: Told of every batch, of how many jobs and of how many items it is.
+        home: The core of the threads that bring small jobs; large ones are done on all.
 
     Attributes:
         device: As above.
@@ -60,16 +62,20 @@ class Engine:
         custom_losses: Mapping[str, CustomLoss] | None = None,
         batching: Batching | None = None,
         observe: Callable[[int, int], None] | None = None,
+        home: Home | None = None,
     ) -> None:
         self.device = device
         self.custom_losses = dict(custom_losses or {})
         self._batching = batching or Batching()
         self._observe = observe
+        self._home = home or Home(frozenset())
         self._evaluator = Evaluator(device)
         self._turns = Turns(self._take_steps, self._batching if self._batching.is_on(device) else None)
         # Torch keeps a team of helpers for every thread that ever woke them: this one may.
-        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="lossd-device")
-        self._cores = Cores(granted_cores(), cheap=_CHEAP)
+        self._torch_thread = ThreadPoolExecutor(
+            1, thread_name_prefix="lossd-device", initializer=self._home.leave
+        )
+        self._cores = Cores(granted_cores(), cheap=_CHEAP, home=self._home)
         self._watchdog: Watchdog | None = None
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
@@ -185,7 +191,8 @@ class Engine:
         if self._observe is not None:
             self._observe(len(tasks), sum(len(task.steps[0].items) for task in tasks))
         if tasks[0].kind == _HERE:
-            self._evaluator.take_steps(tasks)
+            with self._home.away(sum(task.steps[0].size for task in tasks)):
+                self._evaluator.take_steps(tasks)
             return
         try:
             future = self._torch_thread.submit(self._evaluator.take_steps, tasks)

@@ -18,7 +18,7 @@ import structlog
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
-from lossd_server.engine import Admission, LockedBudget, Place
+from lossd_server.engine import Admission, Home, LockedBudget, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.decode import parse
@@ -82,6 +82,7 @@ class Handlers:
         refusals: Where refusals are recorded.
         admission: Who lets requests in.
         door: How they come in.
+        home: The core of their threads.
         max_streams: Streams open at a time.
         stages: Makes what times the stages of a request, given the method's name and the call.
     """
@@ -93,6 +94,7 @@ class Handlers:
         refusals: Refusals,
         admission: Admission,
         door: Door,
+        home: Home,
         *,
         max_streams: int,
         stages: Callable[[str, grpc.ServicerContext], Stages] | None = None,
@@ -101,10 +103,13 @@ class Handlers:
         self._refusals = refusals
         self._admission = admission
         self._door = door
+        self._home = home
         self._stages = stages
         self._streams = LockedBudget(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
-        self._stream_pool = ThreadPoolExecutor(max_streams * WIDTH, thread_name_prefix="lossd-stream")
+        self._stream_pool = ThreadPoolExecutor(
+            max_streams * WIDTH, thread_name_prefix="lossd-stream", initializer=home.settle
+        )
         self._pipelines: set[Pipeline] = set()
         self._draining = threading.Event()
         compute = _Method(name="ComputeLoss", request=pb.ComputeLossRequest, answer=service.compute_loss)
@@ -218,7 +223,7 @@ class Handlers:
         stages = Stages() if self._stages is None else self._stages(method.name, call)
         metrics = self._metrics.of(method.name)
         metrics.request_bytes.observe(request_bytes)
-        with metrics.in_flight.track_inprogress():
+        with self._home.away(request_bytes), metrics.in_flight.track_inprogress():
             try:
                 yield stages
             finally:

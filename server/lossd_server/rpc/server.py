@@ -15,6 +15,7 @@ from lossd_server.engine import (
     Admission,
     Batching,
     Engine,
+    Home,
     describe_device,
     device_memory,
     has_kernels,
@@ -71,14 +72,18 @@ class Server:
         self._credentials = (
             Certificates(self._config, self._metrics).credentials() if self._config.tls_cert else None
         )
+        self._home = Home(frozenset()) if self._config.spread else Home.of_this_process()
         self._engine = Engine(
             resolve_device(self._config.device),
             load_custom_losses(self._config.load),
             _batching(self._config),
             self._metrics.observe_batch,
+            self._home,
         )
         threads = self._config.max_in_flight + self._config.max_streams + _REFUSING_THREADS
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lossd-rpc")
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="lossd-rpc", initializer=self._home.settle
+        )
         self._sharing = _sharing(self._config)
         self._tracing = make_tracing(SERVICE_NAME) if self._config.tracing else None
         self._refusals = Refusals(self._metrics, mark=self._tracing.mark_refusal if self._tracing else None)
@@ -99,6 +104,7 @@ class Server:
             self._refusals,
             self._admission,
             self._door,
+            self._home,
             max_streams=self._config.max_streams,
             stages=self._tracing.stages if self._tracing else None,
         )
@@ -128,7 +134,9 @@ class Server:
         except ConfigurationError:
             self._shut_down(grace=0)
             raise
-        self._grpc.start()
+        with self._home.of_new_threads():
+            self._grpc.start()
+        self._home.watch()
         self._engine.warm_up()
         self._standard.set_health(serving=True)
         self._metrics.set_state(State.SERVING)
@@ -166,6 +174,7 @@ class Server:
             self._grpc.stop(None)
             stopped.wait(_CLOSE_SECONDS)
         self._engine.close()
+        self._home.close()
         self._handlers.close()
         self._refusing.close()
         self._door.close()

@@ -1,0 +1,159 @@
+"""One core for the threads of small calls.
+
+Python lets one thread run at a time. On several cores a change of threads wakes one up on another core,
+which takes long, and there the counts of references are in the caches of the core before. On one core
+both are cheap. Work that more cores are good for is done away from home.
+"""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LARGE_BYTES = 128 << 10
+"""Work on so many bytes and more is worth the way."""
+
+_LOOK_SECONDS = 2.0
+_CROWDED, _IDLE = 0.3, 0.5
+"""Shares of a core's time: what others have of a home that is worth leaving, and what is free of the next."""
+
+_STATISTICS = Path("/proc/stat")
+_IDLE_FIELDS = slice(4, 6)
+"""Of a core's line there: ticks that it was idle, or waited for a disk."""
+
+
+class Home:
+    """The core that threads share, until other processes are found on it.
+
+    Args:
+        cores: The cores to choose from; where there are not two, nothing is done at all.
+    """
+
+    def __init__(self, cores: Collection[int]) -> None:
+        self._cores = frozenset(cores)
+        self._is_chosen = len(self._cores) > 1
+        self._core = random.choice(sorted(self._cores) or [0])  # noqa: S311
+        self._here = threading.local()
+        self._lock = threading.Lock()
+        self._members: set[int] = set()
+        self._closed = threading.Event()
+
+    @classmethod
+    def of_this_process(cls) -> "Home":
+        """Returns one of the cores that this process may use; a system that cannot say has none."""
+        return cls(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
+
+    def settle(self) -> None:
+        """Keeps the calling thread at home from now on."""
+        if self._is_chosen:
+            self._here.is_home = True
+            self._arrive(threading.get_native_id())
+
+    @contextmanager
+    def of_new_threads(self) -> Iterator[None]:
+        """Keeps the threads that are made in a block at home; the one that makes them stays free."""
+        if not self._is_chosen:
+            yield
+            return
+        known = set(threading.enumerate())
+        os.sched_setaffinity(0, {self._core})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, self._cores)
+            made = (thread.native_id for thread in threading.enumerate() if thread not in known)
+            for thread in filter(None, made):
+                if os.sched_getaffinity(thread) == {self._core}:  # else somebody else made it
+                    self._arrive(thread)
+
+    @contextmanager
+    def away(self, size: int = LARGE_BYTES) -> Iterator[None]:
+        """Lets the calling thread, and those that it makes, use every core until the block ends.
+
+        Args:
+            size: Bytes that are worked on; few are worked on at home.
+        """
+        if size < LARGE_BYTES or not getattr(self._here, "is_home", False):
+            yield
+            return
+        thread = threading.get_native_id()
+        self._here.is_home = False
+        with self._lock:
+            self._members.discard(thread)
+            _keep(thread, self._cores)
+        try:
+            yield
+        finally:
+            self._here.is_home = True
+            self._arrive(thread)
+
+    def leave(self) -> None:
+        """Lets the calling thread use every core from now on, whoever made it."""
+        if self._is_chosen:
+            os.sched_setaffinity(0, self._cores)
+
+    def watch(self) -> None:
+        """Moves from time to time, where other processes want this core while another is idle."""
+        if self._is_chosen and _STATISTICS.exists():
+            threading.Thread(target=self._look, name="lossd-home", daemon=True).start()
+
+    def close(self) -> None:
+        """Moves no more."""
+        self._closed.set()
+
+    def move(self, core: int) -> None:
+        """Makes another core home, for everyone who is not away."""
+        with self._lock:
+            self._core = core
+            for thread in self._members:
+                _keep(thread, {core})
+
+    def _arrive(self, thread: int) -> None:
+        with self._lock:
+            _keep(thread, {self._core})
+            self._members.add(thread)
+
+    def _look(self) -> None:
+        began, own, idle = time.monotonic(), time.process_time(), _idle_seconds()
+        while not self._closed.wait(_LOOK_SECONDS):
+            began_now, own_now, idle_now = time.monotonic(), time.process_time(), _idle_seconds()
+            seconds = began_now - began
+            free = {core: (idle_now[core] - idle[core]) / seconds for core in self._cores & idle.keys()}
+            better = find_better(self._core, free, own=(own_now - own) / seconds)
+            # Two servers that meet on a core had better not leave it together.
+            if better is not None and random.random() < 0.5:  # noqa: S311
+                self.move(better)
+            began, own, idle = began_now, own_now, idle_now
+
+
+def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
+    """Returns the core to move to from one that others want; None where it is as good as any.
+
+    Args:
+        core: Where we are.
+        free: The share of each core's time in which it was idle.
+        own: What we used, on whatever core, as a share of one.
+    """
+    others = 1 - free.get(core, 1) - own
+    best = max(free, key=free.__getitem__, default=core)
+    return best if others > _CROWDED and free[best] > _IDLE else None
+
+
+def _idle_seconds() -> dict[int, float]:
+    """Returns for how long each core was idle since the system began."""
+    tick = os.sysconf("SC_CLK_TCK")
+    lines = map(str.split, _STATISTICS.read_text().splitlines())
+    return {
+        int(fields[0].removeprefix("cpu")): sum(map(int, fields[_IDLE_FIELDS])) / tick
+        for fields in lines
+        if fields[0].startswith("cpu") and fields[0] != "cpu"
+    }
+
+
+def _keep(thread: int, cores: Collection[int]) -> None:
+    """Keeps a thread on some cores; one that has ended does not matter."""
+    with suppress(ProcessLookupError):
+        os.sched_setaffinity(thread, cores)
