@@ -63,12 +63,22 @@ class TensorError(ValueError):
 
 
 def pack(array: Array, payloads: Payloads | None = None) -> pb.Tensor:
-    """Returns the `Tensor` that holds `array`, whatever its strides and byte order.
+    """Returns the `Tensor` that holds `array`; see `put`."""
+    tensor = pb.Tensor()
+    put(array, tensor, payloads)
+    return tensor
+
+
+def put(array: Array, tensor: pb.Tensor, payloads: Payloads | None = None) -> None:
+    """Makes an empty `Tensor` hold `array`, whatever its strides and byte order.
+
+    In its place in a message, since a message that is put into another is copied.
 
     Args:
         array: Left as it is until the message is written, if there are payloads.
-        payloads: Those of the message that the tensor goes into. None makes a tensor that is whole by
-            itself, by a copy.
+        tensor: The tensor.
+        payloads: Those of the message that the tensor is in. None makes a tensor that is whole by itself,
+            by a copy.
 
     Raises:
         TensorError: The dtype is not one of the contract's, or there are too many dimensions.
@@ -77,11 +87,12 @@ def pack(array: Array, payloads: Payloads | None = None) -> pb.Tensor:
     _check_shape(array.shape)
     wanted = DTYPES[data_type]
     little_endian = array if array.dtype is wanted else array.astype(wanted, copy=False)
+    tensor.dtype = data_type
+    tensor.shape.extend(array.shape)
     if payloads is None:
-        inline = little_endian.tobytes()
+        tensor.inline = little_endian.tobytes()
     else:
-        inline = payloads.hold(np.ascontiguousarray(little_endian))
-    return pb.Tensor(dtype=data_type, shape=array.shape, inline=inline)
+        tensor.inline = payloads.hold(np.ascontiguousarray(little_endian))
 
 
 def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:

@@ -242,7 +242,7 @@ def test_an_assignment_is_cut_short_between_items_when_its_caller_leaves(monkeyp
         FCOSAssigner, "assign_objects", lambda *given, **named: done.append(1) or assign(*given, **named)
     )
     assigner = FCOSAssigner(strides=(8,), regress_ranges=((-1.0, 64.0),))
-    item = AssignItem(path="items[0]", objects=assigner.read([]), sizes=[(4, 4)])
+    item = AssignItem(path="items[0]", objects=assigner.read([]), levels=assigner.pyramid_of([(4, 4)]))
     with closing(cpu_engine()) as engine:
         with pytest.raises(CallerGoneError):
             engine.assign(

@@ -165,7 +165,6 @@ def test_where_to_move(free, own, better):
 
 def test_a_watching_home_moves_out_of_the_way(monkeypatch):
     monkeypatch.setattr("lossd_server.engine.home._LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("random.random", lambda: 0.0)
     home = Home(CORES)
     other = threading.Event()
     moved = threading.Event()

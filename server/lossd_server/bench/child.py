@@ -100,8 +100,10 @@ class _Bare(grpc.GenericRpcHandler):
         request = pb.ComputeLossRequest.FromString(data)
         job = decode.read_loss_job(Parcel(request), self._engine.custom_losses)
         outcomes, _timing = self._engine.compute(job)
-        results = [encode.loss_result(outcome, _Inline()) for outcome in outcomes]
-        return pb.ComputeLossResponse(results=results).SerializeToString()
+        response = pb.ComputeLossResponse()
+        for outcome in outcomes:
+            encode.write_loss_result(outcome, response.results.add(), _Inline())
+        return response.SerializeToString()
 
 
 class _Inline(Payloads):

@@ -141,7 +141,7 @@ class Engine:
             with self._cores.turn(asker, item.cost):
                 began = time.monotonic()
                 with errors_within(item.path):
-                    found = job.assigner.assign_objects(item.objects, item.sizes, max_positives=room)
+                    found = job.assigner.assign_objects(item.objects, item.levels, max_positives=room)
                 seconds += time.monotonic() - began
             room -= found.positive_count
             assignments.append(found)

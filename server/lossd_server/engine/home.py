@@ -10,8 +10,12 @@ import random
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Self
 
 LARGE_BYTES = 128 << 10
 """Work on so many bytes and more is worth the way."""
@@ -21,6 +25,7 @@ _CROWDED, _IDLE = 0.3, 0.5
 """Shares of a core's time: what others have of a home that is worth leaving, and what is free of the next."""
 
 _STATISTICS = Path("/proc/stat")
+_MOST_STATISTICS = 1 << 20
 _IDLE_FIELDS = slice(4, 6)
 """Of a core's line there: ticks that it was idle, or waited for a disk."""
 
@@ -35,11 +40,13 @@ class Home:
     def __init__(self, cores: Collection[int]) -> None:
         self._cores = frozenset(cores)
         self._is_chosen = len(self._cores) > 1
-        self._core = random.choice(sorted(self._cores) or [0])  # noqa: S311
+        self._random = random.Random()  # noqa: S311
+        self._core = self._random.choice(sorted(self._cores) or [0])
         self._here = threading.local()
         self._lock = threading.Lock()
         self._members: set[int] = set()
         self._closed = threading.Event()
+        self._watch: threading.Thread | None = None
 
     @classmethod
     def of_this_process(cls) -> "Home":
@@ -98,11 +105,14 @@ class Home:
     def watch(self) -> None:
         """Moves from time to time, where other processes want this core while another is idle."""
         if self._is_chosen and _STATISTICS.exists():
-            threading.Thread(target=self._look, name="lossd-home", daemon=True).start()
+            self._watch = threading.Thread(target=self._look, name="lossd-home", daemon=True)
+            self._watch.start()
 
     def close(self) -> None:
         """Moves no more."""
         self._closed.set()
+        if self._watch is not None:
+            self._watch.join()
 
     def move(self, core: int) -> None:
         """Makes another core home, for everyone who is not away."""
@@ -117,16 +127,50 @@ class Home:
             self._members.add(thread)
 
     def _look(self) -> None:
-        began, own, idle = time.monotonic(), time.process_time(), _idle_seconds()
-        while not self._closed.wait(_LOOK_SECONDS):
-            began_now, own_now, idle_now = time.monotonic(), time.process_time(), _idle_seconds()
-            seconds = began_now - began
-            free = {core: (idle_now[core] - idle[core]) / seconds for core in self._cores & idle.keys()}
-            better = find_better(self._core, free, own=(own_now - own) / seconds)
-            # Two servers that meet on a core had better not leave it together.
-            if better is not None and random.random() < 0.5:  # noqa: S311
-                self.move(better)
-            began, own, idle = began_now, own_now, idle_now
+        with _STATISTICS.open("rb", buffering=0) as statistics:
+            before = _Usage.read(statistics)
+            while not self._closed.wait(_LOOK_SECONDS):
+                now = _Usage.read(statistics)
+                better = find_better(self._core, *now.since(before, self._cores))
+                # Two servers that meet on a core had better not leave it together.
+                if better is not None and self._random.random() < 0.5:
+                    self.move(better)
+                before = now
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Usage:
+    """What was used of the cores since the system, and the process, began.
+
+    Attributes:
+        at: When, in seconds.
+        own: Seconds of this process, on whatever core.
+        idle: Seconds in which each core was idle.
+    """
+
+    at: float
+    own: float
+    idle: Mapping[int, float]
+
+    @classmethod
+    def read(cls, statistics: FileIO) -> Self:
+        """Returns what the system's statistics say now."""
+        statistics.seek(0)
+        lines = (line.split() for line in statistics.read(_MOST_STATISTICS).splitlines())
+        tick = os.sysconf("SC_CLK_TCK")
+        idle = {
+            int(fields[0].removeprefix(b"cpu")): sum(map(int, fields[_IDLE_FIELDS])) / tick
+            for fields in lines
+            if fields[0].startswith(b"cpu") and fields[0] != b"cpu"
+        }
+        return cls(at=time.monotonic(), own=time.process_time(), idle=idle)
+
+    def since(self, before: Self, cores: AbstractSet[int]) -> tuple[dict[int, float], float]:
+        """Returns the share of each core's time in which it was idle, and what we used as a share of one."""
+        seconds = self.at - before.at
+        known = cores & self.idle.keys() & before.idle.keys()
+        free = {core: (self.idle[core] - before.idle[core]) / seconds for core in known}
+        return free, (self.own - before.own) / seconds
 
 
 def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
@@ -140,17 +184,6 @@ def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
     others = 1 - free.get(core, 1) - own
     best = max(free, key=free.__getitem__, default=core)
     return best if others > _CROWDED and free[best] > _IDLE else None
-
-
-def _idle_seconds() -> dict[int, float]:
-    """Returns for how long each core was idle since the system began."""
-    tick = os.sysconf("SC_CLK_TCK")
-    lines = map(str.split, _STATISTICS.read_text().splitlines())
-    return {
-        int(fields[0].removeprefix("cpu")): sum(map(int, fields[_IDLE_FIELDS])) / tick
-        for fields in lines
-        if fields[0].startswith("cpu") and fields[0] != "cpu"
-    }
 
 
 def _keep(thread: int, cores: Collection[int]) -> None:

@@ -11,6 +11,7 @@ from lossd_server.losses import Evaluation, EvaluationOptions, LossPreset, NonFi
 from lossd_server.losses.module import Arguments
 from lossd_server.targets import Assignment, FCOSAssigner
 from lossd_server.targets.ground_truth import Objects
+from lossd_server.targets.pyramid import Pyramid
 
 Array = NDArray[Any]
 
@@ -94,16 +95,21 @@ class LossOutcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssignItem:
-    """Images of one size: their objects, and the size of each pyramid level."""
+    """Images of one size: their objects, and the levels of their pyramid."""
 
     path: str
     objects: list[Objects]
-    sizes: list[tuple[int, int]]
+    levels: Pyramid
 
     @property
     def cost(self) -> int:
         """What it takes beside other items: an image is about as much as a hundred boxes."""
         return 1 + sum(_IMAGE_COST + len(image.labels) for image in self.objects)
+
+    @property
+    def location_count(self) -> int:
+        """Number of locations of all images."""
+        return len(self.objects) * self.levels.location_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,29 +6,53 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 typedef struct {
-    const double *corners; /* [boxes, 4]: x1 y1 x2 y2, in the order of painting */
-    const int64_t *images; /* [boxes]: which image each box is of */
-    const int64_t *labels, *indices; /* [boxes]: its class, and its place among the boxes of its image */
+    const void *boxes;     /* [count, 4]: x1 y1 x2 y2, float32 or float64 */
+    const int64_t *labels; /* [count] */
+    const uint8_t *crowd;  /* [count]: whether it is a crowd region, which is not painted; or null */
+    int64_t count;
+    int64_t narrow;        /* whether the boxes are float32 */
+} image_objects;
+
+typedef struct {
+    const image_objects *images; /* [batch] */
     const int64_t *strides, *heights, *widths, *starts; /* of each level; starts in the row of locations */
-    const double *lower, *upper; /* [levels]: the range of the farthest side */
-    int32_t *canvas;       /* [batch, locations]: the box on top, or -1 */
-    int64_t boxes, levels, locations;
+    const double *wide_ends, *narrow_ends; /* [2, levels]: the range of the farthest side, for boxes of either type */
+    int32_t *canvas;       /* [batch, locations]: the box on top among those of its image, or -1 */
+    int64_t batch, levels, locations;
     double offset;         /* where a location lies in its cell, in strides */
     double least_extent;   /* floor of what centerness divides by */
-    int32_t narrow;        /* whether the boxes are float32, and not float64 */
     int32_t lower_included, upper_included;
 } paint_job;
+
+typedef struct {
+    double size;
+    int64_t box;
+} sized_box;
 
 typedef struct {
     int64_t first, last; /* cells, both included; none if last < first */
 } cell_range;
 
-static inline double rounded(const paint_job *j, double value) { return j->narrow ? (float)value : value; }
+static inline double rounded(const image_objects *i, double value) { return i->narrow ? (float)value : value; }
 
-static inline double point_of(const paint_job *j, int64_t cell, int64_t stride) {
-    return rounded(j, (cell + j->offset) * stride);
+static inline double point_of(const paint_job *j, const image_objects *i, int64_t cell, int64_t stride) {
+    return rounded(i, (cell + j->offset) * stride);
+}
+
+static inline double side_of(const image_objects *i, int64_t box, int side) {
+    int64_t at = 4 * box + side;
+    return i->narrow ? ((const float *)i->boxes)[at] : ((const double *)i->boxes)[at];
+}
+
+static double lower_of(const paint_job *j, const image_objects *i, int64_t level) {
+    return (i->narrow ? j->narrow_ends : j->wide_ends)[level];
+}
+
+static double upper_of(const paint_job *j, const image_objects *i, int64_t level) {
+    return (i->narrow ? j->narrow_ends : j->wide_ends)[j->levels + level];
 }
 
 /* The cells along one axis that a box from `low` to `high` can take: a location that is closer than `upper`
@@ -42,39 +66,41 @@ static cell_range reachable(const paint_job *j, double low, double high, double 
 
 static int64_t length(cell_range range) { return range.last < range.first ? 0 : range.last - range.first + 1; }
 
-static int too_small(const paint_job *j, const double *box, int64_t level) {
-    return fmax(box[2] - box[0], box[3] - box[1]) * (1 + 1e-6) < j->lower[level];
+static int too_small(const paint_job *j, const image_objects *i, int64_t box, int64_t level) {
+    double width = side_of(i, box, 2) - side_of(i, box, 0), height = side_of(i, box, 3) - side_of(i, box, 1);
+    return fmax(width, height) * (1 + 1e-6) < lower_of(j, i, level);
 }
 
-static cell_range columns_of(const paint_job *j, const double *box, int64_t level) {
-    return reachable(j, box[0], box[2], j->upper[level], j->strides[level], j->widths[level]);
+static cell_range columns_of(const paint_job *j, const image_objects *i, int64_t box, int64_t level) {
+    double low = side_of(i, box, 0), high = side_of(i, box, 2), upper = upper_of(j, i, level);
+    return reachable(j, low, high, upper, j->strides[level], j->widths[level]);
 }
 
-static cell_range rows_of(const paint_job *j, const double *box, int64_t level) {
-    return reachable(j, box[1], box[3], j->upper[level], j->strides[level], j->heights[level]);
+static cell_range rows_of(const paint_job *j, const image_objects *i, int64_t box, int64_t level) {
+    double low = side_of(i, box, 1), high = side_of(i, box, 3), upper = upper_of(j, i, level);
+    return reachable(j, low, high, upper, j->strides[level], j->heights[level]);
 }
 
-static int in_range(const paint_job *j, double farthest, int64_t level) {
-    double lower = j->lower[level], upper = j->upper[level];
+static int in_range(const paint_job *j, const image_objects *i, double farthest, int64_t level) {
+    double lower = lower_of(j, i, level), upper = upper_of(j, i, level);
     return (j->lower_included ? farthest >= lower : farthest > lower)
         && (j->upper_included ? farthest <= upper : farthest < upper);
 }
 
-static void paint_box(const paint_job *j, int64_t box, int64_t level) {
-    const double *sides = j->corners + 4 * box;
+static void paint_box(const paint_job *j, const image_objects *i, int64_t box, int64_t level, int32_t *canvas) {
+    double x1 = side_of(i, box, 0), y1 = side_of(i, box, 1), x2 = side_of(i, box, 2), y2 = side_of(i, box, 3);
     int64_t stride = j->strides[level];
-    cell_range rows = rows_of(j, sides, level), columns = columns_of(j, sides, level);
-    int32_t *image = j->canvas + j->images[box] * j->locations + j->starts[level];
+    cell_range rows = rows_of(j, i, box, level), columns = columns_of(j, i, box, level);
     for (int64_t row = rows.first; row <= rows.last; row++) {
-        double y = point_of(j, row, stride);
-        double top = rounded(j, y - sides[1]), bottom = rounded(j, sides[3] - y);
+        double y = point_of(j, i, row, stride);
+        double top = rounded(i, y - y1), bottom = rounded(i, y2 - y);
         if (!(fmin(top, bottom) > 0)) continue;
-        int32_t *line = image + row * j->widths[level];
+        int32_t *line = canvas + row * j->widths[level];
         for (int64_t column = columns.first; column <= columns.last; column++) {
-            double x = point_of(j, column, stride);
-            double left = rounded(j, x - sides[0]), right = rounded(j, sides[2] - x);
+            double x = point_of(j, i, column, stride);
+            double left = rounded(i, x - x1), right = rounded(i, x2 - x);
             double farthest = fmax(fmax(left, right), fmax(top, bottom));
-            if (fmin(left, right) > 0 && in_range(j, farthest, level)) line[column] = box;
+            if (fmin(left, right) > 0 && in_range(j, i, farthest, level)) line[column] = box;
         }
     }
 }
@@ -82,30 +108,61 @@ static void paint_box(const paint_job *j, int64_t box, int64_t level) {
 /* Returns how many pairs of box and cell there are to look at. */
 static int64_t count_pairs(const paint_job *j) {
     double pairs = 0; /* exact as far as it matters, and beyond that too large all the same */
-    for (int64_t box = 0; box < j->boxes; box++) {
-        const double *sides = j->corners + 4 * box;
-        for (int64_t level = 0; level < j->levels; level++)
-            if (!too_small(j, sides, level))
-                pairs += (double)length(rows_of(j, sides, level)) * length(columns_of(j, sides, level));
-    }
+    for (const image_objects *i = j->images; i < j->images + j->batch; i++)
+        for (int64_t box = 0; box < i->count; box++)
+            for (int64_t level = 0; level < j->levels; level++)
+                if (!(i->crowd && i->crowd[box]) && !too_small(j, i, box, level))
+                    pairs += (double)length(rows_of(j, i, box, level)) * length(columns_of(j, i, box, level));
     return fmin(pairs, 9e18);
 }
 
+static int from_last_choice(const void *a, const void *b) {
+    const sized_box *one = a, *other = b;
+    if (one->size != other->size) return one->size < other->size ? 1 : -1;
+    return one->box < other->box ? 1 : -1;
+}
+
+/* Writes the boxes to paint from last to first choice: the smallest area, then the first, is on top. */
+static int64_t in_paint_order(const image_objects *i, sized_box *order) {
+    int64_t count = 0;
+    for (int64_t box = 0; box < i->count; box++) {
+        if (i->crowd && i->crowd[box]) continue;
+        double width = rounded(i, side_of(i, box, 2) - side_of(i, box, 0));
+        double height = rounded(i, side_of(i, box, 3) - side_of(i, box, 1));
+        double size = rounded(i, width * height);
+        /* Infinity times 0: a box that no location lies in, wherever it comes. */
+        order[count++] = (sized_box){isnan(size) ? INFINITY : size, box};
+    }
+    qsort(order, count, sizeof *order, from_last_choice);
+    return count;
+}
+
 /* Paints every box, and returns how many locations have one on top; if there are more pairs to look at than
- * `most`, nothing is painted, and the complement of their number is returned. */
-int64_t lossd_paint(const paint_job *j, int64_t batch, int64_t most) {
-    int64_t positives = 0, pairs = count_pairs(j);
+ * `most`, nothing is painted, and the complement of their number is returned; INT64_MIN without memory. */
+int64_t lossd_paint(const paint_job *j, int64_t most) {
+    int64_t positives = 0, largest = 0, pairs = count_pairs(j);
     if (pairs > most) return ~pairs;
-    for (int64_t at = 0; at < batch * j->locations; at++) j->canvas[at] = -1;
-    for (int64_t box = 0; box < j->boxes; box++)
-        for (int64_t level = 0; level < j->levels; level++)
-            if (!too_small(j, j->corners + 4 * box, level)) paint_box(j, box, level);
-    for (int64_t at = 0; at < batch * j->locations; at++) positives += j->canvas[at] >= 0;
+    for (int64_t image = 0; image < j->batch; image++)
+        if (j->images[image].count > largest) largest = j->images[image].count;
+    sized_box *order = malloc((largest + 1) * sizeof *order);
+    if (!order) return INT64_MIN;
+    for (int64_t at = 0; at < j->batch * j->locations; at++) j->canvas[at] = -1;
+    for (int64_t image = 0; image < j->batch; image++) {
+        const image_objects *i = j->images + image;
+        int32_t *canvas = j->canvas + image * j->locations;
+        int64_t count = in_paint_order(i, order);
+        for (int64_t at = 0; at < count; at++)
+            for (int64_t level = 0; level < j->levels; level++)
+                if (!too_small(j, i, order[at].box, level))
+                    paint_box(j, i, order[at].box, level, canvas + j->starts[level]);
+    }
+    free(order);
+    for (int64_t at = 0; at < j->batch * j->locations; at++) positives += j->canvas[at] >= 0;
     return positives;
 }
 
-static double share(const paint_job *j, double a, double b) {
-    return rounded(j, fmin(a, b) / fmax(fmax(a, b), rounded(j, j->least_extent)));
+static double share(const paint_job *j, const image_objects *i, double a, double b) {
+    return rounded(i, fmin(a, b) / fmax(fmax(a, b), rounded(i, j->least_extent)));
 }
 
 /* Where the positives of a canvas go, in the order of images and locations; `count` of each. */
@@ -125,10 +182,11 @@ static int all_free(const int32_t *eight) {
 }
 
 /* Reads the positives off a canvas. */
-void lossd_positives(const paint_job *j, int64_t batch, const positives *to) {
+void lossd_positives(const paint_job *j, const positives *to) {
     int64_t at = 0;
     for (int64_t level = 0; level < j->levels; level++) to->level_counts[level] = 0;
-    for (int64_t image = 0; image < batch; image++) {
+    for (int64_t image = 0; image < j->batch; image++) {
+        const image_objects *i = j->images + image;
         for (int64_t level = 0; level < j->levels; level++) {
             int64_t stride = j->strides[level], width = j->widths[level], cells = width * j->heights[level];
             const int32_t *canvas = j->canvas + image * j->locations + j->starts[level];
@@ -139,15 +197,15 @@ void lossd_positives(const paint_job *j, int64_t batch, const positives *to) {
                 if (cell == cells || canvas[cell] < 0) continue;
                 while (line + width <= cell) row++, line += width;
                 int64_t column = cell - line;
-                const double *sides = j->corners + 4 * (int64_t)canvas[cell];
-                double x = point_of(j, column, stride), y = point_of(j, row, stride);
-                double left = rounded(j, x - sides[0]), top = rounded(j, y - sides[1]);
-                double right = rounded(j, sides[2] - x), bottom = rounded(j, sides[3] - y);
-                double product = rounded(j, share(j, left, right) * share(j, top, bottom));
+                int64_t box = canvas[cell];
+                double x = point_of(j, i, column, stride), y = point_of(j, i, row, stride);
+                double left = rounded(i, x - side_of(i, box, 0)), top = rounded(i, y - side_of(i, box, 1));
+                double right = rounded(i, side_of(i, box, 2) - x), bottom = rounded(i, side_of(i, box, 3) - y);
+                double product = rounded(i, share(j, i, left, right) * share(j, i, top, bottom));
                 to->images[at] = image;
                 to->locations[at] = j->starts[level] + cell;
-                to->labels[at] = j->labels[canvas[cell]];
-                to->matched[at] = j->indices[canvas[cell]];
+                to->labels[at] = i->labels[box];
+                to->matched[at] = box;
                 to->cells[4 * at] = image;
                 to->cells[4 * at + 1] = level;
                 to->cells[4 * at + 2] = row;
@@ -156,10 +214,46 @@ void lossd_positives(const paint_job *j, int64_t batch, const positives *to) {
                 to->ltrb[4 * at + 1] = top;
                 to->ltrb[4 * at + 2] = right;
                 to->ltrb[4 * at + 3] = bottom;
-                to->centerness[at] = rounded(j, sqrt(product));
+                to->centerness[at] = rounded(i, sqrt(product));
                 to->level_counts[level]++;
                 at++;
             }
         }
     }
+}
+
+typedef enum { XYXY, XYWH, CXCYWH } box_format;
+
+static int is_label(const void *labels, int32_t type, int64_t at, int64_t classes, int64_t *label) {
+    switch (type) {
+        case 0: *label = ((const int8_t *)labels)[at]; break;
+        case 1: *label = ((const uint8_t *)labels)[at]; break;
+        case 2: *label = ((const int16_t *)labels)[at]; break;
+        case 3: *label = ((const uint16_t *)labels)[at]; break;
+        case 4: *label = ((const int32_t *)labels)[at]; break;
+        default: *label = ((const int64_t *)labels)[at];
+    }
+    return *label >= 0 && *label < classes;
+}
+
+/* Copies the objects of an image in the painter's terms, and returns whether they are in order: finite,
+ * upright, and of a class. */
+int32_t lossd_read_objects(
+    const float *given, int32_t format, const void *labels, int32_t labels_type, int64_t count, int64_t classes,
+    float *boxes, int64_t *to
+) {
+    int good = 1;
+    for (int64_t box = 0; box < count; box++) {
+        const float *in = given + 4 * box;
+        float *out = boxes + 4 * box;
+        for (int axis = 0; axis < 2; axis++) {
+            float first = in[axis], second = in[axis + 2], half = second / 2;
+            out[axis] = format == CXCYWH ? first - half : first;
+            out[axis + 2] = format == XYXY ? second : first + (format == XYWH ? second : half);
+            good &= isfinite(first) && isfinite(second) && isfinite(out[axis]) && isfinite(out[axis + 2]);
+            good &= out[axis] <= out[axis + 2];
+        }
+        good &= is_label(labels, labels_type, box, classes, to + box);
+    }
+    return good;
 }

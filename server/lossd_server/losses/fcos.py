@@ -201,7 +201,8 @@ class FCOSLoss(LossModule):
         else:
             objects = self.assigner.read(ground_truth, num_classes=self.num_classes)
             sizes = [(pred.shape[2], pred.shape[3]) for pred in preds["cls_preds"]]
-            levels = from_assignment(self.assigner.for_levels(len(sizes)).assign_objects(objects, sizes))
+            assigner = self.assigner.for_levels(len(sizes))
+            levels = from_assignment(assigner.assign_objects(objects, assigner.pyramid_of(sizes)))
         return {**preds, "targets": levels, "preset": self.preset_for(arguments)}
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:

@@ -33,6 +33,7 @@ GRADIENT_DTYPES: dict[int, torch.dtype] = {
 }
 
 _DENSE_BYTES_PER_LOCATION = 8 + 16 + 4 + 1
+_FORMATS = set(pb.TargetFormat.values())
 _SPARSE_FORMATS = {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
 _SPARSE_BYTES_PER_LOCATION = 4
 """What a location costs before a box is looked at, where none is a crowd region."""
@@ -97,7 +98,7 @@ def read_assign_job(
     """
     request, reader = parcel.message, InputReader(parcel.payloads, Slices(regions))
     _require_items(len(request.items))
-    if request.format not in pb.TargetFormat.values():
+    if request.format not in _FORMATS:
         raise InvalidInputError(
             Reason.INVALID_OPTION,
             f"is {request.format}, which is unknown",
@@ -110,12 +111,13 @@ def read_assign_job(
     for index, item in enumerate(request.items):
         with errors_within(f"items[{index}]"):
             items.append(_read_assign_item(f"items[{index}]", item, assigner, reader))
-    _require_answer_size(items, request.format, max_answer_bytes)
+    locations = sum(item.location_count for item in items)
+    _require_answer_size(items, locations, request.format, max_answer_bytes)
     return AssignJob(
         assigner=assigner,
         items=items,
-        max_positives=_most_positives(items, request.format, max_answer_bytes),
-        answer_bytes=_known_answer_bytes(items, request.format),
+        max_positives=_most_positives(locations, request.format, max_answer_bytes),
+        answer_bytes=0 if request.format in _SPARSE_FORMATS else locations * _DENSE_BYTES_PER_LOCATION,
     )
 
 
@@ -235,8 +237,8 @@ def _read_assign_item(
         size = item.image_size
         _require_size("image_size", size)
         sizes = assigner.feature_sizes((size.height, size.width))
-    assigner.check_sizes(sizes, field="feature_sizes" if item.feature_sizes else "image_size")
-    return AssignItem(path=path, objects=assigner.read(ground_truth), sizes=sizes)
+    levels = assigner.pyramid_of(sizes, field="feature_sizes" if item.feature_sizes else "image_size")
+    return AssignItem(path=path, objects=assigner.read(ground_truth), levels=levels)
 
 
 def _require_size(field: str, size: pb.Size) -> None:
@@ -261,10 +263,9 @@ def _require_items(count: int) -> None:
         )
 
 
-def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes: int) -> None:
+def _require_answer_size(items: list[AssignItem], locations: int, target_format: int, max_bytes: int) -> None:
     """Refuses a few bytes that ask for gigabytes."""
-    locations = _location_count(items)
-    crowded = any(image.iscrowd.any() for item in items for image in item.objects)
+    crowded = any(image.iscrowd is not None for item in items for image in item.objects)
     sparse = target_format in _SPARSE_FORMATS and not crowded
     per_location = _SPARSE_BYTES_PER_LOCATION if sparse else _DENSE_BYTES_PER_LOCATION
     if locations * per_location > max_bytes:
@@ -277,17 +278,8 @@ def _require_answer_size(items: list[AssignItem], target_format: int, max_bytes:
         )
 
 
-def _most_positives(items: list[AssignItem], target_format: int, max_bytes: int) -> int:
+def _most_positives(locations: int, target_format: int, max_bytes: int) -> int:
     """Returns how many positives the answer has room for."""
-    locations, sparse = _location_count(items), max_bytes // BYTES_OF_POSITIVE
+    sparse = max_bytes // BYTES_OF_POSITIVE
     dense_fits = locations * _DENSE_BYTES_PER_LOCATION <= max_bytes
     return max(locations, sparse) if dense_fits and target_format != pb.TARGET_FORMAT_SPARSE else sparse
-
-
-def _known_answer_bytes(items: list[AssignItem], target_format: int) -> int:
-    """Returns what the answer comes to before a box is looked at."""
-    return 0 if target_format in _SPARSE_FORMATS else _location_count(items) * _DENSE_BYTES_PER_LOCATION
-
-
-def _location_count(items: list[AssignItem]) -> int:
-    return sum(len(item.objects) * sum(h * w for h, w in item.sizes) for item in items)

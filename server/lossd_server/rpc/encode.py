@@ -1,10 +1,10 @@
-"""From outcomes to messages."""
+"""From outcomes to messages, each written in its place in the answer: put in later, it would be copied."""
 
 from collections.abc import Iterable
 from functools import lru_cache
 
 from lossd.sparse import is_smaller, pack_sparse
-from lossd.tensors import pack, pack_shared
+from lossd.tensors import pack_shared, put
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
@@ -16,67 +16,81 @@ from lossd_server.targets.pyramid import Pyramid
 _COUNTS = {"valid_count", "positive_count"}
 
 
-def loss_result(
-    outcome: LossOutcome, payloads: Payloads, outputs: Iterable[pb.GradientOutput] = ()
-) -> pb.LossResult:
-    """Returns the message of one evaluation.
+def write_loss_result(
+    outcome: LossOutcome, result: pb.LossResult, payloads: Payloads, outputs: Iterable[pb.GradientOutput] = ()
+) -> None:
+    """Writes one evaluation.
 
     Args:
         outcome: What the engine found.
+        result: Its empty place in the answer.
         payloads: Where large tensors go.
         outputs: Where gradients were written, which are not sent then.
     """
     places = {output.input: output.slices for output in outputs}
-    result = pb.LossResult(
-        loss=pack(outcome.loss, payloads),
-        components=[
-            pb.LossComponent(name=name, value=value, weight=weight)
-            for name, value, weight in outcome.components
-        ],
-        positive_count=outcome.positive_count,
-        raw_sums=[
-            pb.RawSums(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})  # type: ignore[arg-type]
-            for level in outcome.raw_sums
-        ],
-        gradients=[_gradient(name, outcome, payloads, places.get(name)) for name in outcome.gradients],
-        kept_rows=None if outcome.kept_rows is None else pack(outcome.kept_rows, payloads),
-        non_finite=[
-            pb.NonFinite(input=found.input, count=found.count, first_index=found.first_index)
-            for found in outcome.non_finite
-        ],
-        negative_side_count=outcome.negative_side_count,
-    )
+    put(outcome.loss, result.loss, payloads)
+    for name, value, weight in outcome.components:
+        result.components.add(name=name, value=value, weight=weight)
+    result.positive_count = outcome.positive_count
+    for level in outcome.raw_sums:
+        numbers = {name: int(v) if name in _COUNTS else v for name, v in level.items()}
+        result.raw_sums.add(**numbers)
+    for name in outcome.gradients:
+        _write_gradient(name, outcome, result.gradients.add(input=name), payloads, places.get(name))
+    if outcome.kept_rows is not None:
+        put(outcome.kept_rows, result.kept_rows, payloads)
+    for found in outcome.non_finite:
+        result.non_finite.add(input=found.input, count=found.count, first_index=found.first_index)
+    result.negative_side_count = outcome.negative_side_count
     if outcome.preset is not None:
         result.preset = number_of(LOSS_PRESETS, outcome.preset)
-    return result
 
 
-def _gradient(
-    name: str, outcome: LossOutcome, payloads: Payloads, places: Iterable[tensor_pb2.SharedSlice] | None
-) -> pb.Gradient:
+def _write_gradient(
+    name: str,
+    outcome: LossOutcome,
+    gradient: pb.Gradient,
+    payloads: Payloads,
+    places: Iterable[tensor_pb2.SharedSlice] | None,
+) -> None:
     arrays, rows = outcome.gradients[name], outcome.nonzero_rows.get(name)
     if places is not None:
-        return pb.Gradient(input=name, tensors=map(pack_shared, arrays, places))
-    if rows is not None and is_smaller(arrays, rows):
-        sparse = [pack_sparse(*level, payloads) for level in zip(arrays, rows, strict=True)]
-        return pb.Gradient(input=name, sparse=sparse)
-    return pb.Gradient(input=name, tensors=[pack(array, payloads) for array in arrays])
+        gradient.tensors.extend(map(pack_shared, arrays, places))
+    elif rows is not None and is_smaller(arrays, rows):
+        gradient.sparse.extend(pack_sparse(*level, payloads) for level in zip(arrays, rows, strict=True))
+    else:
+        for array in arrays:
+            put(array, gradient.tensors.add(), payloads)
 
 
-def target_result(
-    assignment: Assignment, target_format: int, preset: AssignerPreset, payloads: Payloads
-) -> pb.TargetResult:
-    """Returns the message of one item's targets, in the form asked for; large ones go to the payloads."""
+def write_target_result(
+    assignment: Assignment,
+    result: pb.TargetResult,
+    target_format: int,
+    preset: AssignerPreset,
+    payloads: Payloads,
+) -> None:
+    """Writes one item's targets, in the form asked for; large ones go to the payloads.
+
+    Args:
+        assignment: The targets.
+        result: Their empty place in the answer.
+        target_format: A `TargetFormat`.
+        preset: Whose rules were followed.
+        payloads: Where large tensors go.
+    """
     sparse = target_format == pb.TARGET_FORMAT_SPARSE
     if target_format == pb.TARGET_FORMAT_SMALLER:
         sparse = assignment.is_smaller_sparse()
-    return pb.TargetResult(
-        dense=None if sparse else _dense(assignment.dense(), payloads),
-        sparse=_sparse(assignment.sparse(), payloads) if sparse else None,
-        positive_counts=assignment.positive_counts(),
-        feature_sizes=_sizes(assignment.pyramid),
-        preset=number_of(ASSIGNER_PRESETS, preset),
-    )
+    if sparse:
+        _write_sparse(assignment.sparse(), result.sparse, payloads)
+    else:
+        result.dense.SetInParent()
+        for level in assignment.dense():
+            _write_level(level, result.dense.levels.add(), payloads)
+    result.positive_counts.extend(assignment.positive_counts())
+    result.feature_sizes.extend(_sizes(assignment.pyramid))
+    result.preset = number_of(ASSIGNER_PRESETS, preset)
 
 
 @lru_cache(maxsize=256)
@@ -85,26 +99,18 @@ def _sizes(pyramid: Pyramid) -> list[pb.Size]:
     return [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
 
 
-def _dense(levels: list[DenseLevel], payloads: Payloads) -> pb.DenseTargets:
-    return pb.DenseTargets(
-        levels=[
-            pb.DenseLevel(
-                cls=pack(level.cls, payloads),
-                reg=pack(level.reg, payloads),
-                centerness=pack(level.centerness, payloads),
-                ignored=None if level.ignored is None else pack(level.ignored, payloads),
-            )
-            for level in levels
-        ]
-    )
+def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads) -> None:
+    put(targets.cls, level.cls, payloads)
+    put(targets.reg, level.reg, payloads)
+    put(targets.centerness, level.centerness, payloads)
+    if targets.ignored is not None:
+        put(targets.ignored, level.ignored, payloads)
 
 
-def _sparse(targets: SparseTargets, payloads: Payloads) -> pb.SparseTargets:
-    return pb.SparseTargets(
-        locations=pack(targets.locations, payloads),
-        labels=pack(targets.labels, payloads),
-        ltrb=pack(targets.ltrb, payloads),
-        centerness=pack(targets.centerness, payloads),
-        matched=pack(targets.matched, payloads),
-        ignored=pack(targets.ignored, payloads),
-    )
+def _write_sparse(targets: SparseTargets, sparse: pb.SparseTargets, payloads: Payloads) -> None:
+    put(targets.locations, sparse.locations, payloads)
+    put(targets.labels, sparse.labels, payloads)
+    put(targets.ltrb, sparse.ltrb, payloads)
+    put(targets.centerness, sparse.centerness, payloads)
+    put(targets.matched, sparse.matched, payloads)
+    put(targets.ignored, sparse.ignored, payloads)

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import LossOutcome
 from lossd_server.errors import Reason
 from lossd_server.rpc.collectors import register_process
+from lossd_server.rpc.histograms import Histogram
 from lossd_server.rpc.stages import STAGES
 from lossd_server.rpc.status import CODES
 from lossd_server.targets import Assignment

@@ -4,7 +4,7 @@ import time
 
 from lossd import __version__
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel, Payloads
+from lossd.wire import Parcel
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, describe_device
 from lossd_server.rpc import decode, encode
@@ -40,14 +40,14 @@ class LossService:
         del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
-        payloads = Payloads()
+        answer = Parcel(pb.ComputeLossResponse())
         with stages.timed("encode"):
-            results = [
-                encode.loss_result(outcome, payloads, item.outputs)
-                for outcome, item in zip(outcomes, request.message.items, strict=True)
-            ]
+            for outcome, item in zip(outcomes, request.message.items, strict=True):
+                result = answer.message.results.add()
+                encode.write_loss_result(outcome, result, answer.payloads, item.outputs)
         self._metrics.of("ComputeLoss").count_outcomes(outcomes)
-        return Parcel(pb.ComputeLossResponse(results=results, timings=stages.timings()), payloads)
+        stages.write(answer.message.timings)
+        return answer
 
     def assign_targets(
         self, request: Parcel[pb.AssignTargetsRequest], stages: Stages, caller: Caller
@@ -61,11 +61,14 @@ class LossService:
             caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
-        payloads, form, preset = Payloads(), request.message.format, job.assigner.preset
+        answer, form, preset = Parcel(pb.AssignTargetsResponse()), request.message.format, job.assigner.preset
         with stages.timed("encode"):
-            results = [encode.target_result(found, form, preset, payloads) for found in assignments]
+            for found in assignments:
+                result = answer.message.results.add()
+                encode.write_target_result(found, result, form, preset, answer.payloads)
         self._metrics.of("AssignTargets").count_assignments(assignments)
-        return Parcel(pb.AssignTargetsResponse(results=results, timings=stages.timings()), payloads)
+        stages.write(answer.message.timings)
+        return answer
 
     def get_server_info(
         self, _request: Parcel[pb.GetServerInfoRequest], _stages: Stages, caller: Caller

@@ -29,9 +29,10 @@ class Stages:
     def close(self) -> None:
         """Ends the request."""
 
-    def timings(self) -> pb.StageTimings:
-        """Returns the message of the stages so far."""
-        return pb.StageTimings(**{f"{stage}_us": round(s * 1e6) for stage, s in self.seconds.items()})
+    def write(self, timings: pb.StageTimings) -> None:
+        """Writes the stages so far."""
+        for stage, seconds in self.seconds.items():
+            setattr(timings, f"{stage}_us", round(seconds * 1e6))
 
 
 class _Timed:

@@ -12,6 +12,8 @@ from lossd_server.targets.presets import AssignerRules
 
 Ints = NDArray[np.int64]
 
+_NONE = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Boxes:
@@ -41,35 +43,27 @@ class Boxes:
 
 def in_paint_order(objects: Sequence[Objects], kind: np.dtype[Any], rules: AssignerRules) -> Boxes:
     """Returns the ordinary boxes of one type, from last to first choice."""
-    if len(objects) == 1 and objects[0].boxes.dtype == kind:
-        boxes, crowd = _of_one(objects[0])
-    else:
-        boxes, crowd = _of_many(objects, kind)
-    if crowd.any():
-        boxes = boxes.take(~crowd)
+    boxes = _ordinary(objects, kind)
     with np.errstate(over="ignore"):
         width, height = (boxes.corners[:, 2:] - boxes.corners[:, :2]).T
         choice = np.argsort(rules.size_key(width, height), kind="stable")
     return boxes.take(choice[::-1])
 
 
-def _of_one(image: Objects) -> tuple[Boxes, NDArray[np.bool_]]:
-    """Returns the boxes of the only image, and which are crowd regions: nothing is copied."""
-    count = len(image.labels)
-    number = np.zeros(count, np.int64)
+def _ordinary(objects: Sequence[Objects], kind: np.dtype[Any]) -> Boxes:
+    """Returns the boxes of one type of all images, those of crowd regions left out."""
+    parts = [Boxes(corners=np.zeros((0, 4), kind), image=_NONE, index=_NONE, labels=_NONE)]
+    for number, image in enumerate(objects):
+        if image.boxes.dtype == kind:
+            index = np.arange(len(image.labels)) if image.iscrowd is None else np.flatnonzero(~image.iscrowd)
+            parts.append(
+                Boxes(
+                    corners=image.boxes[index],
+                    image=np.full(len(index), number),
+                    index=index,
+                    labels=image.labels[index],
+                )
+            )
     return Boxes(
-        corners=image.boxes, image=number, index=np.arange(count), labels=image.labels
-    ), image.iscrowd
-
-
-def _of_many(objects: Sequence[Objects], kind: np.dtype[Any]) -> tuple[Boxes, NDArray[np.bool_]]:
-    """Returns the boxes of one type of all images, and which are crowd regions."""
-    images = [(number, image) for number, image in enumerate(objects) if image.boxes.dtype == kind]
-    counts = [len(image.labels) for _, image in images]
-    boxes = Boxes(
-        corners=np.concatenate([np.zeros((0, 4), kind), *(image.boxes for _, image in images)]),
-        image=np.repeat(np.array([number for number, _ in images], np.int64), counts),
-        index=np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)]),
-        labels=np.concatenate([np.zeros(0, np.int64), *(image.labels for _, image in images)]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in Boxes.__slots__}
     )
-    return boxes, np.concatenate([np.zeros(0, np.bool_), *(image.iscrowd for _, image in images)])

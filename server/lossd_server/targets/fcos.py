@@ -10,7 +10,8 @@ from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.kernels import load_library
 from lossd_server.targets.assignment import Assignment
-from lossd_server.targets.ground_truth import BoxFormat, GroundTruth, Objects, read_objects
+from lossd_server.targets.box_format import BoxFormat
+from lossd_server.targets.ground_truth import GroundTruth, Objects, read_objects
 from lossd_server.targets.painting import paint_targets
 from lossd_server.targets.presets import ASSIGNER_RULES, AssignerPreset
 from lossd_server.targets.pyramid import MAX_LOCATIONS, Pyramid, feature_sizes, pyramid
@@ -109,7 +110,7 @@ class FCOSAssigner:
                 the field is `ground_truth[i].…`.
         """
         load_library()
-        return self.assign_objects(self.read(ground_truth, num_classes=num_classes), sizes)
+        return self.assign_objects(self.read(ground_truth, num_classes=num_classes), self.pyramid_of(sizes))
 
     def read(
         self, ground_truth: Sequence[GroundTruth | Mapping[str, Any]], *, num_classes: int | None = None
@@ -128,7 +129,7 @@ class FCOSAssigner:
     def assign_objects(
         self,
         objects: Sequence[Objects],
-        sizes: Sequence[tuple[int, int]],
+        levels: Pyramid,
         *,
         max_positives: int | None = None,
     ) -> Assignment:
@@ -136,28 +137,28 @@ class FCOSAssigner:
 
         Args:
             objects: Those of each image.
-            sizes: Height and width of each level.
-            max_positives: More positives of boxes of one type are refused; None is no limit.
+            levels: The locations; see `pyramid_of`.
+            max_positives: More positives are refused; None is no limit.
         """
-        levels = _checked_pyramid(self, tuple(map(tuple, sizes)))
         return paint_targets(objects, levels, self.ranges, ASSIGNER_RULES[self.preset], max_positives)
 
-    def check_sizes(self, sizes: Sequence[tuple[int, int]], *, field: str = "feature_sizes") -> None:
-        """Raises `InvalidInputError` unless there is a size for each stride, and not too large a one.
+    def pyramid_of(self, sizes: Sequence[tuple[int, int]], *, field: str = "feature_sizes") -> Pyramid:
+        """Returns the levels of this assigner's strides that have these sizes.
 
         Args:
             sizes: Height and width of each level.
             field: What the sizes come from, for errors.
+
+        Raises:
+            InvalidInputError: There is not one size for each stride, or they are too large.
         """
-        _checked_pyramid(self, tuple(map(tuple, sizes)), field)
+        return _checked_pyramid(self.strides, tuple(map(tuple, sizes)), field)
 
 
 @lru_cache(maxsize=256)
-def _checked_pyramid(
-    assigner: FCOSAssigner, sizes: tuple[tuple[int, int], ...], field: str = "feature_sizes"
-) -> Pyramid:
-    """Returns the pyramid of an assigner's strides on levels of these sizes, checked when first wanted."""
-    checks.require_count("feature_sizes", len(sizes), "strides", len(assigner.strides))
+def _checked_pyramid(strides: tuple[int, ...], sizes: tuple[tuple[int, int], ...], field: str) -> Pyramid:
+    """Returns the pyramid of strides on levels of these sizes, checked when first wanted."""
+    checks.require_count("feature_sizes", len(sizes), "strides", len(strides))
     for level, size in enumerate(sizes):
         for axis, extent in zip(("height", "width"), size, strict=True):
             checks.require_number(f"feature_sizes[{level}].{axis}", extent, at_least=0, whole=True)
@@ -171,4 +172,4 @@ def _checked_pyramid(
             value=total,
             limit=MAX_LOCATIONS,
         )
-    return pyramid(assigner.strides, sizes)
+    return pyramid(strides, sizes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, Self
 
 import numpy as np
@@ -10,20 +9,11 @@ from numpy.typing import NDArray
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.targets.box_format import BoxFormat
+from lossd_server.targets.native_reading import read_natively
 
 _WIDE = ("float64", "int32", "int64", "uint32", "uint64")
 """Types whose values float32 may not hold: their boxes are computed with in float64."""
-
-
-class BoxFormat(StrEnum):
-    """The layout of a box's four numbers."""
-
-    XYXY = "xyxy"
-    """Left, top, right, bottom."""
-    XYWH = "xywh"
-    """Left, top, width, height (COCO)."""
-    CXCYWH = "cxcywh"
-    """Centre x, centre y, width, height."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +59,21 @@ class GroundTruth:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objects:
-    """Checked objects of one image on the host: xyxy boxes, float32 or float64, and int64 labels."""
+    """Checked objects of one image on the host, in contiguous arrays.
+
+    Attributes:
+        boxes: xyxy, `[N, 4]` float32 or float64.
+        labels: `[N]`.
+        iscrowd: `[N]`; None where there is no crowd region.
+    """
 
     boxes: NDArray[Any]
     labels: NDArray[np.int64]
-    iscrowd: NDArray[np.bool_]
+    iscrowd: NDArray[np.bool_] | None
+
+    def crowd_boxes(self) -> NDArray[Any]:
+        """Returns the boxes of crowd regions."""
+        return self.boxes[:0] if self.iscrowd is None else self.boxes[self.iscrowd]
 
 
 def read_objects(
@@ -91,18 +91,30 @@ def read_objects(
         InvalidInputError: A wrong type or shape, a label out of range, a box that is inverted or
             not finite.
     """
-    boxes = _read_boxes(ground_truth.boxes, box_format, f"{field}.boxes")
-    if len(boxes):  # no labels at all are often an empty list, which has the wrong type
-        checks.require_dtype(f"{field}.labels", ground_truth.labels, checks.INTEGERS)
-    checks.require_shape(f"{field}.labels", ground_truth.labels, [len(boxes)])
-    checks.require_labels(f"{field}.labels", ground_truth.labels, num_classes=num_classes, lowest=0)
-    iscrowd = np.zeros(len(boxes), np.bool_)
-    if ground_truth.iscrowd is not None:
-        checks.require_dtype(f"{field}.iscrowd", ground_truth.iscrowd, ("bool", *checks.INTEGERS))
-        checks.require_shape(f"{field}.iscrowd", ground_truth.iscrowd, [len(boxes)])
-        iscrowd = checks.host_array(ground_truth.iscrowd).astype(np.bool_)
-    labels = checks.host_array(ground_truth.labels).astype(np.int64)
+    found = read_natively(ground_truth.boxes, ground_truth.labels, box_format, num_classes)
+    if found is None:  # as they are not in order, or of a type that is read in numpy alone
+        boxes = _read_boxes(ground_truth.boxes, box_format, f"{field}.boxes")
+        found = boxes, _read_labels(ground_truth.labels, f"{field}.labels", len(boxes), num_classes)
+    boxes, labels = found
+    iscrowd = _read_iscrowd(ground_truth.iscrowd, f"{field}.iscrowd", len(boxes))
     return Objects(boxes=boxes, labels=labels, iscrowd=iscrowd)
+
+
+def _read_labels(labels: Any, field: str, count: int, num_classes: int | None) -> NDArray[np.int64]:
+    if count:  # no labels at all are often an empty list, which has the wrong type
+        checks.require_dtype(field, labels, checks.INTEGERS)
+    checks.require_shape(field, labels, [count])
+    checks.require_labels(field, labels, num_classes=num_classes, lowest=0)
+    return checks.host_array(labels).astype(np.int64, order="C")
+
+
+def _read_iscrowd(iscrowd: Any, field: str, count: int) -> NDArray[np.bool_] | None:
+    if iscrowd is None:
+        return None
+    checks.require_dtype(field, iscrowd, ("bool", *checks.INTEGERS))
+    checks.require_shape(field, iscrowd, [count])
+    crowd = checks.host_array(iscrowd).astype(np.bool_, order="C")
+    return crowd if crowd.any() else None
 
 
 def _read_boxes(given: Any, box_format: BoxFormat, field: str) -> NDArray[Any]:
@@ -111,7 +123,7 @@ def _read_boxes(given: Any, box_format: BoxFormat, field: str) -> NDArray[Any]:
         return np.zeros((0, 4), np.float32)
     checks.require_shape(field, given, ["N", 4])
     wide = checks.dtype_name(given) in _WIDE
-    given_boxes = checks.host_array(given).astype(np.float64 if wide else np.float32)
+    given_boxes = checks.host_array(given).astype(np.float64 if wide else np.float32, order="C")
     checks.require_finite(field, given_boxes)
     with np.errstate(over="ignore"):  # what overflows is refused just below
         boxes = _to_xyxy(given_boxes, box_format)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lossd_server.targets.assignment import Assignment
 from lossd_server.targets.boxes import Boxes, in_paint_order
 from lossd_server.targets.ground_truth import Objects
-from lossd_server.targets.native import Ranges, assign_natively
+from lossd_server.targets.native_painting import Ranges, assign_natively
 from lossd_server.targets.positives import Positives, joined, require_pairs, require_positives
 from lossd_server.targets.presets import AssignerRules
 from lossd_server.targets.pyramid import Pyramid
@@ -34,27 +34,21 @@ def paint_targets(
     rules: AssignerRules,
     max_positives: int | None = None,
 ) -> Assignment:
-    """Assigns images whose boxes have one type together, so that no image depends on its neighbours.
+    """Assigns a batch of images; none depends on its neighbours.
 
     Args:
         objects: Those of each image.
         levels: The locations.
         ranges: What each level regresses, pixels.
         rules: Whose rules to follow.
-        max_positives: More positives of boxes of one type are refused; None is no limit.
+        max_positives: More positives are refused, by numpy of boxes of one type; None is no limit.
 
     Raises:
         InvalidInputError: Boxes reach too many locations, or too many are positive.
     """
-    types = list({image.boxes.dtype for image in objects}) or [np.dtype(np.float32)]
-    found = joined(
-        [
-            _assign_group(
-                in_paint_order(objects, kind, rules), len(objects), levels, ranges, rules, max_positives
-            )
-            for kind in types
-        ]
-    )
+    found = assign_natively(objects, levels, ranges, rules, max_positives)
+    if found is None:
+        found = _assign_by_numpy(objects, levels, ranges, rules, max_positives)
     return Assignment(
         pyramid=levels,
         batch_size=len(objects),
@@ -64,21 +58,22 @@ def paint_targets(
     )
 
 
-def _assign_group(
-    boxes: Boxes,
-    batch_size: int,
+def _assign_by_numpy(
+    objects: Sequence[Objects],
     levels: Pyramid,
     ranges: Ranges,
     rules: AssignerRules,
     max_positives: int | None,
 ) -> Positives:
-    found = assign_natively(boxes, batch_size, levels, ranges, rules, max_positives)
-    if found is None:
-        found = _assign_by_numpy(boxes, batch_size, levels, ranges, rules, max_positives)
-    return found
+    """Assigns images whose boxes have one type together."""
+    types = list({image.boxes.dtype for image in objects}) or [np.dtype(np.float32)]
+    groups = (in_paint_order(objects, kind, rules) for kind in types)
+    return joined(
+        [_assign_group(boxes, len(objects), levels, ranges, rules, max_positives) for boxes in groups]
+    )
 
 
-def _assign_by_numpy(
+def _assign_group(
     boxes: Boxes,
     batch_size: int,
     levels: Pyramid,
@@ -113,9 +108,9 @@ def _ignored(
     objects: Sequence[Objects], levels: Pyramid, rules: AssignerRules, image: Ints, location: Ints
 ) -> Bools | None:
     """Returns the locations inside crowd regions that are not positive, None without such regions."""
-    if not any(found.iscrowd.any() for found in objects):
+    if all(found.iscrowd is None for found in objects):
         return None
-    ignored = np.stack([_covered(found.boxes[found.iscrowd], levels, rules) for found in objects])
+    ignored = np.stack([_covered(found.crowd_boxes(), levels, rules) for found in objects])
     ignored[image, location] = False
     return ignored
 

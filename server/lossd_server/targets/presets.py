@@ -18,6 +18,11 @@ class AssignerPreset(StrEnum):
     """AutoTimm's published source."""
 
 
+def area(width: Floats, height: Floats) -> Floats:
+    """Returns the areas of boxes."""
+    return width * height
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssignerRules:
     """What frameworks disagree about.
@@ -51,7 +56,7 @@ ASSIGNER_RULES = {
         offset=0.5,
         lower_included=True,
         upper_included=False,
-        size_key=lambda width, height: width * height,
+        size_key=area,
         unassigned=-1,
         least_extent=1e-7,
     ),

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lossd_server.kernels import loaded_library
+from lossd_server.kernels import address_of, loaded_library
 
 _TYPES = {np.dtype(name): i for i, name in enumerate(("i1", "u1", "i2", "u2", "i4", "i8"))}
 """Types of labels that are counted, by their numbers in focal.c."""
@@ -19,6 +19,5 @@ def count_objects_natively(labels: NDArray[Any], num_classes: int) -> int | None
     library, kind = loaded_library(), _TYPES.get(labels.dtype)
     if library is None or kind is None or not labels.flags.c_contiguous:
         return None
-    place = labels.__array_interface__["data"][0]
-    found: int = library.lossd_count_objects(place, kind, labels.size, num_classes)
+    found: int = library.lossd_count_objects(address_of(labels), kind, labels.size, num_classes)
     return None if found < 0 else found

@@ -1,33 +1,42 @@
 """The compiled painter, called with numpy arrays."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lossd_server.kernels import loaded_library
-from lossd_server.targets.boxes import Boxes
+from lossd_server.kernels import address_of, loaded_library
+from lossd_server.targets.ground_truth import Objects
 from lossd_server.targets.positives import MAX_PAIRS, Positives, require_pairs, require_positives
-from lossd_server.targets.presets import AssignerRules
+from lossd_server.targets.presets import AssignerRules, area
 from lossd_server.targets.pyramid import Pyramid
 
 Ranges = tuple[tuple[float, float], ...]
+
+_NO_MEMORY = -(2**63)
+
+
+class _Image(ctypes.Structure):
+    """`image_objects` of paint.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("boxes", "labels", "crowd")),
+        *((name, ctypes.c_int64) for name in ("count", "narrow")),
+    )
 
 
 class _Job(ctypes.Structure):
     """`paint_job` of paint.c."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("corners", "images", "labels", "indices", "strides", "heights", "widths", "starts")
-        ),
-        *((name, ctypes.c_void_p) for name in ("lower", "upper", "canvas")),
-        *((name, ctypes.c_int64) for name in ("boxes", "levels", "locations")),
+        ("images", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("strides", "heights", "widths", "starts")),
+        *((name, ctypes.c_void_p) for name in ("wide_ends", "narrow_ends", "canvas")),
+        *((name, ctypes.c_int64) for name in ("batch", "levels", "locations")),
         *((name, ctypes.c_double) for name in ("offset", "least_extent")),
-        *((name, ctypes.c_int32) for name in ("narrow", "lower_included", "upper_included")),
+        *((name, ctypes.c_int32) for name in ("lower_included", "upper_included")),
     )
 
 
@@ -50,48 +59,60 @@ class _Positives(ctypes.Structure):
 
 
 def assign_natively(
-    boxes: Boxes,
-    batch_size: int,
+    objects: Sequence[Objects],
     levels: Pyramid,
     ranges: Ranges,
     rules: AssignerRules,
     max_positives: int | None,
 ) -> Positives | None:
-    """Returns the positives of boxes of one type, by the compiled painter; None where there is none."""
+    """Returns the positives of a batch of images by the compiled painter; None where there is none."""
     library = loaded_library()
-    if library is None:
+    if library is None or rules.size_key is not area:
         return None
-    corners = np.ascontiguousarray(boxes.corners, np.float64)
-    canvas = np.empty((batch_size, levels.location_count), np.int32)
+    canvas = np.empty((len(objects), levels.location_count), np.int32)
+    images = (_Image * len(objects))(*map(_image, objects))
     job = _Job(
-        *map(_address, (corners, boxes.image, boxes.labels, boxes.index)),
+        ctypes.addressof(images),
         *_level_addresses(levels),
-        *_end_addresses(ranges, boxes.corners.dtype),
-        _address(canvas),
-        len(corners),
+        *_end_addresses(ranges),
+        address_of(canvas),
+        len(objects),
         len(levels.strides),
         levels.location_count,
         rules.offset,
         rules.least_extent,
-        boxes.corners.dtype == np.float32,
         rules.lower_included,
         rules.upper_included,
     )
-    reference, batch = ctypes.byref(job), ctypes.c_int64(batch_size)
-    count = library.lossd_paint(reference, batch, ctypes.c_int64(MAX_PAIRS))
+    reference = ctypes.byref(job)
+    count = library.lossd_paint(reference, MAX_PAIRS)
+    if count == _NO_MEMORY:
+        raise MemoryError
     if count < 0:
         require_pairs(~count)
     require_positives(count, max_positives)
     found, places = _room(count, len(levels.strides))
-    library.lossd_positives(reference, batch, ctypes.byref(places))
+    library.lossd_positives(reference, ctypes.byref(places))
     return found
+
+
+def _image(objects: Objects) -> _Image:
+    """Returns the objects of an image in the painter's terms; it points into their arrays."""
+    boxes, crowd = objects.boxes, objects.iscrowd
+    return _Image(
+        address_of(boxes),
+        address_of(objects.labels),
+        None if crowd is None else address_of(crowd),
+        len(boxes),
+        boxes.dtype == np.float32,
+    )
 
 
 def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
     """Returns arrays for so many positives, their elements not set, and where they lie."""
     longs = np.empty(3 * count + levels, np.int64)
     words, floats = np.empty((5, count), np.int32), np.empty((5, count), np.float32)
-    long, word, number = _address(longs), _address(words), _address(floats)
+    long, word, number = address_of(longs), address_of(words), address_of(floats)
     found = Positives(
         image=longs[:count],
         location=longs[count : 2 * count],
@@ -110,22 +131,18 @@ def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
 @lru_cache(maxsize=256)
 def _level_addresses(levels: Pyramid) -> tuple[int, ...]:
     """Returns where the arrays of a pyramid lie, which is kept as long as that is known here."""
-    return tuple(map(_address, (levels.strides, levels.heights, levels.widths, levels.starts)))
+    return tuple(map(address_of, (levels.strides, levels.heights, levels.widths, levels.starts)))
 
 
-def _end_addresses(ranges: Ranges, dtype: np.dtype[Any]) -> tuple[int, int]:
-    """Returns where the lower and the upper ends of ranges lie, rounded to a type."""
-    ends, address = _rounded(ranges, dtype)
+def _end_addresses(ranges: Ranges) -> tuple[int, int]:
+    """Returns where the ends of ranges lie, lower ones first: as they are, and rounded to float32."""
+    ends, address = _ends(ranges)
     return address, address + ends.strides[0]
 
 
 @lru_cache(maxsize=256)
-def _rounded(ranges: Ranges, dtype: np.dtype[Any]) -> tuple[NDArray[np.float64], int]:
+def _ends(ranges: Ranges) -> tuple[NDArray[np.float64], int]:
+    wide = np.array(ranges, np.float64).T
     with np.errstate(over="ignore"):  # a range may end beyond float32, and is then endless
-        ends = np.ascontiguousarray(np.array(ranges, np.float64).T.astype(dtype), np.float64)
-    return ends, _address(ends)
-
-
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]  # `array.ctypes` takes four times as long
-    return address
+        ends = np.ascontiguousarray([wide, wide.astype(np.float32)], np.float64)
+    return ends, address_of(ends)

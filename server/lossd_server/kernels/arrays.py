@@ -1,0 +1,11 @@
+"""Arrays as the kernels know them."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Returns where the elements of an array begin."""
+    address: int = array.__array_interface__["data"][0]  # `array.ctypes` takes four times as long
+    return address
