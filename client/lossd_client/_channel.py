@@ -1,7 +1,7 @@
 """The channel of a client: its caller's, or its own, made where and when it is first wanted."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 C = TypeVar("C")
 
@@ -22,6 +22,7 @@ class ChannelKeeper(Generic[C]):
         self._place = place
         self._made: C | None = None
         self._home: object = None
+        self._methods: dict[str, tuple[C, Any]] = {}
 
     def get(self) -> C:
         """Returns the channel to use here."""
@@ -31,7 +32,17 @@ class ChannelKeeper(Generic[C]):
             self._made, self._home = self._make(), self._place()
         return self._made
 
+    def method(self, path: str) -> Any:
+        """Returns a unary method of the channel to use here; making one takes as long as a small message."""
+        channel = self.get()
+        known, method = self._methods.get(path, (None, None))
+        if known is not channel:
+            method = channel.unary_unary(path)  # type: ignore[attr-defined]
+            self._methods[path] = channel, method
+        return method
+
     def take(self) -> C | None:
         """Gives up what was made and returns it, to be closed; None where nothing was made here."""
         made, self._made = self._made, None
+        self._methods.clear()
         return made if made is not None and self._home == self._place() else None

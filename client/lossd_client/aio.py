@@ -198,7 +198,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
                 raise MemoryInUseError
 
     async def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
-        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
+        method = self._channels.method(call.path)
         return await send_async(
             method, data, self._hedge(call, data), deadline, **self._call_settings(len(data))
         )

@@ -287,7 +287,7 @@ class Client(ClientBase[grpc.Channel]):
                 raise MemoryInUseError
 
     def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
-        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channels.get().unary_unary(call.path)
+        method = self._channels.method(call.path)
         return send(method, data, self._hedge(call, data), deadline, **self._call_settings(len(data)))
 
     def _stream(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,7 +25,8 @@ _CROWDED, _IDLE = 0.3, 0.5
 """Shares of a core's time: what others have of a home that is worth leaving, and what is free of the next."""
 
 _STATISTICS = Path("/proc/stat")
-_MOST_STATISTICS = 1 << 20
+_STATISTICS_BYTES = 64 << 10
+"""What is read of it: the lines of the cores come first."""
 _IDLE_FIELDS = slice(4, 6)
 """Of a core's line there: ticks that it was idle, or waited for a disk."""
 
@@ -76,16 +77,18 @@ class Home:
                 if os.sched_getaffinity(thread) == {self._core}:  # else somebody else made it
                     self._arrive(thread)
 
-    @contextmanager
-    def away(self, size: int = LARGE_BYTES) -> Iterator[None]:
+    def away(self, size: int = LARGE_BYTES) -> AbstractContextManager[None]:
         """Lets the calling thread, and those that it makes, use every core until the block ends.
 
         Args:
             size: Bytes that are worked on; few are worked on at home.
         """
         if size < LARGE_BYTES or not getattr(self._here, "is_home", False):
-            yield
-            return
+            return nullcontext()
+        return self._away()
+
+    @contextmanager
+    def _away(self) -> Iterator[None]:
         thread = threading.get_native_id()
         self._here.is_home = False
         with self._lock:
@@ -156,12 +159,12 @@ class _Usage:
     def read(cls, statistics: FileIO) -> Self:
         """Returns what the system's statistics say now."""
         statistics.seek(0)
-        lines = (line.split() for line in statistics.read(_MOST_STATISTICS).splitlines())
+        *lines, _ = map(bytes.split, statistics.read(_STATISTICS_BYTES).split(b"\n"))  # the last may be cut
         tick = os.sysconf("SC_CLK_TCK")
         idle = {
             int(fields[0].removeprefix(b"cpu")): sum(map(int, fields[_IDLE_FIELDS])) / tick
             for fields in lines
-            if fields[0].startswith(b"cpu") and fields[0] != b"cpu"
+            if fields and fields[0].startswith(b"cpu") and fields[0] != b"cpu"
         }
         return cls(at=time.monotonic(), own=time.process_time(), idle=idle)
 

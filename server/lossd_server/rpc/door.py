@@ -17,8 +17,8 @@ _log = structlog.get_logger()
 _PATIENCE = 1.0
 """Seconds for which a body is waited for even where others want its place."""
 
-
 _MOST_DIGITS = 12
+"""Of a size that could be so; Python takes long over numbers of very many."""
 
 
 class _Sized(Protocol):

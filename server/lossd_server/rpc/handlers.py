@@ -223,12 +223,14 @@ class Handlers:
         stages = Stages() if self._stages is None else self._stages(method.name, call)
         metrics = self._metrics.of(method.name)
         metrics.request_bytes.observe(request_bytes)
-        with self._home.away(request_bytes), metrics.in_flight.track_inprogress():
-            try:
+        metrics.in_flight.inc()
+        try:
+            with self._home.away(request_bytes):
                 yield stages
-            finally:
-                metrics.observe_stages(stages.seconds)
-                stages.close()
+        finally:
+            metrics.in_flight.dec()
+            metrics.observe_stages(stages.seconds)
+            stages.close()
 
     def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         self._refusals.abort(method.name, _as_lossd_error(error), call)
