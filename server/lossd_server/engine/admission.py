@@ -3,7 +3,6 @@
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -30,22 +29,24 @@ class Budget:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._held: Counter[str] = Counter()
+        self._held: dict[str, int] = {}
 
     def take(self, holder: str, amount: int) -> bool:
         """Takes an amount; returns whether there was room."""
-        if self._held[holder] + amount > self.limit - self.used:
+        held = self._held.get(holder, 0) + amount
+        if held > self.limit - self.used:
             return False
+        if held:
+            self._held[holder] = held
         self.used += amount
-        self._held[holder] += amount
         return True
 
     def give_back(self, holder: str, amount: int) -> None:
         """Gives back what was taken."""
         self.used -= amount
-        self._held[holder] -= amount
-        if not self._held[holder]:
-            del self._held[holder]
+        held = self._held.pop(holder, 0) - amount
+        if held:
+            self._held[holder] = held
 
 
 class LockedBudget(Budget):

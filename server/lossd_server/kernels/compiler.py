@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _UNITS = tuple(Path(__file__).with_name(name) for name in ("focal.c", "rows.c", "paint.c"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("arithmetic.h", "tasks.h"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("arithmetic.h", "paint_boxes.h", "tasks.h"))
 
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip

@@ -1,8 +1,5 @@
-/* FCOS targets: boxes painted over the cells that they can reach, the last one on top.
- *
- * Distances are rounded to the boxes' own type after every operation, so that they are those that numpy
- * would give: what rounding a float64 result to float32 makes of one operation on float32 is exact.
- */
+/* FCOS targets: boxes painted over the cells that they can reach, the last one on top. Distances are computed in
+ * the boxes' own type, and so are those that numpy would give. */
 
 #include <math.h>
 #include <stdint.h>
@@ -35,12 +32,6 @@ typedef struct {
 typedef struct {
     int64_t first, last; /* cells, both included; none if last < first */
 } cell_range;
-
-static inline double rounded(const image_objects *i, double value) { return i->narrow ? (float)value : value; }
-
-static inline double point_of(const paint_job *j, const image_objects *i, int64_t cell, int64_t stride) {
-    return rounded(i, (cell + j->offset) * stride);
-}
 
 static inline double side_of(const image_objects *i, int64_t box, int side) {
     int64_t at = 4 * box + side;
@@ -81,30 +72,6 @@ static cell_range rows_of(const paint_job *j, const image_objects *i, int64_t bo
     return reachable(j, low, high, upper, j->strides[level], j->heights[level]);
 }
 
-static int in_range(const paint_job *j, const image_objects *i, double farthest, int64_t level) {
-    double lower = lower_of(j, i, level), upper = upper_of(j, i, level);
-    return (j->lower_included ? farthest >= lower : farthest > lower)
-        && (j->upper_included ? farthest <= upper : farthest < upper);
-}
-
-static void paint_box(const paint_job *j, const image_objects *i, int64_t box, int64_t level, int32_t *canvas) {
-    double x1 = side_of(i, box, 0), y1 = side_of(i, box, 1), x2 = side_of(i, box, 2), y2 = side_of(i, box, 3);
-    int64_t stride = j->strides[level];
-    cell_range rows = rows_of(j, i, box, level), columns = columns_of(j, i, box, level);
-    for (int64_t row = rows.first; row <= rows.last; row++) {
-        double y = point_of(j, i, row, stride);
-        double top = rounded(i, y - y1), bottom = rounded(i, y2 - y);
-        if (!(fmin(top, bottom) > 0)) continue;
-        int32_t *line = canvas + row * j->widths[level];
-        for (int64_t column = columns.first; column <= columns.last; column++) {
-            double x = point_of(j, i, column, stride);
-            double left = rounded(i, x - x1), right = rounded(i, x2 - x);
-            double farthest = fmax(fmax(left, right), fmax(top, bottom));
-            if (fmin(left, right) > 0 && in_range(j, i, farthest, level)) line[column] = box;
-        }
-    }
-}
-
 /* Returns how many pairs of box and cell there are to look at. */
 static int64_t count_pairs(const paint_job *j) {
     double pairs = 0; /* exact as far as it matters, and beyond that too large all the same */
@@ -122,14 +89,35 @@ static int from_last_choice(const void *a, const void *b) {
     return one->box < other->box ? 1 : -1;
 }
 
+/* Where the positives of a canvas go, in the order of images and locations; `count` of each. */
+typedef struct {
+    int64_t *images, *locations, *labels;
+    int32_t *cells; /* [count, 4]: image, level, row, column */
+    int32_t *matched; /* its box among those of its image */
+    float *ltrb; /* [count, 4] */
+    float *centerness;
+    int64_t *level_counts; /* [levels], in place of `count`: how many lie on each */
+} positives;
+
+#define REAL float
+#define NAME(function) function##_float32
+#define SQUARE_ROOT sqrtf
+#include "paint_boxes.h"
+#undef REAL
+#undef NAME
+#undef SQUARE_ROOT
+
+#define REAL double
+#define NAME(function) function##_float64
+#define SQUARE_ROOT sqrt
+#include "paint_boxes.h"
+
 /* Writes the boxes to paint from last to first choice: the smallest area, then the first, is on top. */
 static int64_t in_paint_order(const image_objects *i, sized_box *order) {
     int64_t count = 0;
     for (int64_t box = 0; box < i->count; box++) {
         if (i->crowd && i->crowd[box]) continue;
-        double width = rounded(i, side_of(i, box, 2) - side_of(i, box, 0));
-        double height = rounded(i, side_of(i, box, 3) - side_of(i, box, 1));
-        double size = rounded(i, width * height);
+        double size = i->narrow ? size_of_float32(i, box) : size_of_float64(i, box);
         /* Infinity times 0: a box that no location lies in, wherever it comes. */
         order[count++] = (sized_box){isnan(size) ? INFINITY : size, box};
     }
@@ -154,26 +142,14 @@ int64_t lossd_paint(const paint_job *j, int64_t most) {
         for (int64_t at = 0; at < count; at++)
             for (int64_t level = 0; level < j->levels; level++)
                 if (!too_small(j, i, order[at].box, level))
-                    paint_box(j, i, order[at].box, level, canvas + j->starts[level]);
+                    (i->narrow ? paint_box_float32 : paint_box_float64)(
+                        j, i, order[at].box, level, canvas + j->starts[level]
+                    );
     }
     free(order);
     for (int64_t at = 0; at < j->batch * j->locations; at++) positives += j->canvas[at] >= 0;
     return positives;
 }
-
-static double share(const paint_job *j, const image_objects *i, double a, double b) {
-    return rounded(i, fmin(a, b) / fmax(fmax(a, b), rounded(i, j->least_extent)));
-}
-
-/* Where the positives of a canvas go, in the order of images and locations; `count` of each. */
-typedef struct {
-    int64_t *images, *locations, *labels;
-    int32_t *cells; /* [count, 4]: image, level, row, column */
-    int32_t *matched; /* its box among those of its image */
-    float *ltrb; /* [count, 4] */
-    float *centerness;
-    int64_t *level_counts; /* [levels], in place of `count`: how many lie on each */
-} positives;
 
 static int all_free(const int32_t *eight) {
     int32_t all = -1;
@@ -196,25 +172,14 @@ void lossd_positives(const paint_job *j, const positives *to) {
                 while (cell + 8 <= cells && all_free(canvas + cell)) cell += 8;
                 if (cell == cells || canvas[cell] < 0) continue;
                 while (line + width <= cell) row++, line += width;
-                int64_t column = cell - line;
                 int64_t box = canvas[cell];
-                double x = point_of(j, i, column, stride), y = point_of(j, i, row, stride);
-                double left = rounded(i, x - side_of(i, box, 0)), top = rounded(i, y - side_of(i, box, 1));
-                double right = rounded(i, side_of(i, box, 2) - x), bottom = rounded(i, side_of(i, box, 3) - y);
-                double product = rounded(i, share(j, i, left, right) * share(j, i, top, bottom));
                 to->images[at] = image;
                 to->locations[at] = j->starts[level] + cell;
                 to->labels[at] = i->labels[box];
                 to->matched[at] = box;
-                to->cells[4 * at] = image;
-                to->cells[4 * at + 1] = level;
-                to->cells[4 * at + 2] = row;
-                to->cells[4 * at + 3] = column;
-                to->ltrb[4 * at] = left;
-                to->ltrb[4 * at + 1] = top;
-                to->ltrb[4 * at + 2] = right;
-                to->ltrb[4 * at + 3] = bottom;
-                to->centerness[at] = rounded(i, sqrt(product));
+                int32_t *where = to->cells + 4 * at;
+                where[0] = image, where[1] = level, where[2] = row, where[3] = cell - line;
+                (i->narrow ? measure_float32 : measure_float64)(j, i, box, stride, where, to, at);
                 to->level_counts[level]++;
                 at++;
             }

@@ -55,7 +55,8 @@ class LossService:
         """Assigns targets to a batch of items."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
-        caller.reserve(job.answer_bytes)
+        if job.answer_bytes:
+            caller.reserve(job.answer_bytes)
         assignments, timing = self._engine.assign(job, caller.asker)
         if not job.answer_bytes:
             caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
