@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import losses_pb2
+from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_client._errors import refused_here
-from lossd_client._packing import packed, packed_ground_truth, packed_labels, packed_prediction
+from lossd_client._packing import put_ground_truth, put_labels, put_prediction, put_tensor
 from lossd_client._storage import Storage
 
 
@@ -32,10 +32,11 @@ class LossConfig:
         """Returns the configuration as the contract's message."""
         raise NotImplementedError
 
-    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> pb.LossItem:
-        """Returns the item that holds the arguments of one evaluation.
+    def write(self, item: pb.LossItem, arguments: Sequence[Any], path: str, storage: Storage) -> None:
+        """Writes the arguments of one evaluation.
 
         Args:
+            item: An empty item of the request.
             arguments: In the order of `inputs`.
             path: Where the arguments stand in the request, for errors: `items[3].focal`.
             storage: What the request is packed into.
@@ -46,21 +47,20 @@ class LossConfig:
         """
         if len(arguments) > len(self.inputs):
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.inputs)}: got {len(arguments)}")
-        item = pb.LossItem()
         inputs = getattr(item, self.kind)
         inputs.SetInParent()
         for name, value in zip(self.inputs, arguments, strict=False):
             if value is not None:
-                getattr(inputs, name).CopyFrom(self._packed(name, f"{path}.{name}", value, storage))
-        return item
+                self._put(name, f"{path}.{name}", value, getattr(inputs, name), storage)
 
-    def _packed(self, name: str, path: str, value: Any, storage: Storage) -> Any:
-        """Returns an argument, or a level of one, as a `Tensor`."""
+    def _put(self, name: str, path: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
+        """Writes an argument, or a level of one."""
         if name in self.labels:
-            return packed_labels(path, value, storage)
-        if name in self.differentiable:
-            return packed_prediction(path, value, storage, keep=name in self.coordinates)
-        return packed(path, value, storage)
+            put_labels(path, value, tensor, storage)
+        elif name in self.differentiable:
+            put_prediction(path, value, tensor, storage, keep=name in self.coordinates)
+        else:
+            put_tensor(path, value, tensor, storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,22 +234,20 @@ class FCOSLoss(LossConfig):
             assigner=assigner.message("fcos.assigner"),
         )
 
-    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> pb.LossItem:
-        """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
+    def write(self, item: pb.LossItem, arguments: Sequence[Any], path: str, storage: Storage) -> None:
+        """Writes the arguments of one evaluation; see `LossConfig.write`."""
         if len(arguments) not in {4, 6, 7}:
             raise TypeError(
                 "FCOSLoss takes cls_preds, reg_preds, centerness_preds and then three lists of targets "
                 f"or the ground truth: got {len(arguments)} arguments"
             )
-        item = pb.LossItem(fcos=losses_pb2.FCOSInputs())
+        item.fcos.SetInParent()
         lists = arguments[:3] if len(arguments) == 4 else arguments
         for name, levels in zip(self.inputs, lists, strict=False):
-            getattr(item.fcos, name).extend(
-                self._packed(name, f"{path}.{name}[{i}]", level, storage) for i, level in enumerate(levels)
-            )
+            for i, level in enumerate(levels):
+                self._put(name, f"{path}.{name}[{i}]", level, getattr(item.fcos, name).add(), storage)
         if len(arguments) == 4:
-            item.fcos.ground_truth.extend(packed_ground_truth(arguments[3], path, storage))
-        return item
+            put_ground_truth(arguments[3], path, item.fcos, storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +268,14 @@ class CustomLoss(LossConfig):
         """Returns the configuration as the contract's message."""
         return losses_pb2.CustomLoss(name=self.name)
 
-    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> pb.LossItem:
-        """Returns the item that holds the arguments of one evaluation; see `LossConfig.item`."""
+    def write(self, item: pb.LossItem, arguments: Sequence[Any], path: str, storage: Storage) -> None:
+        """Writes the arguments of one evaluation; see `LossConfig.write`."""
         if len(arguments) != 1 or not isinstance(arguments[0], Mapping):
             raise TypeError(f"{self.name} takes one mapping of its inputs by name")
         (tensors,) = arguments
-        item = pb.LossItem(custom=losses_pb2.CustomInputs())
+        item.custom.SetInParent()
         for name, value in tensors.items():
-            item.custom.tensors[name].CopyFrom(packed(f"{path}.tensors[{name}]", value, storage))
-        return item
+            put_tensor(f"{path}.tensors[{name}]", value, item.custom.tensors[name], storage)
 
 
 def _given(weight: float | None, documented: float | None) -> float | None:

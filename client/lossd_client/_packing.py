@@ -1,31 +1,41 @@
-"""Whatever a caller holds, as messages of the contract."""
+"""Whatever a caller holds, as messages of the contract: each is written in its place, and so not copied."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import losses_pb2
+from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_client._arrays import as_array
 from lossd_client._errors import refused_here
 from lossd_client._narrow import narrowed_labels
 from lossd_client._storage import Storage
 
 
-def packed(field: str, value: Any, storage: Storage) -> Any:
-    """Returns a value as a `Tensor` that lies in the storage; raises `InvalidInputError` by field."""
+def put_tensor(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
+    """Makes an empty message that of a value; raises `InvalidInputError` by field.
+
+    Args:
+        field: Where it stands in the request.
+        value: The value.
+        tensor: The message.
+        storage: Where it is to lie.
+    """
     try:
-        return storage.tensor(as_array(value))
+        storage.put(as_array(value), tensor)
     except TensorError as error:
         raise _refused(field, error) from error
 
 
-def packed_prediction(field: str, value: Any, storage: Storage, *, keep: bool = False) -> Any:
-    """Returns a prediction likewise, in the form in which predictions travel.
+def put_prediction(
+    field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage, *, keep: bool = False
+) -> None:
+    """Does the same for a prediction, in the form in which predictions travel.
 
     Args:
-        field: Where it stands in the request.
+        field: As above, like the next three.
         value: The prediction.
+        tensor: The message.
         storage: Where it is to lie.
         keep: Whether it is sent in its own type whatever the form.
     """
@@ -33,22 +43,19 @@ def packed_prediction(field: str, value: Any, storage: Storage, *, keep: bool = 
         array = storage.form.prediction(field, as_array(value), keep=keep)
     except TensorError as error:
         raise _refused(field, error) from error
-    return packed(field, array, storage)
+    put_tensor(field, array, tensor, storage)
 
 
-def packed_labels(field: str, value: Any, storage: Storage) -> Any:
-    """Returns labels likewise: in the smallest type that holds them, unless they lie in shared memory."""
+def put_labels(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
+    """Does the same for labels: in the smallest type that holds them, unless they lie in shared memory."""
     array = as_array(value)
-    return packed(field, array if storage.holds(array) else narrowed_labels(array), storage)
+    put_tensor(field, array if storage.holds(array) else narrowed_labels(array), tensor, storage)
 
 
-def packed_ground_truth(
-    images: Sequence[Mapping[str, Any]], path: str, storage: Storage
-) -> list[losses_pb2.GroundTruth]:
-    """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
-    return [
-        _packed_objects(f"{path}.ground_truth[{index}]", image, storage) for index, image in enumerate(images)
-    ]
+def put_ground_truth(images: Sequence[Mapping[str, Any]], path: str, item: Any, storage: Storage) -> None:
+    """Adds the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
+    for index, image in enumerate(images):
+        _put_objects(f"{path}.ground_truth[{index}]", image, item.ground_truth.add(), storage)
 
 
 def _refused(field: str, error: TensorError) -> Exception:
@@ -56,8 +63,9 @@ def _refused(field: str, error: TensorError) -> Exception:
     return refused_here(reason, str(error), field=field, **error.values)
 
 
-def _packed_objects(field: str, image: Mapping[str, Any], storage: Storage) -> losses_pb2.GroundTruth:
-    objects = losses_pb2.GroundTruth()
+def _put_objects(
+    field: str, image: Mapping[str, Any], objects: losses_pb2.GroundTruth, storage: Storage
+) -> None:
     known = objects.DESCRIPTOR.fields_by_name
     for key in image:
         if key not in known:
@@ -72,6 +80,5 @@ def _packed_objects(field: str, image: Mapping[str, Any], storage: Storage) -> l
             # An empty list has no type of its own; numpy makes it float64.
             if not array.size and key == "labels":
                 array = array.astype("int64")
-            pack = packed_labels if key == "labels" else packed
-            getattr(objects, key).CopyFrom(pack(f"{field}.{key}", array, storage))
-    return objects
+            put = put_labels if key == "labels" else put_tensor
+            put(f"{field}.{key}", array, getattr(objects, key), storage)

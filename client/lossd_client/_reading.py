@@ -1,5 +1,6 @@
 """The parts that answers of several methods have in common."""
 
+from functools import lru_cache
 from typing import Any
 
 from lossd.tensors import unpack
@@ -7,6 +8,8 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
 from lossd_client._arrays import Array
+
+_STAGES = {field.name.removesuffix("_us"): field.name for field in pb.StageTimings.DESCRIPTOR.fields}
 
 
 def optional_array(message: Any, field: str, payloads: Payloads) -> Array | None:
@@ -17,12 +20,10 @@ def optional_array(message: Any, field: str, payloads: Payloads) -> Array | None
 
 def timings_of(timings: pb.StageTimings) -> dict[str, float]:
     """Returns the seconds of each stage."""
-    return {
-        field.name.removesuffix("_us"): getattr(timings, field.name) / 1e6
-        for field in timings.DESCRIPTOR.fields
-    }
+    return {stage: getattr(timings, name) / 1e6 for stage, name in _STAGES.items()}
 
 
+@lru_cache(maxsize=64)
 def preset_name(wire: Any, number: int) -> str:
     """Returns our name for a preset, or its number when this client does not know it."""
     if number not in wire.values():

@@ -18,7 +18,7 @@ from lossd_client._errors import refused_here, too_large
 from lossd_client._maps import DenseForm, dense_targets
 from lossd_client._narrow import wire_type
 from lossd_client._options import EvaluationOptions, Gradients
-from lossd_client._packing import packed_ground_truth
+from lossd_client._packing import put_ground_truth
 from lossd_client._results import LossResult, ServerInfo, read_loss_results, read_server_info
 from lossd_client._storage import FLOAT_TYPES, Storage
 from lossd_client._streams import Stream
@@ -113,7 +113,7 @@ def loss_batch(
     payload_bytes = []
     for index, arguments in enumerate(items):
         before = storage.size
-        request.items.append(loss.item(arguments, f"items[{index}].{loss.kind}", storage))
+        loss.write(request.items.add(), arguments, f"items[{index}].{loss.kind}", storage)
         payload_bytes.append(storage.size - before)
     if normalizers is not None:
         _set_normalizers(request, normalizers)
@@ -160,15 +160,15 @@ def assign_request(
     storage: Storage,
 ) -> Parcel[pb.AssignTargetsRequest]:
     """Returns the request for the targets of a batch of images of one size."""
-    item = pb.AssignItem(ground_truth=packed_ground_truth(ground_truth, "items[0]", storage))
+    request = pb.AssignTargetsRequest(
+        assigner=assigner.message(),
+        format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_SMALLER,
+    )
+    item = request.items.add()
+    put_ground_truth(ground_truth, "items[0]", item, storage)
     if image_size is not None:
         item.image_size.CopyFrom(_size(image_size))
     item.feature_sizes.extend(map(_size, feature_sizes or ()))
-    request = pb.AssignTargetsRequest(
-        assigner=assigner.message(),
-        items=[item],
-        format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_SMALLER,
-    )
     if not sparse:
         crowds = (image.get("iscrowd") for image in ground_truth)
         has_crowd = any(crowd is not None and as_array(crowd).any() for crowd in crowds)

@@ -1,6 +1,6 @@
 """What both clients hand out of losses and servers: reads answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lossd.tensors import unpack
@@ -159,7 +159,7 @@ def _read_loss_result(
             {g.input: read_gradient(f"{path}.{g.input}", g, payloads, storage) for g in result.gradients}
         ),
         positive_count=result.positive_count,
-        raw_sums={name: sum(level[name] for level in level_sums) for name in (*COMPONENT_SUMS, *COUNTS)},
+        raw_sums=level_sums[0] if len(level_sums) == 1 else _added(level_sums),
         level_sums=level_sums,
         preset=preset_name(losses_pb2.LossPreset, result.preset) if result.preset else None,
         kept_rows=optional_array(result, "kept_rows", payloads),
@@ -170,6 +170,10 @@ def _read_loss_result(
         negative_side_count=result.negative_side_count,
         timings=timings,
     )
+
+
+def _added(level_sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(level[name] for level in level_sums) for name in (*COMPONENT_SUMS, *COUNTS)}
 
 
 def _sums(level: pb.RawSums) -> dict[str, float]:

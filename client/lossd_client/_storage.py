@@ -9,7 +9,7 @@ import grpc
 import ml_dtypes
 import numpy as np
 
-from lossd.tensors import DTYPES, data_type_of, layout, pack, pack_shared, unpack
+from lossd.tensors import DTYPES, data_type_of, layout, put, put_shared, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Payloads
@@ -109,14 +109,17 @@ class Storage(Payloads):
             return Storage(None)
         return Storage(pool, tries)
 
-    def tensor(self, array: Array) -> tensor_pb2.Tensor:
-        """Returns the message of an array, which is left as it is until the call has ended.
+    def put(self, array: Array, tensor: tensor_pb2.Tensor) -> None:
+        """Makes an empty message that of an array, which is left as it is until the call has ended.
 
         Raises:
             TensorError: The contract has no such type, or the array too many dimensions.
         """
         place = self._place(array)
-        return pack(array, self) if place is None else pack_shared(place.array, _message(place))
+        if place is None:
+            put(array, tensor, self)
+        else:
+            put_shared(place.array, tensor, _message(place))
 
     def add_outputs(self, request: pb.ComputeLossRequest, kind: str, differentiable: Sequence[str]) -> None:
         """Gives every gradient that is worth it a place in shared memory.

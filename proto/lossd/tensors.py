@@ -123,15 +123,16 @@ def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
     return _aligned(array).reshape(shape)
 
 
-def pack_shared(array: Array, place: pb.SharedSlice) -> pb.Tensor:
-    """Returns the `Tensor` of an array that lies in a shared region.
+def put_shared(array: Array, tensor: pb.Tensor, place: pb.SharedSlice) -> None:
+    """Makes an empty `Tensor` that of an array which lies in a shared region.
 
     Raises:
         TensorError: The dtype is not one of the contract's, or there are too many dimensions.
     """
-    data_type = data_type_of(array.dtype)
+    tensor.dtype = data_type_of(array.dtype)
     _check_shape(array.shape)
-    return pb.Tensor(dtype=data_type, shape=array.shape, shared=place)
+    tensor.shape.extend(array.shape)
+    tensor.shared.CopyFrom(place)
 
 
 def layout(tensor: pb.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd_client import (
     AsyncClient,
@@ -273,7 +274,9 @@ def test_targets_are_sent_as_they_are():
     """Distances of targets in bfloat16 would be off by pixels."""
     case, storage = FCOS["fcos-dense-default"], _storage.Storage(None)
     storage.form = WireForm(np.dtype(np.float16))
-    sent = case.config.item(case.arguments(), "items[0].fcos", storage).fcos
+    item = pb.LossItem()
+    case.config.write(item, case.arguments(), "items[0].fcos", storage)
+    sent = item.fcos
     types = {name: {tensor.dtype for tensor in getattr(sent, name)} for name in FCOSLoss.inputs[:6]}
     assert all(types[name] == {tensor_pb2.DATA_TYPE_FLOAT16} for name in FCOSLoss.differentiable)
     assert types["reg_targets"] == types["centerness_targets"] == {tensor_pb2.DATA_TYPE_FLOAT32}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from lossd.sparse import is_smaller, pack_sparse
-from lossd.tensors import pack_shared, put
+from lossd.tensors import put, put_shared
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
@@ -55,7 +55,8 @@ def _write_gradient(
 ) -> None:
     arrays, rows = outcome.gradients[name], outcome.nonzero_rows.get(name)
     if places is not None:
-        gradient.tensors.extend(map(pack_shared, arrays, places))
+        for array, place in zip(arrays, places, strict=True):
+            put_shared(array, gradient.tensors.add(), place)
     elif rows is not None and is_smaller(arrays, rows):
         gradient.sparse.extend(pack_sparse(*level, payloads) for level in zip(arrays, rows, strict=True))
     else:
