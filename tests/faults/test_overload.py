@@ -7,6 +7,8 @@ from tests.faults.support import LONG, victim
 
 PLACES = 8
 FACTOR = 10
+CALLERS = 60
+BODY = 6_400_000
 
 
 @pytest.fixture
@@ -30,3 +32,15 @@ def test_under_overload_every_call_is_answered_or_told_when_to_come_again(server
     assert sum(kind.refused for kind in overload.kinds) > 0
     assert held.rss_last < 1.05 * held.rss_first + 16
     server.assert_serves()
+
+
+def test_bodies_that_are_refused_are_not_held(tmp_path):
+    with victim(tmp_path, "--max-in-flight", "4") as server:
+        drive(server, mix="focal-m", concurrency=4, seconds=1)
+        before = server.peak_rss()
+        report, _, text = drive(server, mix="focal-m", concurrency=CALLERS, rate=20 * CALLERS, seconds=4)
+        print(text)
+        (kind,) = report.phases[0].kinds
+        assert kind.refused > kind.answered > 0
+        assert server.peak_rss() < before + CALLERS * BODY / 2
+        server.assert_serves()
