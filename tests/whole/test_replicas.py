@@ -20,8 +20,10 @@ from tests.service.support import scene
 from tests.whole.replicas import Replica
 
 SECONDS = 60 if os.environ.get("LOSSD_LONG") else 15
-PAUSE = 2.0
-"""Seconds between one replica's coming back and the other's end."""
+EVERY = 5.0
+"""Seconds from one replica's end to the other's, if the first is back by then."""
+LEAST = 0.5
+"""Seconds that both are there in any case."""
 
 ASSIGNER = FCOSAssigner()
 STREAM_ITEMS = 12
@@ -135,11 +137,13 @@ def run_asyncio(addresses, tally):
 def kill_in_turn(replicas):
     """Ends one replica after the other, by either signal in turn, and starts it again; counts the ends."""
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
-    end, ends = time.monotonic() + SECONDS, Counter()
+    began, ends = time.monotonic(), Counter()
+    due = began + EVERY
     for replica, number in zip(itertools.cycle(replicas), itertools.cycle(signals), strict=False):
-        time.sleep(PAUSE)
-        if time.monotonic() > end:
+        time.sleep(max(due - time.monotonic(), LEAST))
+        if time.monotonic() > began + SECONDS:
             return ends
+        due = time.monotonic() + EVERY
         replica.end(number)
         ends[number.name] += 1
         replica.start()
