@@ -147,6 +147,24 @@ def test_with_one_core_nothing_is_done(cores):
     home.close()
 
 
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_a_system_that_says_no_is_let_be(monkeypatch, error):
+    def refuse(*_arguments):
+        raise error
+
+    home = Home(CORES)
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+
+    def seen():
+        home.settle()
+        with home.of_new_threads(), home.away():
+            home.move(min(CORES))
+        home.leave()
+        return here()
+
+    assert in_thread(seen) == CORES
+
+
 @pytest.mark.parametrize(
     ("free", "own", "better"),
     [

@@ -20,6 +20,9 @@ from typing import Self
 LARGE_BYTES = 128 << 10
 """Work on so many bytes and more is worth the way."""
 
+_CALLER = 0
+"""What the system calls the thread that asks."""
+
 _LOOK_SECONDS = 2.0
 _CROWDED, _IDLE = 0.3, 0.5
 """Shares of a core's time: what others have of a home that is worth leaving, and what is free of the next."""
@@ -67,14 +70,14 @@ class Home:
             yield
             return
         known = set(threading.enumerate())
-        os.sched_setaffinity(0, {self._core})
+        _keep(_CALLER, {self._core})
         try:
             yield
         finally:
-            os.sched_setaffinity(0, self._cores)
+            _keep(_CALLER, self._cores)
             made = (thread.native_id for thread in threading.enumerate() if thread not in known)
             for thread in filter(None, made):
-                if os.sched_getaffinity(thread) == {self._core}:  # else somebody else made it
+                if _cores_of(thread) == {self._core}:  # else somebody else made it
                     self._arrive(thread)
 
     def away(self, size: int = LARGE_BYTES) -> AbstractContextManager[None]:
@@ -103,7 +106,7 @@ class Home:
     def leave(self) -> None:
         """Lets the calling thread use every core from now on, whoever made it."""
         if self._is_chosen:
-            os.sched_setaffinity(0, self._cores)
+            _keep(_CALLER, self._cores)
 
     def watch(self) -> None:
         """Moves from time to time, where other processes want this core while another is idle."""
@@ -190,6 +193,14 @@ def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
 
 
 def _keep(thread: int, cores: Collection[int]) -> None:
-    """Keeps a thread on some cores; one that has ended does not matter."""
-    with suppress(ProcessLookupError):
+    """Keeps a thread on some cores, where the system lets us and the thread has not ended."""
+    with suppress(OSError):
         os.sched_setaffinity(thread, cores)
+
+
+def _cores_of(thread: int) -> AbstractSet[int]:
+    """Returns the cores that a thread may use; none where that is not to be known."""
+    try:
+        return os.sched_getaffinity(thread)
+    except OSError:
+        return set()
