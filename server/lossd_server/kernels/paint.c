@@ -111,6 +111,9 @@ typedef struct {
 #define NAME(function) function##_float64
 #define SQUARE_ROOT sqrt
 #include "paint_boxes.h"
+#undef REAL
+#undef NAME
+#undef SQUARE_ROOT
 
 /* Writes the boxes to paint from last to first choice: the smallest area, then the first, is on top. */
 static int64_t in_paint_order(const image_objects *i, sized_box *order) {

@@ -25,7 +25,7 @@ def read_natively(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
     """Returns boxes as xyxy and labels as int64, both checked; see `read_objects`.
 
-    None where that does not apply, which is for contiguous float32 boxes in numpy with common labels, and
+    None where that does not apply, which is for float32 boxes and common labels in plain numpy arrays, and
     where something is wrong with them.
     """
     library = loaded_library()
@@ -34,7 +34,7 @@ def read_natively(
     kind, count = _LABEL_TYPES.get(labels.dtype), len(labels) if labels.ndim == 1 else 0
     if kind is None or boxes.dtype != _FLOAT32 or not count or boxes.shape != (count, _BOX):
         return None
-    if not (boxes.flags.c_contiguous and labels.flags.c_contiguous):
+    if not all(array.flags.c_contiguous and array.flags.aligned for array in (boxes, labels)):
         return None
     read_boxes, read_labels = np.empty((count, _BOX), np.float32), np.empty(count, np.int64)
     classes = _ANY_CLASS if num_classes is None else min(num_classes, _ANY_CLASS)
