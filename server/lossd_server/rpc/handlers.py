@@ -187,9 +187,10 @@ class Handlers:
     def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext, place: Place) -> bytes:
         with self._observed(method, len(body), call) as stages:
             with stages.timed("decode"):
-                request = parse(method.request, body.take())
+                requests = [parse(method.request, body.take())]
             caller = Caller.of(call, partial(self._admission.grow, place))
-            response = method.answer(request, stages, caller)
+            # Handed over, so that the service can let go of it while it waits.
+            response = method.answer(requests.pop(), stages, caller)
             return self._serialize(method, response, stages)
 
     def _answer_on_stream(

@@ -55,6 +55,8 @@ class LossService:
         """Assigns targets to a batch of items."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
+        form, preset = request.message.format, job.assigner.preset
+        del request  # with its memory, before there is a wait for a core
         if job.answer_bytes:
             caller.reserve(job.answer_bytes)
         assignments, timing = self._engine.assign(job, caller.asker)
@@ -62,7 +64,7 @@ class LossService:
             caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
-        answer, form, preset = Parcel(pb.AssignTargetsResponse()), request.message.format, job.assigner.preset
+        answer = Parcel(pb.AssignTargetsResponse())
         with stages.timed("encode"):
             for found in assignments:
                 result = answer.message.results.add()
