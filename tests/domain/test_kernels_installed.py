@@ -130,3 +130,21 @@ def test_nowhere_to_write_is_a_warning_and_no_more():
     done = run(program, LOSSD_CACHE_DIR="/proc/nowhere")
     assert done.returncode == 0
     assert done.stderr.count("no compiled kernels") == 1
+
+
+def test_compiling_takes_python_and_a_compiler_alone(tmp_path):
+    program = """
+import runpy, sys
+for name in ("numpy", "torch", "google", "grpc"):
+    sys.modules[name] = None
+runpy.run_module("lossd_server.kernels", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.rglob(installed_name()))

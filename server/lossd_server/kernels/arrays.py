@@ -1,11 +1,12 @@
 """Arrays as the kernels know them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the kernels are compiled ahead where there is no numpy
+    from numpy.typing import NDArray
 
 
-def address_of(array: NDArray[Any]) -> int:
+def address_of(array: "NDArray[Any]") -> int:
     """Returns where the elements of an array begin."""
     address: int = array.__array_interface__["data"][0]  # `array.ctypes` takes four times as long
     return address
