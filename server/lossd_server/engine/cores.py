@@ -25,7 +25,7 @@ class Cores:
     def __init__(self, count: int, cheap: int = 0, home: Home | None = None) -> None:
         self._free = count
         self._cheap = cheap
-        self._home = home or Home(frozenset())
+        self._home = home or Home()
         self._mutex = threading.Lock()
         self._queue: FairQueue[Waiting] = FairQueue()
 

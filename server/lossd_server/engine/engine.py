@@ -68,7 +68,7 @@ class Engine:
         self.custom_losses = dict(custom_losses or {})
         self._batching = batching or Batching()
         self._observe = observe
-        self._home = home or Home(frozenset())
+        self._home = home or Home()
         self._evaluator = Evaluator(device)
         self._turns = Turns(self._take_steps, self._batching if self._batching.is_on(device) else None)
         # Torch keeps a team of helpers for every thread that ever woke them: this one may.

@@ -38,10 +38,10 @@ class Home:
     """The core that threads share, until other processes are found on it.
 
     Args:
-        cores: The cores to choose from; where there are not two, nothing is done at all.
+        cores: The cores to choose from; where there are not two, as by default, nothing is done at all.
     """
 
-    def __init__(self, cores: Collection[int]) -> None:
+    def __init__(self, cores: Collection[int] = ()) -> None:
         self._cores = frozenset(cores)
         self._is_chosen = len(self._cores) > 1
         self._random = random.Random()  # noqa: S311
@@ -55,7 +55,7 @@ class Home:
     @classmethod
     def of_this_process(cls) -> "Home":
         """Returns one of the cores that this process may use; a system that cannot say has none."""
-        return cls(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
+        return cls(os.sched_getaffinity(_CALLER) if hasattr(os, "sched_getaffinity") else ())
 
     def settle(self) -> None:
         """Keeps the calling thread at home from now on."""

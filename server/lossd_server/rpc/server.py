@@ -72,7 +72,7 @@ class Server:
         self._credentials = (
             Certificates(self._config, self._metrics).credentials() if self._config.tls_cert else None
         )
-        self._home = Home(frozenset()) if self._config.spread else Home.of_this_process()
+        self._home = Home() if self._config.spread else Home.of_this_process()
         self._engine = Engine(
             resolve_device(self._config.device),
             load_custom_losses(self._config.load),
