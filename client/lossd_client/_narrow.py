@@ -1,4 +1,4 @@
-"""Numbers in fewer bytes: predictions by the caller's choice, labels wherever they fit."""
+"""Predictions in fewer bytes, by the caller's choice."""
 
 from typing import Any
 
@@ -18,11 +18,6 @@ _LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127}
 
 _FLOATS = frozenset(map(np.dtype, ("f4", "f8")))
 """The types that are narrowed."""
-
-_LEAST_LABEL_BYTES = 4 << 10
-"""Fewer are sent sooner than they are looked at."""
-
-_LABEL_TYPES = (np.dtype("i1"), np.dtype("<i2"))
 
 
 def wire_type(dtype: Any) -> np.dtype[Any] | None:
@@ -63,18 +58,6 @@ def narrowed(field: str, array: Array, dtype: np.dtype[Any] | None) -> Array:
     if array.size and not (array.min() >= -limit and array.max() <= limit):
         _require_no_overflow(field, array, narrow)
     return narrow
-
-
-def narrowed_labels(array: Array) -> Array:
-    """Returns labels in the smallest signed type that holds them all."""
-    if array.dtype.kind != "i" or array.nbytes < _LEAST_LABEL_BYTES:
-        return array
-    lowest, highest = array.min(), array.max()
-    for dtype in _LABEL_TYPES:
-        limits = np.iinfo(dtype)
-        if dtype.itemsize < array.itemsize and limits.min <= lowest and highest <= limits.max:
-            return array.astype(dtype)
-    return array
 
 
 def _require_no_overflow(field: str, array: Array, narrow: Array) -> None:

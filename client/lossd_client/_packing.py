@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lossd.narrow import narrowed_integers
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_client._arrays import as_array
 from lossd_client._errors import refused_here
-from lossd_client._narrow import narrowed_labels
 from lossd_client._storage import Storage
 
 
@@ -49,7 +49,7 @@ def put_prediction(
 def put_labels(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
     """Does the same for labels: in the smallest type that holds them, unless they lie in shared memory."""
     array = as_array(value)
-    put_tensor(field, array if storage.holds(array) else narrowed_labels(array), tensor, storage)
+    put_tensor(field, array if storage.holds(array) else narrowed_integers(array), tensor, storage)
 
 
 def put_ground_truth(images: Sequence[Mapping[str, Any]], path: str, item: Any, storage: Storage) -> None:

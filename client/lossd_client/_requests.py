@@ -163,6 +163,7 @@ def assign_request(
     request = pb.AssignTargetsRequest(
         assigner=assigner.message(),
         format=pb.TARGET_FORMAT_SPARSE if sparse else pb.TARGET_FORMAT_SMALLER,
+        narrow_integers=True,
     )
     item = request.items.add()
     put_ground_truth(ground_truth, "items[0]", item, storage)

@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lossd.tensors import unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
+from lossd.v1.tensor_pb2 import Tensor
 from lossd.wire import Parcel, Payloads
 from lossd_client._arrays import Array
 from lossd_client._reading import optional_array, preset_name, timings_of
+
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,20 +113,30 @@ def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | Spa
         return DenseTargets(levels=levels, **about)
     sparse = result.sparse
     return SparseTargets(
-        locations=unpack(sparse.locations, payloads),
-        labels=unpack(sparse.labels, payloads),
+        locations=_integers(sparse.locations, payloads, _INT32),
+        labels=_integers(sparse.labels, payloads, _INT64),
         ltrb=unpack(sparse.ltrb, payloads),
         centerness=unpack(sparse.centerness, payloads),
-        matched=unpack(sparse.matched, payloads),
-        ignored=unpack(sparse.ignored, payloads),
+        matched=_integers(sparse.matched, payloads, _INT32),
+        ignored=_integers(sparse.ignored, payloads, _INT32),
         **about,
     )
 
 
 def _dense_level(level: pb.DenseLevel, payloads: Payloads) -> DenseLevel:
     return DenseLevel(
-        cls=unpack(level.cls, payloads),
+        cls=_integers(level.cls, payloads, _INT64),
         reg=unpack(level.reg, payloads),
         centerness=unpack(level.centerness, payloads),
         ignored=optional_array(level, "ignored", payloads),
     )
+
+
+def _integers(tensor: Tensor, payloads: Payloads, dtype: np.dtype[Any]) -> Array:
+    """Returns integers that may have come in a smaller type, where they fitted."""
+    array = unpack(tensor, payloads)
+    if array.dtype.kind != "i" or array.itemsize >= dtype.itemsize:
+        return array
+    array = array.astype(dtype)
+    array.flags.writeable = False
+    return array

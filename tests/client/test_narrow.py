@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from lossd.narrow import narrowed_integers
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd_client import (
     AsyncClient,
     Client,
     CustomLoss,
+    FCOSAssigner,
     FCOSLoss,
     FocalLoss,
     GIoULoss,
     InvalidInputError,
-    _narrow,
     _storage,
 )
 from lossd_client._wire_form import WireForm
@@ -238,11 +239,11 @@ def test_a_trainer_changes_one_argument(client, dtype):
 def test_labels_go_in_the_smallest_type(lowest, highest, dtype, narrow):
     labels = np.full(5000, lowest, dtype)
     labels[1234] = highest
-    found = _narrow.narrowed_labels(labels)
+    found = narrowed_integers(labels)
     assert found.dtype == narrow
     np.testing.assert_array_equal(found, labels)
     few = labels[:2]
-    assert _narrow.narrowed_labels(few) is few
+    assert narrowed_integers(few) is few
 
 
 def test_narrow_labels_change_nothing(client, monkeypatch):
@@ -255,7 +256,7 @@ def test_narrow_labels_change_nothing(client, monkeypatch):
         (case.config, case.arguments(n=20)),
     ]
     for least in (1, 1 << 40):
-        monkeypatch.setattr(_narrow, "_LEAST_LABEL_BYTES", least)
+        monkeypatch.setattr("lossd.narrow._LEAST_BYTES", least)
         results.append([client.compute_loss(loss, *arguments, gradients=True) for loss, arguments in calls])
     for narrow, wide in zip(*results, strict=True):
         assert narrow.loss == wide.loss
@@ -268,6 +269,22 @@ def test_a_wrong_label_is_named_as_it_was(client):
     labels[7] = 300
     with pytest.raises(InvalidInputError, match=r"label at \[7\] is 300, want -1..3"):
         client.compute_loss(FocalLoss(), np.zeros((3000, 4), np.float32), labels)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_targets_come_in_the_types_that_are_said_of_them(client, sparse):
+    """On the wire most integers of a large answer are of one byte or two."""
+    boxes = np.array([[0, 0, 800, 1300], [9, 9, 60, 60]], np.float32)
+    image = {"boxes": boxes, "labels": np.array([79, 300]), "iscrowd": np.array([False, True])}
+    found = client.assign_targets(FCOSAssigner(), [image] * 2, image_size=(1333, 800), sparse=sparse)
+    if sparse:
+        integers = {"locations": "i4", "labels": "i8", "matched": "i4", "ignored": "i4"}
+        arrays = [(getattr(found, name), dtype) for name, dtype in integers.items()]
+    else:
+        arrays = [(cls, "i8") for cls in found.cls]
+    for array, dtype in arrays:
+        assert array.dtype == dtype
+        assert not array.flags.writeable
 
 
 def test_targets_are_sent_as_they_are():

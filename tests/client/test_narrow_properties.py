@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from lossd.narrow import narrowed_integers
 from lossd_client._errors import InvalidInputError
 from lossd_client._maps import DenseForm, dense_targets
-from lossd_client._narrow import narrowed, narrowed_labels
+from lossd_client._narrow import narrowed
 from lossd_client._targets import SparseTargets
 from lossd_server.targets import FCOSAssigner
 
@@ -47,7 +48,7 @@ def test_rounding_is_to_the_nearest_or_refused(wire, dtype, data):
 @EXAMPLES
 @given(arrays.arrays(np.int64, st.integers(512, 600), elements=st.integers(-40000, 40000)))
 def test_narrow_labels_are_the_same_numbers(labels):
-    np.testing.assert_array_equal(narrowed_labels(labels), labels)
+    np.testing.assert_array_equal(narrowed_integers(labels), labels)
 
 
 @st.composite

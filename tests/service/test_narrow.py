@@ -102,6 +102,34 @@ def test_the_smaller_form_of_targets(stub):
         assert min(sizes, key=sizes.get) == form
 
 
+@pytest.mark.parametrize("form", [pb.TARGET_FORMAT_DENSE, pb.TARGET_FORMAT_SPARSE])
+def test_integers_of_targets_in_fewer_bytes(stub, form):
+    crowd = {"boxes": np.array([[4, 4, 500, 500]], np.float32), "iscrowd": np.array([True])}
+    many = {"boxes": np.array([[0, 0, 800, 1300]] * 300, np.float32), "labels": np.arange(300)}
+    request = assign_request([many, {**crowd, "labels": np.array([1])}], (1333, 800), format=form)
+    (wide,) = stub.AssignTargets(request).results
+    request.narrow_integers = True
+    (narrow,) = stub.AssignTargets(request).results
+    if form == pb.TARGET_FORMAT_DENSE:
+        for one, other in zip(narrow.dense.levels, wide.dense.levels, strict=True):
+            assert same_numbers(one.cls, other.cls)
+            for name in ("reg", "centerness", "ignored"):
+                assert getattr(one, name) == getattr(other, name)
+        assert narrow.dense.levels[0].cls.dtype == tensor_pb2.DATA_TYPE_INT16
+        assert narrow.dense.levels[-1].cls.dtype == tensor_pb2.DATA_TYPE_INT64, "too few to be looked at"
+    else:
+        for name in ("locations", "labels", "matched", "ignored"):
+            assert same_numbers(getattr(narrow.sparse, name), getattr(wide.sparse, name))
+        for name in ("ltrb", "centerness"):
+            assert getattr(narrow.sparse, name) == getattr(wide.sparse, name)
+        assert narrow.sparse.locations.dtype == tensor_pb2.DATA_TYPE_INT16
+    assert narrow.ByteSize() < 0.75 * wide.ByteSize()
+
+
+def same_numbers(tensor, other):
+    return np.array_equal(unpack(tensor), unpack(other))
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint8])
 def test_narrow_labels_are_labels(stub, dtype):
     rng = np.random.default_rng(0)

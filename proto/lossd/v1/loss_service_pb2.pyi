@@ -784,8 +784,13 @@ class AssignTargetsRequest(_message.Message):
     ASSIGNER_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    NARROW_INTEGERS_FIELD_NUMBER: _builtins.int
     format: Global___TargetFormat.ValueType
     """The form of the answer. Default DENSE."""
+    narrow_integers: _builtins.bool
+    """Whether integers of the answer may come in a smaller signed type than is said
+    of them, where it holds them all.
+    """
     @_builtins.property
     def assigner(self) -> _losses_pb2.FCOSAssigner:
         """The rules. Default: the AUTOTIMM assigner on strides 8 to 128."""
@@ -800,10 +805,11 @@ class AssignTargetsRequest(_message.Message):
         assigner: _losses_pb2.FCOSAssigner | None = ...,
         items: _abc.Iterable[Global___AssignItem] | None = ...,
         format: Global___TargetFormat.ValueType = ...,
+        narrow_integers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assigner", b"assigner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigner", b"assigner", "format", b"format", "items", b"items"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigner", b"assigner", "format", b"format", "items", b"items", "narrow_integers", b"narrow_integers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

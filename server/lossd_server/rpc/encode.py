@@ -1,10 +1,11 @@
 """From outcomes to messages, each written in its place in the answer: put in later, it would be copied."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
+from lossd.narrow import narrowed_integers
 from lossd.sparse import is_smaller, pack_sparse
-from lossd.tensors import put, put_shared
+from lossd.tensors import Array, put, put_shared
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
@@ -12,6 +13,8 @@ from lossd_server.engine import LossOutcome
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
 from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
 from lossd_server.targets.pyramid import Pyramid
+
+_Put = Callable[[Array, tensor_pb2.Tensor, Payloads], None]
 
 _COUNTS = {"valid_count", "positive_count"}
 
@@ -67,28 +70,32 @@ def _write_gradient(
 def write_target_result(
     assignment: Assignment,
     result: pb.TargetResult,
+    payloads: Payloads,
+    *,
     target_format: int,
     preset: AssignerPreset,
-    payloads: Payloads,
+    narrow: bool,
 ) -> None:
     """Writes one item's targets, in the form asked for; large ones go to the payloads.
 
     Args:
         assignment: The targets.
         result: Their empty place in the answer.
+        payloads: Where large tensors go.
         target_format: A `TargetFormat`.
         preset: Whose rules were followed.
-        payloads: Where large tensors go.
+        narrow: Whether integers may go in fewer bytes.
     """
+    put_integers = _put_narrowed if narrow else put
     sparse = target_format == pb.TARGET_FORMAT_SPARSE
     if target_format == pb.TARGET_FORMAT_SMALLER:
         sparse = assignment.is_smaller_sparse()
     if sparse:
-        _write_sparse(assignment.sparse(), result.sparse, payloads)
+        _write_sparse(assignment.sparse(), result.sparse, payloads, put_integers)
     else:
         result.dense.SetInParent()
         for level in assignment.dense():
-            _write_level(level, result.dense.levels.add(), payloads)
+            _write_level(level, result.dense.levels.add(), payloads, put_integers)
     result.positive_counts.extend(assignment.positive_counts())
     result.feature_sizes.extend(_sizes(assignment.pyramid))
     result.preset = number_of(ASSIGNER_PRESETS, preset)
@@ -100,18 +107,24 @@ def _sizes(pyramid: Pyramid) -> list[pb.Size]:
     return [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
 
 
-def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads) -> None:
-    put(targets.cls, level.cls, payloads)
+def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads, put_integers: _Put) -> None:
+    put_integers(targets.cls, level.cls, payloads)
     put(targets.reg, level.reg, payloads)
     put(targets.centerness, level.centerness, payloads)
     if targets.ignored is not None:
         put(targets.ignored, level.ignored, payloads)
 
 
-def _write_sparse(targets: SparseTargets, sparse: pb.SparseTargets, payloads: Payloads) -> None:
-    put(targets.locations, sparse.locations, payloads)
-    put(targets.labels, sparse.labels, payloads)
+def _write_sparse(
+    targets: SparseTargets, sparse: pb.SparseTargets, payloads: Payloads, put_integers: _Put
+) -> None:
+    put_integers(targets.locations, sparse.locations, payloads)
+    put_integers(targets.labels, sparse.labels, payloads)
     put(targets.ltrb, sparse.ltrb, payloads)
     put(targets.centerness, sparse.centerness, payloads)
-    put(targets.matched, sparse.matched, payloads)
-    put(targets.ignored, sparse.ignored, payloads)
+    put_integers(targets.matched, sparse.matched, payloads)
+    put_integers(targets.ignored, sparse.ignored, payloads)
+
+
+def _put_narrowed(array: Array, tensor: tensor_pb2.Tensor, payloads: Payloads) -> None:
+    put(narrowed_integers(array), tensor, payloads)

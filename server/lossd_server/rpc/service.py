@@ -1,6 +1,7 @@
 """The methods of `LossService`: decode, ask the engine, encode."""
 
 import time
+from functools import partial
 
 from lossd import __version__
 from lossd.v1 import loss_service_pb2 as pb
@@ -55,7 +56,12 @@ class LossService:
         """Assigns targets to a batch of items."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
-        form, preset = request.message.format, job.assigner.preset
+        write = partial(
+            encode.write_target_result,
+            target_format=request.message.format,
+            preset=job.assigner.preset,
+            narrow=request.message.narrow_integers,
+        )
         del request  # with its memory, before there is a wait for a core
         if job.answer_bytes:
             caller.reserve(job.answer_bytes)
@@ -67,8 +73,7 @@ class LossService:
         answer = Parcel(pb.AssignTargetsResponse())
         with stages.timed("encode"):
             for found in assignments:
-                result = answer.message.results.add()
-                encode.write_target_result(found, result, form, preset, answer.payloads)
+                write(found, answer.message.results.add(), answer.payloads)
         self._metrics.of("AssignTargets").count_assignments(assignments)
         stages.write(answer.message.timings)
         return answer

@@ -116,7 +116,7 @@ def _assign(boxes: int) -> pb.AssignTargetsRequest:
     item = pb.AssignItem(
         ground_truth=[_truth(_objects(boxes))], image_size=pb.Size(height=height, width=width)
     )
-    return pb.AssignTargetsRequest(items=[item], format=pb.TARGET_FORMAT_SPARSE)
+    return pb.AssignTargetsRequest(items=[item], format=pb.TARGET_FORMAT_SPARSE, narrow_integers=True)
 
 
 def _objects(count: int) -> Scene:

@@ -1,0 +1,25 @@
+"""Integers in fewer bytes, wherever they fit."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_LEAST_BYTES = 4 << 10
+"""Fewer are sent sooner than they are looked at."""
+
+_TYPES = (np.dtype("i1"), np.dtype("<i2"))
+
+
+def narrowed_integers(array: Array) -> Array:
+    """Returns integers in the smallest signed type that holds them all; anything else as it is."""
+    if array.dtype.kind != "i" or array.nbytes < _LEAST_BYTES:
+        return array
+    lowest, highest = array.min(), array.max()
+    for dtype in _TYPES:
+        limits = np.iinfo(dtype)
+        if dtype.itemsize < array.itemsize and limits.min <= lowest and highest <= limits.max:
+            return array.astype(dtype)
+    return array
