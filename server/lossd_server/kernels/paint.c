@@ -91,7 +91,7 @@ static int from_last_choice(const void *a, const void *b) {
 
 /* Where the positives of a canvas go, in the order of images and locations; `count` of each. */
 typedef struct {
-    int64_t *images, *locations, *labels;
+    int64_t *labels;
     int32_t *cells; /* [count, 4]: image, level, row, column */
     int32_t *matched; /* its box among those of its image */
     float *ltrb; /* [count, 4] */
@@ -176,8 +176,6 @@ void lossd_positives(const paint_job *j, const positives *to) {
                 if (cell == cells || canvas[cell] < 0) continue;
                 while (line + width <= cell) row++, line += width;
                 int64_t box = canvas[cell];
-                to->images[at] = image;
-                to->locations[at] = j->starts[level] + cell;
                 to->labels[at] = i->labels[box];
                 to->matched[at] = box;
                 int32_t *where = to->cells + 4 * at;

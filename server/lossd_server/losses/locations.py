@@ -72,13 +72,14 @@ def from_assignment(assignment: Assignment) -> list[LevelTargets]:
     labels, ignored, found = assignment.label_map(), assignment.ignored, assignment.found
     starts = assignment.pyramid.starts
     spans = list(map(slice, starts[:-1].tolist(), starts[1:].tolist()))
-    here = [(found.location >= s.start) & (found.location < s.stop) for s in spans]
+    image, location = found.places(assignment.pyramid)
+    here = [(location >= s.start) & (location < s.stop) for s in spans]
     return [
         LevelTargets(
             labels=labels[:, span],
             ignored=None if ignored is None else ignored[:, span],
-            image=found.image[mask],
-            cell=found.location[mask] - span.start,
+            image=image[mask],
+            cell=location[mask] - span.start,
             ltrb=found.ltrb[mask],
             centerness=found.centerness[mask],
         )

@@ -90,7 +90,7 @@ class Assignment:
     def label_map(self) -> Ints:
         """Returns the class of every location, `[B, locations]`."""
         labels = np.full((self.batch_size, self.pyramid.location_count), self.unassigned, np.int64)
-        labels[self.found.image, self.found.location] = self.found.labels
+        labels[self.found.places(self.pyramid)] = self.found.labels
         return labels
 
     def is_smaller_sparse(self) -> bool:
@@ -115,21 +115,23 @@ class Assignment:
     def dense(self) -> list[DenseLevel]:
         """Returns the targets of every location, level by level."""
         labels = self.label_map()
-        return [self._dense_level(level, labels, span) for level, span in enumerate(self._level_spans())]
+        return [
+            self._dense_level(level, labels[:, span], span) for level, span in enumerate(self._level_spans())
+        ]
 
     def _dense_level(self, level: int, labels: Ints, span: slice) -> DenseLevel:
         shape = (self.batch_size, *self.pyramid.sizes[level])
         found = self.found
-        here = (found.location >= span.start) & (found.location < span.stop)
-        image, cell = found.image[here], found.location[here] - span.start
-        reg = np.zeros((self.batch_size, 4, span.stop - span.start), np.float32)
-        reg[image, :, cell] = found.ltrb[here]
-        centerness = np.zeros((self.batch_size, span.stop - span.start), np.float32)
-        centerness[image, cell] = found.centerness[here]
+        here = found.cells[:, 1] == level
+        image, _, row, column = found.cells[here].T
+        reg = np.zeros((self.batch_size, 4, *shape[1:]), np.float32)
+        reg[image, :, row, column] = found.ltrb[here]
+        centerness = np.zeros(shape, np.float32)
+        centerness[image, row, column] = found.centerness[here]
         return DenseLevel(
-            cls=labels[:, span].reshape(shape),
-            reg=reg.reshape(shape[0], 4, *shape[1:]),
-            centerness=centerness.reshape(shape),
+            cls=labels.reshape(shape),
+            reg=reg,
+            centerness=centerness,
             ignored=None if self.ignored is None else self.ignored[:, span].reshape(shape),
         )
 

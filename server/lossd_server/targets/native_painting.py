@@ -46,8 +46,6 @@ class _Positives(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p)
         for name in (
-            "images",
-            "locations",
             "labels",
             "cells",
             "matched",
@@ -110,21 +108,18 @@ def _image(objects: Objects) -> _Image:
 
 def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
     """Returns arrays for so many positives, their elements not set, and where they lie."""
-    longs = np.empty(3 * count + levels, np.int64)
+    longs = np.empty(count + levels, np.int64)
     words, floats = np.empty((5, count), np.int32), np.empty((5, count), np.float32)
     long, word, number = address_of(longs), address_of(words), address_of(floats)
     found = Positives(
-        image=longs[:count],
-        location=longs[count : 2 * count],
-        labels=longs[2 * count : 3 * count],
+        labels=longs[:count],
         cells=words[:4].reshape(count, 4),
         matched=words[4],
         ltrb=floats[:4].reshape(count, 4),
         centerness=floats[4],
-        level_counts=longs[3 * count :],
+        level_counts=longs[count:],
     )
-    three = (long + 8 * count * place for place in range(3))
-    places = _Positives(*three, word, word + 16 * count, number, number + 16 * count, long + 24 * count)
+    places = _Positives(long, word, word + 16 * count, number, number + 16 * count, long + 8 * count)
     return found, places
 
 

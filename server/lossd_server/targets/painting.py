@@ -53,7 +53,7 @@ def paint_targets(
         pyramid=levels,
         batch_size=len(objects),
         found=found,
-        ignored=_ignored(objects, levels, rules, found.image, found.location),
+        ignored=_ignored(objects, levels, rules, found),
         unassigned=rules.unassigned,
     )
 
@@ -93,8 +93,6 @@ def _assign_group(
         ltrb = _distances(boxes.corners[box], levels.strides[level], row, column, rules.offset)
         centerness = _centerness(*ltrb, rules.least_extent)
         return Positives(
-            image=image,
-            location=location,
             labels=boxes.labels[box],
             cells=np.stack([image, level, row, column], axis=1).astype(np.int32),
             matched=boxes.index[box].astype(np.int32),
@@ -105,13 +103,13 @@ def _assign_group(
 
 
 def _ignored(
-    objects: Sequence[Objects], levels: Pyramid, rules: AssignerRules, image: Ints, location: Ints
+    objects: Sequence[Objects], levels: Pyramid, rules: AssignerRules, positives: Positives
 ) -> Bools | None:
     """Returns the locations inside crowd regions that are not positive, None without such regions."""
     if all(found.iscrowd is None for found in objects):
         return None
     ignored = np.stack([_covered(found.crowd_boxes(), levels, rules) for found in objects])
-    ignored[image, location] = False
+    ignored[positives.places(levels)] = False
     return ignored
 
 

@@ -7,13 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.targets.pyramid import Pyramid
 
 MAX_PAIRS = 2**28
 """Most pairs of box and location that one assignment looks at."""
 
 Ints = NDArray[np.int64]
-
-_ORDERED_BY = ("image", "location")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +20,6 @@ class Positives:
     """P positive locations, in the order of images and locations.
 
     Attributes:
-        image: Image of each, `[P]`.
-        location: Flat location of each in its image, `[P]`.
         labels: Class of each, `[P]`.
         cells: Image, level, row and column of each, `[P, 4]` int32.
         matched: Index of its box among the boxes of its image, `[P]` int32.
@@ -31,8 +28,6 @@ class Positives:
         level_counts: How many lie on each level, `[L]`.
     """
 
-    image: Ints
-    location: Ints
     labels: Ints
     cells: NDArray[np.int32]
     matched: NDArray[np.int32]
@@ -40,19 +35,23 @@ class Positives:
     centerness: NDArray[np.float32]
     level_counts: Ints
 
+    def places(self, levels: Pyramid) -> tuple[Ints, Ints]:
+        """Returns the image and the flat location of each, `[P]` both."""
+        image, level, row, column = self.cells.astype(np.int64).T
+        return image, levels.starts[level] + row * levels.widths[level] + column
+
 
 def joined(parts: Sequence[Positives]) -> Positives:
     """Returns the positives of boxes of several types, in the order of images and locations."""
     if len(parts) == 1:
         return parts[0]
-    image, location = (np.concatenate([getattr(part, name) for part in parts]) for name in _ORDERED_BY)
-    order = np.lexsort((location, image))
+    order = np.lexsort(np.concatenate([part.cells for part in parts]).T[::-1])
     others = {
         name: np.concatenate([getattr(part, name) for part in parts])[order]
         for name in ("labels", "cells", "matched", "ltrb", "centerness")
     }
     counts = np.sum([part.level_counts for part in parts], axis=0)
-    return Positives(image=image[order], location=location[order], level_counts=counts, **others)
+    return Positives(level_counts=counts, **others)
 
 
 def require_pairs(count: int) -> None:
