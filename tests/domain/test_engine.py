@@ -4,7 +4,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +84,7 @@ LIMITS = st.builds(
 @given(st.lists(JOBS, min_size=2, max_size=16), LIMITS)
 def test_every_item_has_the_bits_that_it_has_alone(jobs, batching):
     with closing(cpu_engine()) as engine, closing(cpu_engine(batching=batching)) as busy:
-        alone = [bits_of(engine.compute(replace(job, items=[item]))[0]) for job in jobs for item in job.items]
+        alone = [bits_of(engine.compute(job._replace(items=[item]))[0]) for job in jobs for item in job.items]
         with ThreadPoolExecutor(len(jobs)) as pool:
             answers = list(pool.map(lambda n: busy.compute(jobs[n], Asker(flow=n % 3)), range(len(jobs))))
         found = [bits_of([outcome]) for outcomes, _timing in answers for outcome in outcomes]
@@ -101,7 +100,7 @@ def test_on_a_gpu_too_every_item_has_the_bits_that_it_has_alone(jobs):
         closing(Engine(device, batching=Batching(together=False))) as engine,
         closing(Engine(device)) as busy,
     ):
-        alone = [bits_of(engine.compute(replace(job, items=[item]))[0]) for job in jobs for item in job.items]
+        alone = [bits_of(engine.compute(job._replace(items=[item]))[0]) for job in jobs for item in job.items]
         with ThreadPoolExecutor(len(jobs)) as pool:
             answers = list(pool.map(lambda n: busy.compute(jobs[n], Asker(flow=n)), range(len(jobs))))
         assert [bits_of([outcome]) for outcomes, _ in answers for outcome in outcomes] == alone
@@ -124,7 +123,7 @@ def test_a_bad_item_in_a_batch_fails_its_own_request_alone():
     bad = random_job("rows", [3, 4], 7, strict=True)
     logits = bad.items[1].arguments["inputs"].copy()
     logits[2, 1] = np.nan
-    bad.items[1] = replace(bad.items[1], arguments={**bad.items[1].arguments, "inputs": logits})
+    bad.items[1] = bad.items[1]._replace(arguments={**bad.items[1].arguments, "inputs": logits})
     engine = cpu_engine(batching=TOGETHER)
     with closing(engine), ThreadPoolExecutor(3) as pool:
         first, refused, last = asked_together(engine, [good[0], bad, good[1]], pool)

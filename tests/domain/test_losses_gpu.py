@@ -420,7 +420,11 @@ def test_the_loss_of_a_head_by_the_programs(monkeypatch, preset):
         preset=preset,
         strides=strides,
     )
-    monkeypatch.setattr(fcos_terms, "focal_sums", focal_sums_on_gpu)
+    monkeypatch.setattr(
+        fcos_terms,
+        "focal_sums",
+        lambda grids, constants: focal_sums_on_gpu([grid.flat() for grid in grids], constants),
+    )
     monkeypatch.setattr(
         fcos_terms, "row_sums", lambda groups, formula: row_sums_on_gpu(groups, formula, 1e-7)
     )

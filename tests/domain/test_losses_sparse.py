@@ -35,7 +35,7 @@ def test_elsewhere_every_bit_is_zero(make, preset, dtype):
             assert (np.diff(places) > 0).all()
             assert rows[places].any() or not len(places)
             rows[places] = 0
-            assert not rows.view(torch.uint8).any()
+            assert not rows.flatten().view(torch.uint8).any()
     assert sum(map(len, found.nonzero_rows["reg_preds"])) == found.raw_sums["positive_count"].sum() > 0
 
 

@@ -69,8 +69,7 @@ def loss_cases() -> list[CaseSpec]:
 def evaluate(loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool) -> Outcome:
     """Checks and evaluates as the engine does, and returns the value and the gradients, flat."""
     wanted = loss.differentiable if gradients else ()
-    with torch.no_grad():
-        evaluation = loss.evaluate(loss.prepare(arguments), EvaluationOptions(gradients=wanted))
+    evaluation = loss.evaluate(loss.prepare(arguments), EvaluationOptions(gradients=wanted))
     flat: list[Tensor] = [evaluation.loss]
     for gradient in evaluation.gradients.values():
         flat.extend([gradient] if isinstance(gradient, Tensor) else gradient)

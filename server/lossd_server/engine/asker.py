@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lossd_server.errors import CallerGoneError, DeadlineError, LossdError, Reason
 
@@ -14,8 +14,7 @@ def _never() -> bool:
     return False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asker:
+class Asker(NamedTuple):
     """Whoever brought a job.
 
     Attributes:

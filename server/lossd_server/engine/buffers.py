@@ -49,10 +49,14 @@ class BufferPool:
             self._settle()
             self._idle.clear()
 
-    def allocate(self, size: int) -> Tensor:
-        """Returns `size` bytes as a uint8 tensor; raises `MemoryError` where there are not so many."""
+    def allocate(self, size: int) -> Tensor | None:
+        """Returns `size` bytes as a uint8 tensor; None where these are few.
+
+        Raises:
+            MemoryError: There are not so many.
+        """
         if size < _SMALLEST:
-            return torch.empty(size, dtype=torch.uint8)
+            return None
         block = self._take(-(-size // _HUGE_PAGE) * _HUGE_PAGE)
         array = np.frombuffer(block, np.uint8, size)
         weakref.finalize(array, self._returned.append, block).atexit = False

@@ -1,7 +1,6 @@
 """Evaluates items on the device: launched one after another, and waited for once."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
@@ -107,8 +106,7 @@ class Evaluator:
         if job.strict:
             _refuse_non_finite(item.arguments)
         arguments = {name: to_device(value, self._device) for name, value in item.arguments.items()}
-        with torch.no_grad():
-            evaluation = job.loss.evaluate(arguments, self._options(item))
+        evaluation = job.loss.evaluate(arguments, self._options(item))
         check = None if job.strict else FiniteCheck.begin(arguments, evaluation.finite_inputs)
         return Launched(item=item, evaluation=evaluation, check=check)
 
@@ -116,7 +114,7 @@ class Evaluator:
         """Returns the item's options with where gradients go."""
         on_host = self._device.type == "cpu"
         outputs = {name: list(map(from_host, arrays)) for name, arrays in item.outputs.items() if on_host}
-        return replace(item.options, allocate=self._buffers.allocate, outputs=outputs)
+        return item.options._replace(allocate=self._buffers.allocate, outputs=outputs)
 
     def _make_room(self) -> None:
         """Gives back what is kept for later."""

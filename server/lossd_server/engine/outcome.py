@@ -1,8 +1,8 @@
 """From what a device found to an outcome on the host."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ from lossd_server.losses import Evaluation, NonFinite
 from lossd_server.losses.evaluation import FiniteCheck, Numbers, find_non_finite
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launched:
+class Launched(NamedTuple):
     """An evaluation that a GPU may still be at work on.
 
     Attributes:

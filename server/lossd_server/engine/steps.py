@@ -1,8 +1,7 @@
 """A job cut into steps: what is evaluated without a look at who else waits."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +12,7 @@ _ITEM_COST = 1 << 19
 """What an item costs beside its bytes: as many as are read and written while the smallest is evaluated."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Some items of a job.
 
     Attributes:

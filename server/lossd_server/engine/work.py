@@ -1,8 +1,8 @@
 """What the engine is asked, and what it answers: numpy on the host, nothing of any transport."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ Array = NDArray[Any]
 
 _IMAGE_COST = 100
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 class Evaluable(Protocol):
     """A loss that the engine can evaluate: one of ours, or the operator's."""
@@ -25,8 +27,7 @@ class Evaluable(Protocol):
         """Evaluates prepared arguments whose tensors lie on the device."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossItem:
+class LossItem(NamedTuple):
     """One evaluation.
 
     Attributes:
@@ -40,11 +41,10 @@ class LossItem:
     path: str
     arguments: Arguments
     options: EvaluationOptions
-    outputs: Mapping[str, list[Array]] = field(default_factory=dict)
+    outputs: Mapping[str, list[Array]] = _NOTHING
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossJob:
+class LossJob(NamedTuple):
     """A batch of evaluations under one loss.
 
     Attributes:
@@ -61,8 +61,7 @@ class LossJob:
     owner: Hashable = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossOutcome:
+class LossOutcome(NamedTuple):
     """An `Evaluation` on the host.
 
     Attributes:
@@ -78,14 +77,14 @@ class LossOutcome:
     """
 
     loss: Array
-    components: list[tuple[str, float, float]] = field(default_factory=list)
-    gradients: dict[str, list[Array]] = field(default_factory=dict)
-    raw_sums: list[Mapping[str, float]] = field(default_factory=list)
-    non_finite: list[NonFinite] = field(default_factory=list)
+    components: Sequence[tuple[str, float, float]] = ()
+    gradients: Mapping[str, list[Array]] = _NOTHING
+    raw_sums: Sequence[Mapping[str, float]] = ()
+    non_finite: Sequence[NonFinite] = ()
     preset: LossPreset | None = None
     kept_rows: Array | None = None
     negative_side_count: int = 0
-    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = field(default_factory=dict)
+    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
 
     @property
     def positive_count(self) -> int:
@@ -93,8 +92,7 @@ class LossOutcome:
         return int(sum(level["positive_count"] for level in self.raw_sums))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AssignItem:
+class AssignItem(NamedTuple):
     """Images of one size: their objects, and the levels of their pyramid."""
 
     path: str
@@ -112,8 +110,7 @@ class AssignItem:
         return len(self.objects) * self.levels.location_count
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AssignJob:
+class AssignJob(NamedTuple):
     """A batch of assignments under one assigner.
 
     Attributes:
@@ -129,8 +126,7 @@ class AssignJob:
     answer_bytes: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds that a job waited for the device, and that it ran."""
 
     queue: float

@@ -35,8 +35,6 @@ typedef struct {
     int32_t logits_type, gradient_type;
     int32_t labels_type;
     int32_t background;     /* whether a cell without an object is a negative of every class */
-    int32_t stray;          /* found: whether a logit is NaN or infinite */
-    double loss;            /* found: the loss of all cells */
 } focal_grid;
 
 typedef struct {
@@ -371,24 +369,27 @@ static void run_focal_task(void *argument, int64_t task) {
     *found = compute_task(g, work->constants, task / tasks_of_image(g), part * CELLS_OF_TASK);
 }
 
-/* Evaluates grids with at most so many threads; returns 0, or -1 without memory. */
-int lossd_focal(focal_grid *grids, int32_t count, const focal_constants *constants, int32_t threads) {
+/* Evaluates grids with at most so many threads, and writes the loss of each; returns whether a logit is NaN or
+ * infinite, or -1 without memory. */
+int lossd_focal(
+    const focal_grid *grids, int32_t count, const focal_constants *constants, int32_t threads, double *losses
+) {
     int64_t tasks = 0;
+    int stray = 0;
     for (int32_t i = 0; i < count; i++) tasks += tasks_of_grid(&grids[i]);
     focal_found *found = malloc((tasks + 1) * sizeof *found), *next = found;
     if (!found) return -1;
     focal_work work = {.grids = grids, .constants = constants, .found = found};
     run_tasks(run_focal_task, &work, tasks, threads);
-    for (focal_grid *g = grids; g < grids + count; g++) {
-        g->loss = 0.0;
-        g->stray = 0;
-        for (int64_t task = tasks_of_grid(g); task; task--, next++) {
-            g->loss += next->loss;
-            g->stray |= next->stray;
+    for (int32_t i = 0; i < count; i++) {
+        losses[i] = 0.0;
+        for (int64_t task = tasks_of_grid(&grids[i]); task; task--, next++) {
+            losses[i] += next->loss;
+            stray |= next->stray;
         }
     }
     free(found);
-    return 0;
+    return stray;
 }
 
 /* Returns how many of so many labels are of an object, or -1 if one is neither a class nor -1. Not for

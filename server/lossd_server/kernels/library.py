@@ -33,6 +33,10 @@ def _declare(library: ctypes.CDLL) -> None:
     """Says what goes in where that is passed bare, and what comes back where that is not an int."""
     library.lossd_count_objects.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
     library.lossd_count_objects.restype = ctypes.c_int64
+    library.lossd_focal.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32),
+        ctypes.c_void_p,
+    )
     library.lossd_paint.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     library.lossd_paint.restype = ctypes.c_int64
     library.lossd_read_objects.argtypes = (

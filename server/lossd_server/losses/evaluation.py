@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +19,10 @@ TensorOrLevels = Tensor | list[Tensor]
 Numbers = NDArray[np.float64] | Tensor
 """A few float64 numbers: numpy's on the host, on a GPU a tensor, so that nobody waits for it."""
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationOptions:
+
+class EvaluationOptions(NamedTuple):
     """What is wanted beside the value.
 
     Attributes:
@@ -31,7 +34,7 @@ class EvaluationOptions:
         outputs: Tensors that gradients are written to, by input name: dense, in the shape of the
             input, one or one a level. Where there is none, a new one is made.
         allocate: Makes a new one on the host: takes a number of bytes, and returns as many as an
-            uninitialised uint8 tensor. None means torch's own.
+            uninitialised uint8 tensor, or None where torch's own are as good. None means torch's own.
         nonzero_rows: Whether to say where alone a gradient can be other than zero.
     """
 
@@ -39,8 +42,8 @@ class EvaluationOptions:
     gradient_dtype: torch.dtype | None = None
     component_gradients: bool = False
     normalizer: float | None = None
-    outputs: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    allocate: Callable[[int], Tensor] | None = None
+    outputs: Mapping[str, Sequence[Tensor]] = _NOTHING
+    allocate: Callable[[int], Tensor | None] | None = None
     nonzero_rows: bool = False
 
 
@@ -62,8 +65,7 @@ class NonFinite:
     first_index: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The outcome of evaluating a loss on one item.
 
     Attributes:
@@ -81,13 +83,13 @@ class Evaluation:
 
     loss: Tensor
     components: tuple[Component, ...] = ()
-    gradients: Mapping[str, TensorOrLevels] = field(default_factory=dict)
-    raw_sums: Mapping[str, Numbers] = field(default_factory=dict)
+    gradients: Mapping[str, TensorOrLevels] = _NOTHING
+    raw_sums: Mapping[str, Numbers] = _NOTHING
     preset: LossPreset | None = None
     kept_rows: Tensor | None = None
     negative_side_count: float | Tensor = 0
     finite_inputs: frozenset[str] = frozenset()
-    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = field(default_factory=dict)
+    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:

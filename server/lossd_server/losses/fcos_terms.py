@@ -59,7 +59,9 @@ def term_sums(
     wanted = [targets.centerness[:, None] for targets in levels]
     centerness = _groups(preds[2], levels, wanted, requests[2])
     if preds[0][0].is_cuda:
-        found = head_sums_on_gpu(grids, constants, boxes, rules.box_formula, centerness)
+        found = head_sums_on_gpu(
+            [grid.flat() for grid in grids], constants, boxes, rules.box_formula, centerness
+        )
         if found is not None:
             return found
     return (
@@ -98,11 +100,11 @@ def _grids(
 ) -> list[FocalGrid]:
     return [
         FocalGrid(
-            logits=grid(pred),
+            logits=pred,
             labels=_on_device(targets.labels, pred),
             background=background,
             ignored=None if targets.ignored is None else _on_device(targets.ignored, pred),
-            gradient=None if request is None else grid(request.buffers[level]),
+            gradient=None if request is None else request.buffers[level],
             scale=1.0 if request is None else float(request.scales[level]),
         )
         for level, (pred, targets) in enumerate(zip(preds, levels, strict=True))

@@ -7,7 +7,7 @@ from torch import Tensor
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, as_tensor
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
@@ -15,6 +15,8 @@ from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.native import count_objects_natively
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
+
+_LOGITS = frozenset({"inputs"})
 
 
 class FocalLoss(LossModule):
@@ -99,9 +101,10 @@ class FocalLoss(LossModule):
     def prepare(self, arguments: Arguments) -> Arguments:
         """Checks arguments, numpy or torch, and returns them with the number of rows that count."""
         self.check(arguments)
-        labels, classes = checks.host_array(arguments["targets"]), arguments["inputs"].shape[1]
+        labels, classes = arguments["targets"], arguments["inputs"].shape[1]
         count = count_objects_natively(labels, classes)
         if count is None:
+            labels = checks.host_array(labels)
             checks.require_labels("targets", labels, num_classes=classes)
             count = int(np.count_nonzero(labels >= 0))
         return {**arguments, "valid_count": count}
@@ -109,8 +112,7 @@ class FocalLoss(LossModule):
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared logits and labels; see `LossModule.evaluate`."""
         inputs: Tensor = arguments["inputs"]
-        logits = grid(inputs)
-        labels = arguments["targets"].reshape(logits.shape[0], logits.shape[2])
+        labels: Tensor = arguments["targets"]
         valid = arguments["valid_count"]
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         dtype = torch.promote_types(inputs.dtype, torch.float32)
@@ -119,9 +121,9 @@ class FocalLoss(LossModule):
         if self.reduction is Reduction.NONE:
             rows = torch.empty(labels.shape, dtype=dtype, device=inputs.device)
         problem = FocalGrid(
-            logits=logits,
+            logits=inputs,
             labels=labels,
-            gradient=None if gradients is None else grid(gradients[0]),
+            gradient=None if gradients is None else gradients[0],
             scale=1 / divisor,
             rows=rows,
         )
@@ -134,7 +136,7 @@ class FocalLoss(LossModule):
             raw_sums={"cls_loss": sums.losses, "valid_count": count, "positive_count": count},
             preset=LossPreset.AUTOTIMM,
             kept_rows=None if rows is None else (labels >= 0).flatten().nonzero().flatten(),
-            finite_inputs=frozenset({"inputs"} if sums.finite else ()),
+            finite_inputs=_LOGITS if sums.finite else frozenset(),
         )
 
 

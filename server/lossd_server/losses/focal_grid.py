@@ -1,6 +1,5 @@
 """What the focal kernels work on: a grid of logits with its labels, and the constants."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,7 @@ _LARGEST_GAMMA = 4
 """Of the compiled kernel, which multiplies."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FocalConstants:
+class FocalConstants(NamedTuple):
     """The constants of a focal loss; `alpha` None or negative switches the class weights off."""
 
     alpha: float | None
@@ -35,9 +33,11 @@ class FocalConstants:
         return 1.0 if self.alpha is None or self.alpha < 0 else 1 - self.alpha
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FocalGrid:
+class FocalGrid(NamedTuple):
     """Logits, what is at their locations, and where the results go.
+
+    In a grid that is `flat`, tensors have the shapes that are given here. In any other, there may be one more
+    axis for the locations, `[H, W]` in place of `[S]`, or `[N, C]` logits and `[N]` of the rest.
 
     Attributes:
         logits: `[B, C, S]`, any float type and any strides.
@@ -60,6 +60,18 @@ class FocalGrid:
     scale: float = 1.0
     rows: Tensor | None = None
 
+    def flat(self) -> "FocalGrid":
+        """Returns the grid with the locations of each image in a row, what is written to as a view."""
+        logits = grid(self.logits)
+        batch, _, locations = logits.shape
+        return self._replace(
+            logits=logits,
+            labels=_row_by_row(self.labels, batch, locations),
+            ignored=None if self.ignored is None else _row_by_row(self.ignored, batch, locations),
+            gradient=None if self.gradient is None else grid(self.gradient),
+            rows=None if self.rows is None else self.rows.view(batch, locations),
+        )
+
     def taking_part(self) -> Tensor:
         """Returns which locations count, `[B, S]` bool."""
         if not self.background:
@@ -80,5 +92,13 @@ class FocalSums(NamedTuple):
 
 
 def grid(tensor: Tensor) -> Tensor:
-    """Returns `[N, C]` as `[1, C, N]` and `[B, C, H, W]` as `[B, C, H·W]`, a view wherever strides allow."""
+    """Returns `[N, C]` as `[1, C, N]` and `[B, C, H, W]` as `[B, C, H·W]`, a view wherever strides allow.
+
+    What is `[B, C, S]` already stays as it is.
+    """
     return tensor.t().unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(2)
+
+
+def _row_by_row(tensor: Tensor, batch: int, locations: int) -> Tensor:
+    flat = tensor.reshape(batch, locations)
+    return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -23,8 +23,11 @@ _PORTION_OF_GPU = 1 << 24
 
 def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums:
     """Returns the summed focal loss of each grid, and writes gradients and rows."""
-    on_gpu = any(grid.logits.is_cuda for grid in grids)
-    compiled = (focal_sums_on_gpu if on_gpu else focal_sums_natively)(grids, constants)
+    compiled = focal_sums_natively(grids, constants)
+    if compiled is not None:
+        return compiled
+    grids = [grid.flat() for grid in grids]
+    compiled = focal_sums_on_gpu(grids, constants) if any(grid.logits.is_cuda for grid in grids) else None
     if compiled is not None:
         return compiled
     losses = [_sum_by_torch(grid, constants) for grid in grids]

@@ -30,11 +30,14 @@ def clear(buffer: Tensor) -> None:
 
 def _empty(tensor: Tensor, options: EvaluationOptions) -> Tensor:
     """Returns an uninitialised tensor laid out like another, as far as that one is dense."""
-    shape, strides = tensor.shape, _dense_strides(tensor)
     dtype = options.gradient_dtype or tensor.dtype
-    if options.allocate is None or tensor.device.type != "cpu":
-        return torch.empty_strided(shape, strides, dtype=dtype, device=tensor.device)
-    return options.allocate(tensor.numel() * dtype.itemsize).view(dtype).as_strided(shape, strides)
+    if options.allocate is not None and tensor.is_cpu:
+        memory = options.allocate(tensor.numel() * dtype.itemsize)
+        if memory is not None:
+            return memory.view(dtype).as_strided(tensor.shape, _dense_strides(tensor))
+    if tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    return torch.empty_strided(tensor.shape, _dense_strides(tensor), dtype=dtype, device=tensor.device)
 
 
 def _dense_strides(tensor: Tensor) -> Sequence[int]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import grpc
 
@@ -13,8 +13,7 @@ def _unlimited(_size: int) -> None:
     """There is room for any answer."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """The other end of a call.
 
     Attributes:
@@ -24,7 +23,7 @@ class Caller:
         reserve: Counts bytes of the answer before they are there; raises where there is no room.
     """
 
-    asker: Asker = field(default_factory=Asker)
+    asker: Asker = Asker()
     is_on_this_host: bool = False
     reserve: Callable[[int], None] = _unlimited
 

@@ -1,7 +1,6 @@
 """From messages to work: unpacks, checks everything, and names the field of whatever is wrong."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -83,7 +82,7 @@ def read_loss_job(
         read = _read_item(f"items[{index}]", item, kind, loss, options, reader)
         with errors_within(f"items[{index}]"):
             outputs = read_outputs(request, index, read.arguments, slices)
-        items.append(replace(read, outputs=outputs) if outputs else read)
+        items.append(read._replace(outputs=outputs) if outputs else read)
     slices.check_overlaps()
     return LossJob(loss=loss, items=items, strict=request.strict, owner=slices.owner())
 
@@ -204,7 +203,7 @@ def _with_normalizer(
             Reason.UNEXPECTED_FIELD, "a custom loss does its own division", field="normalizer"
         )
     loss.check_normalizer(item.normalizer)
-    return replace(options, normalizer=item.normalizer)
+    return options._replace(normalizer=item.normalizer)
 
 
 def _read_arguments(inputs: Message, loss: LossModule, reader: InputReader) -> Mapping[str, Any]:

@@ -3,16 +3,21 @@
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lossd_server.kernels import loaded_library
+from lossd_server.kernels import address_of, loaded_library
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.native.numbers import FLOAT_TYPES, address, thread_count
 
 _SMALL = 1 << 16
 """Logits below which another thread costs more than it saves."""
+
+_MAP, _ROWS = 4, 3
+"""Dimensions of logits: `[B, C, H, W]` and `[B, C, S]`; `[N, C]` has two."""
 
 _LABEL_TYPES = {
     torch.int8: 0,
@@ -38,8 +43,6 @@ class _Grid(ctypes.Structure):
         *((f"{name}_batch_stride", ctypes.c_int64) for name in ("labels", "ignored")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("logits_type", "gradient_type", "labels_type", "background")),
-        ("stray", ctypes.c_int32),
-        ("loss", ctypes.c_double),
     )
 
 
@@ -57,52 +60,91 @@ def focal_sums_natively(grids: Sequence[FocalGrid], constants: FocalConstants) -
 
     It applies on the CPU, for every type but float64 and for whole gammas up to 4.
     """
-    library = loaded_library()
-    if library is None or not constants.has_kernel or not all(map(_applies, grids)):
+    library, weights = loaded_library(), _weights(constants)
+    if library is None or weights is None or not all(map(_applies, grids)):
         return None
+    grids = [grid if _lies_in_rows(grid) else grid.flat() for grid in grids]
     problems = (_Grid * len(grids))(*map(_problem, grids))
     threads = thread_count(sum(grid.logits.numel() for grid in grids), _SMALL)
-    if library.lossd_focal(problems, len(grids), ctypes.byref(_weights(constants)), threads):
+    losses = np.empty(len(grids))
+    stray = library.lossd_focal(problems, len(grids), weights, threads, address_of(losses))
+    if stray < 0:
         raise MemoryError
-    losses = np.array([problem.loss for problem in problems])
-    return FocalSums(losses=losses, finite=not any(problem.stray for problem in problems))
-
-
-def _applies(grid: FocalGrid) -> bool:
-    logits, gradient, ignored, rows = grid.logits, grid.gradient, grid.ignored, grid.rows
-    return (
-        logits.device.type == "cpu"
-        and logits.dtype in FLOAT_TYPES
-        and (gradient is None or gradient.dtype in FLOAT_TYPES)
-        and grid.labels.stride(1) == 1
-        and (ignored is None or ignored.stride(1) == 1)
-        and (rows is None or rows.is_contiguous())
-    )
+    return FocalSums(losses=losses, finite=not stray)
 
 
 @lru_cache
-def _weights(constants: FocalConstants) -> _Constants:
-    return _Constants(constants.negative_weight, constants.positive_weight, int(constants.gamma))
+def _weights(constants: FocalConstants) -> Any:
+    """Returns the constants in the kernel's terms, None where it does not know the gamma."""
+    if not constants.has_kernel:
+        return None
+    weights = constants.negative_weight, constants.positive_weight
+    return ctypes.byref(_Constants(*weights, int(constants.gamma)))
+
+
+def _applies(grid: FocalGrid) -> bool:
+    logits, gradient = grid.logits, grid.gradient
+    return (
+        logits.is_cpu
+        and logits.dtype in FLOAT_TYPES
+        and (gradient is None or gradient.dtype in FLOAT_TYPES)
+        and (grid.rows is None or grid.rows.is_contiguous())
+    )
+
+
+def _lies_in_rows(grid: FocalGrid) -> bool:
+    """Whether the locations of each image lie at one distance from each other, as the kernel wants them."""
+    return (
+        _is_a_map_of_rows(grid.logits)
+        and (grid.gradient is None or _is_a_map_of_rows(grid.gradient))
+        and _is_row_by_row(grid.labels)
+        and (grid.ignored is None or _is_row_by_row(grid.ignored))
+    )
+
+
+def _is_a_map_of_rows(tensor: Tensor) -> bool:
+    strides = tensor.stride()
+    return len(strides) < _MAP or strides[2] == tensor.shape[3] * strides[3]
+
+
+def _is_row_by_row(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1)
 
 
 def _problem(grid: FocalGrid) -> _Grid:
     """Returns the grid in the kernel's terms; it points into the tensors."""
-    logits, labels = grid.logits, grid.labels
-    gradient = logits if grid.gradient is None else grid.gradient
+    logits, gradient, labels, ignored = grid.logits, grid.gradient, grid.labels, grid.ignored
+    shape, strides = _extents(logits), _strides(logits)
     return _Grid(
         logits.data_ptr(),
-        address(grid.gradient),
+        None if gradient is None else gradient.data_ptr(),
         labels.data_ptr(),
-        address(grid.ignored),
+        address(ignored),
         address(grid.rows),
-        *logits.shape,
-        *logits.stride(),
-        *gradient.stride(),
-        labels.stride(0),
-        0 if grid.ignored is None else grid.ignored.stride(0),
+        *shape,
+        *strides,
+        *(strides if gradient is None else _strides(gradient)),
+        labels.stride(0) if labels.dim() == 2 else shape[2],
+        0 if ignored is None else ignored.stride(0) if ignored.dim() == 2 else shape[2],
         grid.scale,
         FLOAT_TYPES[logits.dtype],
-        FLOAT_TYPES[gradient.dtype],
+        FLOAT_TYPES[logits.dtype if gradient is None else gradient.dtype],
         _LABEL_TYPES[labels.dtype],
         grid.background,
     )
+
+
+def _extents(tensor: Tensor) -> Sequence[int]:
+    """Returns images, classes and locations."""
+    shape = tensor.shape
+    if len(shape) == _MAP:
+        return shape[0], shape[1], shape[2] * shape[3]
+    return shape if len(shape) == _ROWS else (1, shape[1], shape[0])
+
+
+def _strides(tensor: Tensor) -> Sequence[int]:
+    """Returns the distances of neighbouring images, classes and locations."""
+    strides = tensor.stride()
+    if len(strides) == _MAP:
+        return strides[0], strides[1], strides[3]
+    return strides if len(strides) == _ROWS else (0, strides[1], strides[0])

@@ -3,21 +3,34 @@
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from lossd_server.kernels import address_of, loaded_library
 
-_TYPES = {np.dtype(name): i for i, name in enumerate(("i1", "u1", "i2", "u2", "i4", "i8"))}
+_NAMES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
+
+_TYPES = {
+    of(name): i for i, name in enumerate(_NAMES) for of in (np.dtype, lambda name: getattr(torch, name))
+}
 """Types of labels that are counted, by their numbers in focal.c."""
 
 
-def count_objects_natively(labels: NDArray[Any], num_classes: int) -> int | None:
-    """Returns how many labels are of an object, in one pass.
+def count_objects_natively(labels: Any, num_classes: int) -> int | None:
+    """Returns how many labels, numpy or torch, are of an object, in one pass.
 
     None where that does not apply, and where a label is neither -1 nor a class.
     """
     library, kind = loaded_library(), _TYPES.get(labels.dtype)
-    if library is None or kind is None or not labels.flags.c_contiguous:
+    if library is None or kind is None:
         return None
-    found: int = library.lossd_count_objects(address_of(labels), kind, labels.size, num_classes)
+    if isinstance(labels, Tensor):
+        if not (labels.is_cpu and labels.is_contiguous()):
+            return None
+        address, count = labels.data_ptr(), labels.numel()
+    elif labels.flags.c_contiguous:
+        address, count = address_of(labels), labels.size
+    else:
+        return None
+    found: int = library.lossd_count_objects(address, kind, count, num_classes)
     return None if found < 0 else found
