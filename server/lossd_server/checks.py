@@ -55,7 +55,7 @@ def _name_of(dtype: Any) -> str:
 
 def require_dtype(field: str, array: ArrayLike, allowed: Sequence[str]) -> None:
     """Raises `INVALID_DTYPE` unless the element type is one of `allowed`."""
-    name = dtype_name(array)
+    name = _name_of(array.dtype)
     if name not in allowed:
         raise InvalidInputError(
             Reason.INVALID_DTYPE,

@@ -88,15 +88,15 @@ class FocalLoss(LossModule):
         inputs, targets = arguments["inputs"], arguments["targets"]
         checks.require_dtype("inputs", inputs, checks.FLOATS)
         checks.require_dtype("targets", targets, checks.INTEGERS)
-        if len(inputs.shape) not in {2, 4}:
+        shape = list(inputs.shape)
+        if len(shape) not in {2, 4}:
             raise InvalidInputError(
                 Reason.INVALID_SHAPE,
-                f"shape is {list(inputs.shape)}, want [N, C] or [N, C, H, W]",
+                f"shape is {shape}, want [N, C] or [N, C, H, W]",
                 field="inputs",
-                shape=list(inputs.shape),
+                shape=shape,
             )
-        batch, _, *cells = inputs.shape
-        checks.require_shape("targets", targets, [batch, *cells])
+        checks.require_shape("targets", targets, shape[:1] + shape[2:])
 
     def prepare(self, arguments: Arguments) -> Arguments:
         """Checks arguments, numpy or torch, and returns them with the number of rows that count."""
@@ -115,7 +115,7 @@ class FocalLoss(LossModule):
         labels: Tensor = arguments["targets"]
         valid = arguments["valid_count"]
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
-        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        dtype = torch.float64 if inputs.dtype is torch.float64 else torch.float32
         gradients = gradient_buffers(options, "inputs", [inputs])
         rows = None
         if self.reduction is Reduction.NONE:

@@ -36,7 +36,7 @@ def _empty(tensor: Tensor, options: EvaluationOptions) -> Tensor:
         if memory is not None:
             return memory.view(dtype).as_strided(tensor.shape, _dense_strides(tensor))
     if tensor.is_contiguous():
-        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        return torch.empty_like(tensor, dtype=dtype)
     return torch.empty_strided(tensor.shape, _dense_strides(tensor), dtype=dtype, device=tensor.device)
 
 

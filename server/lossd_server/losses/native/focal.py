@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from lossd_server.losses.native.numbers import FLOAT_TYPES, address, thread_coun
 
 _SMALL = 1 << 16
 """Logits below which another thread costs more than it saves."""
-
-_MAP, _ROWS = 4, 3
-"""Dimensions of logits: `[B, C, H, W]` and `[B, C, S]`; `[N, C]` has two."""
 
 _LABEL_TYPES = {
     torch.int8: 0,
@@ -95,16 +92,11 @@ def _applies(grid: FocalGrid) -> bool:
 def _lies_in_rows(grid: FocalGrid) -> bool:
     """Whether the locations of each image lie at one distance from each other, as the kernel wants them."""
     return (
-        _is_a_map_of_rows(grid.logits)
-        and (grid.gradient is None or _is_a_map_of_rows(grid.gradient))
+        _layout_of(grid.logits) is not None
+        and (grid.gradient is None or _layout_of(grid.gradient) is not None)
         and _is_row_by_row(grid.labels)
         and (grid.ignored is None or _is_row_by_row(grid.ignored))
     )
-
-
-def _is_a_map_of_rows(tensor: Tensor) -> bool:
-    strides = tensor.stride()
-    return len(strides) < _MAP or strides[2] == tensor.shape[3] * strides[3]
 
 
 def _is_row_by_row(tensor: Tensor) -> bool:
@@ -114,18 +106,18 @@ def _is_row_by_row(tensor: Tensor) -> bool:
 def _problem(grid: FocalGrid) -> _Grid:
     """Returns the grid in the kernel's terms; it points into the tensors."""
     logits, gradient, labels, ignored = grid.logits, grid.gradient, grid.labels, grid.ignored
-    shape, strides = _extents(logits), _strides(logits)
+    layout = _layout_of(logits)
     return _Grid(
         logits.data_ptr(),
-        None if gradient is None else gradient.data_ptr(),
+        address(gradient),
         labels.data_ptr(),
         address(ignored),
         address(grid.rows),
-        *shape,
-        *strides,
-        *(strides if gradient is None else _strides(gradient)),
-        labels.stride(0) if labels.dim() == 2 else shape[2],
-        0 if ignored is None else ignored.stride(0) if ignored.dim() == 2 else shape[2],
+        *layout.extents,
+        *layout.strides,
+        *(layout if gradient is None else _layout_of(gradient)).strides,
+        labels.stride(0) if labels.dim() == 2 else layout.extents[2],
+        0 if ignored is None else ignored.stride(0) if ignored.dim() == 2 else layout.extents[2],
         grid.scale,
         FLOAT_TYPES[logits.dtype],
         FLOAT_TYPES[logits.dtype if gradient is None else gradient.dtype],
@@ -134,17 +126,25 @@ def _problem(grid: FocalGrid) -> _Grid:
     )
 
 
-def _extents(tensor: Tensor) -> Sequence[int]:
-    """Returns images, classes and locations."""
-    shape = tensor.shape
-    if len(shape) == _MAP:
-        return shape[0], shape[1], shape[2] * shape[3]
-    return shape if len(shape) == _ROWS else (1, shape[1], shape[0])
+class _Layout(NamedTuple):
+    """How many images, classes and locations there are, and how far neighbours of each are apart."""
+
+    extents: tuple[int, int, int]
+    strides: tuple[int, int, int]
 
 
-def _strides(tensor: Tensor) -> Sequence[int]:
-    """Returns the distances of neighbouring images, classes and locations."""
-    strides = tensor.stride()
-    if len(strides) == _MAP:
-        return strides[0], strides[1], strides[3]
-    return strides if len(strides) == _ROWS else (0, strides[1], strides[0])
+def _layout_of(tensor: Tensor) -> Any:
+    return _layout(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Layout | None:
+    """Returns the layout of logits of so many dimensions; None where locations are not at one distance."""
+    match shape, strides:
+        case (cells, classes), (cell, each_class):
+            return _Layout((1, classes, cells), (0, each_class, cell))
+        case (batch, classes, cells), (image, each_class, cell):
+            return _Layout((batch, classes, cells), (image, each_class, cell))
+        case (batch, classes, height, width), (image, each_class, down, across) if down == width * across:
+            return _Layout((batch, classes, height * width), (image, each_class, across))
+    return None
