@@ -112,9 +112,12 @@ class Evaluator:
 
     def _options(self, item: LossItem) -> EvaluationOptions:
         """Returns the item's options with where gradients go."""
-        on_host = self._device.type == "cpu"
-        outputs = {name: list(map(from_host, arrays)) for name, arrays in item.outputs.items() if on_host}
-        return item.options._replace(allocate=self._buffers.allocate, outputs=outputs)
+        options = item.options._replace(allocate=self._buffers.allocate)
+        if not item.outputs or self._device.type != "cpu":
+            return options
+        return options._replace(
+            outputs={name: list(map(from_host, arrays)) for name, arrays in item.outputs.items()}
+        )
 
     def _make_room(self) -> None:
         """Gives back what is kept for later."""

@@ -25,8 +25,11 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Returns arrays, and arrays in lists, as tensors on the device; anything else as it is."""
     if isinstance(value, list):
         return [to_device(entry, device) for entry in value]
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = from_host(value)
     # To a GPU the driver copies by way of memory of its own: the array has been read when this returns.
-    return from_host(value).to(device, non_blocking=True) if isinstance(value, np.ndarray) else value
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
 
 def to_host(
@@ -51,8 +54,9 @@ def _row(number: float | Numbers) -> NDArray[np.float64]:
 
 
 def _fetched(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    copies = [_copy_under_way(tensor.detach()) for tensor in tensors]
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    copies = list(map(_copy_under_way, tensors)) if devices else tensors
+    for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return list(map(_array, copies))
 
@@ -64,10 +68,13 @@ def _copy_under_way(tensor: Tensor) -> Tensor:
     """
     if not tensor.is_cuda:
         return tensor
+    tensor = tensor.detach()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()
