@@ -114,22 +114,21 @@ class Assignment:
 
     def dense(self) -> list[DenseLevel]:
         """Returns the targets of every location, level by level."""
-        labels = self.label_map()
-        return [
-            self._dense_level(level, labels[:, span], span) for level, span in enumerate(self._level_spans())
-        ]
+        return [self._dense_level(level, span) for level, span in enumerate(self._level_spans())]
 
-    def _dense_level(self, level: int, labels: Ints, span: slice) -> DenseLevel:
-        shape = (self.batch_size, *self.pyramid.sizes[level])
+    def _dense_level(self, level: int, span: slice) -> DenseLevel:
+        batch, height, width = shape = self.batch_size, *self.pyramid.sizes[level]
         found = self.found
-        here = found.cells[:, 1] == level
+        here = np.flatnonzero(found.cells[:, 1] == level)
         image, _, row, column = found.cells[here].T
-        reg = np.zeros((self.batch_size, 4, *shape[1:]), np.float32)
+        cls = np.full(shape, self.unassigned, np.int64)
+        cls[image, row, column] = found.labels[here]
+        reg = np.zeros((batch, 4, height, width), np.float32)
         reg[image, :, row, column] = found.ltrb[here]
         centerness = np.zeros(shape, np.float32)
         centerness[image, row, column] = found.centerness[here]
         return DenseLevel(
-            cls=labels.reshape(shape),
+            cls=cls,
             reg=reg,
             centerness=centerness,
             ignored=None if self.ignored is None else self.ignored[:, span].reshape(shape),
