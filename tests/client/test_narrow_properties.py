@@ -82,7 +82,6 @@ def test_sparse_targets_are_the_dense_ones(scenes, height, width):
             if expected is not None:
                 assert (value.dtype, value.shape) == (expected.dtype, expected.shape)
                 assert value.tobytes() == expected.tobytes()
-    bytes_of = sum(getattr(sparse, name).nbytes for name in names)
     arrays_of = [array for level in assignment.dense() for array in (level.cls, level.reg, level.centerness)]
     arrays_of += [level.ignored for level in assignment.dense() if level.ignored is not None]
-    assert assignment.is_smaller_sparse() == (bytes_of < sum(array.nbytes for array in arrays_of))
+    assert assignment.dense_bytes == sum(array.nbytes for array in arrays_of)

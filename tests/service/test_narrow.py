@@ -78,16 +78,23 @@ def test_other_losses_have_no_sparse_gradients(stub):
     assert not gradient.sparse
 
 
-def test_the_smaller_form_of_targets(stub):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_smaller_form_of_targets(stub, narrow):
     crowd = {**FEW, "iscrowd": np.array([True])}
     covering = np.repeat(np.array([[4, 4, 60, 60]], np.float32), 1, axis=0)
     full = {"boxes": covering, "labels": np.array([0])}
+    wide = {"boxes": np.array([[0, 0, 800, 520]], np.float32), "labels": np.array([3])}
+    wider = {"boxes": np.array([[0, 0, 800, 650]], np.float32), "labels": np.array([3])}
     for images, size, form in (
         ([FEW, NONE], (64, 96), "sparse"),
         ([crowd, FEW], (64, 96), "sparse"),
         ([full], (56, 56), "dense"),
+        ([wide], (800, 800), "sparse" if narrow else "dense"),
+        ([{**wide, "labels": np.array([300])}], (800, 800), "sparse" if narrow else "dense"),
+        ([wider], (800, 800), "dense"),
+        ([{**wider, "labels": np.array([300])}], (800, 800), "sparse" if narrow else "dense"),
     ):
-        request = assign_request(images, size, format=pb.TARGET_FORMAT_SMALLER)
+        request = assign_request(images, size, format=pb.TARGET_FORMAT_SMALLER, narrow_integers=narrow)
         request.assigner.strides.append(8)
         request.assigner.regress_ranges.add(min=-1, max=1000)
         (found,) = stub.AssignTargets(request).results

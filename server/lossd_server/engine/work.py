@@ -1,7 +1,6 @@
 """What the engine is asked, and what it answers: numpy on the host, nothing of any transport."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ Array = NDArray[Any]
 
 _IMAGE_COST = 100
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Evaluable(Protocol):

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ TensorOrLevels = Tensor | list[Tensor]
 Numbers = NDArray[np.float64] | Tensor
 """A few float64 numbers: numpy's on the host, on a GPU a tensor, so that nobody waits for it."""
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = {}
 
 
 class EvaluationOptions(NamedTuple):

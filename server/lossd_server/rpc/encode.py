@@ -1,11 +1,12 @@
 """From outcomes to messages, each written in its place in the answer: put in later, it would be copied."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from functools import lru_cache
 
 from lossd.narrow import narrowed_integers
 from lossd.sparse import is_smaller, pack_sparse
-from lossd.tensors import Array, put, put_shared
+from lossd.tensors import put, put_shared
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
@@ -14,7 +15,10 @@ from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
 from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
 from lossd_server.targets.pyramid import Pyramid
 
-_Put = Callable[[Array, tensor_pb2.Tensor, Payloads], None]
+_SPARSE_FORMATS = {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
+
+_NARROWED_BYTES = 7
+"""What a label loses at most: of eight bytes."""
 
 _COUNTS = {"valid_count", "positive_count"}
 
@@ -86,16 +90,13 @@ def write_target_result(
         preset: Whose rules were followed.
         narrow: Whether integers may go in fewer bytes.
     """
-    put_integers = _put_narrowed if narrow else put
-    sparse = target_format == pb.TARGET_FORMAT_SPARSE
-    if target_format == pb.TARGET_FORMAT_SMALLER:
-        sparse = assignment.is_smaller_sparse()
-    if sparse:
-        _write_sparse(assignment.sparse(), result.sparse, payloads, put_integers)
+    targets = _targets(assignment, target_format, narrow=narrow)
+    if isinstance(targets, SparseTargets):
+        _write_sparse(targets, result.sparse, payloads)
     else:
         result.dense.SetInParent()
-        for level in assignment.dense():
-            _write_level(level, result.dense.levels.add(), payloads, put_integers)
+        for level in targets:
+            _write_level(level, result.dense.levels.add(), payloads)
     result.positive_counts.extend(assignment.positive_counts())
     result.feature_sizes.extend(_sizes(assignment.pyramid))
     result.preset = number_of(ASSIGNER_PRESETS, preset)
@@ -107,24 +108,57 @@ def _sizes(pyramid: Pyramid) -> list[pb.Size]:
     return [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
 
 
-def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads, put_integers: _Put) -> None:
-    put_integers(targets.cls, level.cls, payloads)
+def _targets(assignment: Assignment, target_format: int, *, narrow: bool) -> SparseTargets | list[DenseLevel]:
+    """Returns the targets in the form asked for."""
+    if target_format not in _SPARSE_FORMATS:
+        return _dense(assignment, narrow=narrow)
+    sparse = _sparse(assignment, narrow=narrow)
+    if target_format == pb.TARGET_FORMAT_SPARSE:
+        return sparse
+    size, most = _bytes_of(sparse), assignment.dense_bytes
+    if size < (most - assignment.location_count * _NARROWED_BYTES if narrow else most):
+        return sparse
+    if size >= most:
+        return _dense(assignment, narrow=narrow)
+    dense = _dense(assignment, narrow=True)  # whose size its labels decide
+    return sparse if size < sum(map(_bytes_of, dense)) else dense
+
+
+def _dense(assignment: Assignment, *, narrow: bool) -> list[DenseLevel]:
+    levels = assignment.dense()
+    return [replace(level, cls=narrowed_integers(level.cls)) for level in levels] if narrow else levels
+
+
+def _sparse(assignment: Assignment, *, narrow: bool) -> SparseTargets:
+    targets = assignment.sparse()
+    if not narrow:
+        return targets
+    return replace(
+        targets,
+        locations=narrowed_integers(targets.locations),
+        labels=narrowed_integers(targets.labels),
+        matched=narrowed_integers(targets.matched),
+        ignored=narrowed_integers(targets.ignored),
+    )
+
+
+def _bytes_of(targets: SparseTargets | DenseLevel) -> int:
+    arrays = (getattr(targets, field.name) for field in fields(targets))
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
+def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads) -> None:
+    put(targets.cls, level.cls, payloads)
     put(targets.reg, level.reg, payloads)
     put(targets.centerness, level.centerness, payloads)
     if targets.ignored is not None:
         put(targets.ignored, level.ignored, payloads)
 
 
-def _write_sparse(
-    targets: SparseTargets, sparse: pb.SparseTargets, payloads: Payloads, put_integers: _Put
-) -> None:
-    put_integers(targets.locations, sparse.locations, payloads)
-    put_integers(targets.labels, sparse.labels, payloads)
+def _write_sparse(targets: SparseTargets, sparse: pb.SparseTargets, payloads: Payloads) -> None:
+    put(targets.locations, sparse.locations, payloads)
+    put(targets.labels, sparse.labels, payloads)
     put(targets.ltrb, sparse.ltrb, payloads)
     put(targets.centerness, sparse.centerness, payloads)
-    put_integers(targets.matched, sparse.matched, payloads)
-    put_integers(targets.ignored, sparse.ignored, payloads)
-
-
-def _put_narrowed(array: Array, tensor: tensor_pb2.Tensor, payloads: Payloads) -> None:
-    put(narrowed_integers(array), tensor, payloads)
+    put(targets.matched, sparse.matched, payloads)
+    put(targets.ignored, sparse.ignored, payloads)

@@ -93,12 +93,15 @@ class Assignment:
         labels[self.found.places(self.pyramid)] = self.found.labels
         return labels
 
-    def is_smaller_sparse(self) -> bool:
-        """Returns whether the positives alone, and the ignored locations, take fewer bytes than all."""
-        ignored = 0 if self.ignored is None else int(np.count_nonzero(self.ignored))
-        sparse = self.positive_count * BYTES_OF_POSITIVE + ignored * _BYTES_OF_CELL
-        dense = _BYTES_OF_LOCATION + (0 if self.ignored is None else 1)
-        return sparse < self.batch_size * self.pyramid.location_count * dense
+    @property
+    def location_count(self) -> int:
+        """Number of locations of all images."""
+        return self.batch_size * self.pyramid.location_count
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the targets of every location take."""
+        return self.location_count * (_BYTES_OF_LOCATION + (0 if self.ignored is None else 1))
 
     def sparse(self) -> SparseTargets:
         """Returns the positives alone."""
