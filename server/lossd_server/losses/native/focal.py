@@ -83,6 +83,7 @@ def _applies(grid: FocalGrid) -> bool:
     logits, gradient = grid.logits, grid.gradient
     return (
         logits.is_cpu
+        and grid.labels.is_cpu
         and logits.dtype in FLOAT_TYPES
         and (gradient is None or gradient.dtype in FLOAT_TYPES)
         and (grid.rows is None or grid.rows.is_contiguous())
