@@ -47,9 +47,9 @@ def test_rotation_under_load_loses_no_call(tmp_path, authority, stranger):
         more_calls()
         for change in (
             lambda: stranger.issue(into=pair),
-            lambda: tokens.write_text(entry(NEW, OLD)),
+            lambda: replace(tokens, entry(NEW, OLD)),
             lambda: replace(token, NEW),
-            lambda: tokens.write_text(entry(NEW)),
+            lambda: replace(tokens, entry(NEW)),
         ):
             change()
             more_calls()
@@ -62,7 +62,7 @@ def test_rotation_under_load_loses_no_call(tmp_path, authority, stranger):
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file at once, as one that is read for every call must be."""
+    """Writes a file at once: between emptied and written it could be read as another."""
     beside = path.with_suffix(".new")
     beside.write_text(text)
     beside.rename(path)
