@@ -28,7 +28,7 @@ def assign(*images, sizes=SIZES, num_classes=None, **settings_of_assigner):
 
 def assert_same(one, other):
     """Both assignments hand out the same bits in both forms."""
-    pairs = [(getattr(one.sparse(), name), getattr(other.sparse(), name)) for name in one.sparse().__slots__]
+    pairs = list(zip(one.sparse(), other.sparse(), strict=True))
     for have, want in zip(one.dense(), other.dense(), strict=True):
         pairs += [(have.cls, want.cls), (have.reg, want.reg), (have.centerness, want.centerness)]
     for have, want in pairs:

@@ -1,7 +1,6 @@
 """From outcomes to messages, each written in its place in the answer: put in later, it would be copied."""
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from functools import lru_cache
 
 from lossd.narrow import narrowed_integers
@@ -126,15 +125,14 @@ def _targets(assignment: Assignment, target_format: int, *, narrow: bool) -> Spa
 
 def _dense(assignment: Assignment, *, narrow: bool) -> list[DenseLevel]:
     levels = assignment.dense()
-    return [replace(level, cls=narrowed_integers(level.cls)) for level in levels] if narrow else levels
+    return [level._replace(cls=narrowed_integers(level.cls)) for level in levels] if narrow else levels
 
 
 def _sparse(assignment: Assignment, *, narrow: bool) -> SparseTargets:
     targets = assignment.sparse()
     if not narrow:
         return targets
-    return replace(
-        targets,
+    return targets._replace(
         locations=narrowed_integers(targets.locations),
         labels=narrowed_integers(targets.labels),
         matched=narrowed_integers(targets.matched),
@@ -143,8 +141,7 @@ def _sparse(assignment: Assignment, *, narrow: bool) -> SparseTargets:
 
 
 def _bytes_of(targets: SparseTargets | DenseLevel) -> int:
-    arrays = (getattr(targets, field.name) for field in fields(targets))
-    return sum(array.nbytes for array in arrays if array is not None)
+    return sum(array.nbytes for array in targets if array is not None)
 
 
 def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads) -> None:

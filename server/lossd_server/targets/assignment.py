@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DenseLevel:
+class DenseLevel(NamedTuple):
     """Targets for every location of one level.
 
     Attributes:
@@ -37,8 +37,7 @@ class DenseLevel:
     ignored: NDArray[np.bool_] | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SparseTargets:
+class SparseTargets(NamedTuple):
     """The positive locations, ordered by image, level, row, column.
 
     Attributes:
