@@ -33,10 +33,8 @@ def _declare(library: ctypes.CDLL) -> None:
     """Says what goes in where that is passed bare, and what comes back where that is not an int."""
     library.lossd_count_objects.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
     library.lossd_count_objects.restype = ctypes.c_int64
-    library.lossd_focal.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32),
-        ctypes.c_void_p,
-    )
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    library.lossd_focal.argtypes = (pointer, number, pointer, number, pointer)
     library.lossd_paint.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     library.lossd_paint.restype = ctypes.c_int64
     library.lossd_read_objects.argtypes = (

@@ -135,6 +135,7 @@ class _Layout(NamedTuple):
 
 
 def _layout_of(tensor: Tensor) -> Any:
+    """Returns the `_Layout` of a tensor, or None: see `_layout`, which knows those that it has met."""
     return _layout(tensor.shape, tensor.stride())
 
 

@@ -10,9 +10,7 @@ from lossd_server.kernels import address_of, loaded_library
 
 _NAMES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 
-_TYPES = {
-    of(name): i for i, name in enumerate(_NAMES) for of in (np.dtype, lambda name: getattr(torch, name))
-}
+_TYPES = {dtype: i for i, name in enumerate(_NAMES) for dtype in (np.dtype(name), getattr(torch, name))}
 """Types of labels that are counted, by their numbers in focal.c."""
 
 
