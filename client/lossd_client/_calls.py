@@ -9,7 +9,8 @@ from google.protobuf.message import DecodeError
 
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel
+from lossd.wire import Buffer, Parcel
+from lossd_client._chunks import LEAST_BYTES
 from lossd_client._errors import LossdError, ServerError, error_of_call
 from lossd_client._storage import Storage
 
@@ -28,6 +29,7 @@ class Call(Generic[R]):
         read: Makes the result of the answer.
         storage: What the request is packed into.
         first_item: Place of the request's first item in the caller's batch, when that was split.
+        may_be_cut: Whether the method has a twin whose messages come in chunks.
     """
 
     method: str
@@ -35,13 +37,26 @@ class Call(Generic[R]):
     read: Callable[[Parcel[Any]], R]
     storage: Storage
     first_item: int = 0
+    may_be_cut: bool = False
 
     @property
     def path(self) -> str:
         """What gRPC calls the method."""
         return method_path(self.method)
 
-    def result(self, data: bytes) -> R:
+    def outgoing(self) -> bytes | list[Buffer]:
+        """Returns the bytes to send: all in one, or the pieces of what goes in chunks."""
+        pieces = self.request.pieces()
+        if self.may_be_cut and sum(map(len, pieces)) >= LEAST_BYTES:
+            return pieces
+        return b"".join(pieces)
+
+    @property
+    def path_in_chunks(self) -> str:
+        """What gRPC calls its twin whose messages come in chunks."""
+        return method_path(f"{self.method}InChunks")
+
+    def result(self, data: Buffer) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
         return read_result(self.method, self.read, read_answer(self.method, data))
 
@@ -68,7 +83,7 @@ def method_path(method: str) -> str:
     return f"/{_SERVICE}/{method}"
 
 
-def read_answer(method: str, data: bytes) -> Parcel[Any]:
+def read_answer(method: str, data: Buffer) -> Parcel[Any]:
     """Returns the answer of a method; raises `ServerError` for bytes that are none."""
     name = f"{method}Response"
     try:

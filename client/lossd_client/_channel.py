@@ -41,6 +41,10 @@ class ChannelKeeper(Generic[C]):
             self._methods[path] = channel, method
         return method
 
+    def stream_method(self, path: str) -> Any:
+        """Returns a method of the same channel that streams both ways."""
+        return self.get().stream_stream(path)  # type: ignore[attr-defined]
+
     def take(self) -> C | None:
         """Gives up what was made and returns it, to be closed; None where nothing was made here."""
         made, self._made = self._made, None

@@ -120,8 +120,11 @@ _PUSHBACK = "grpc-retry-pushback-ms"
 _CANCELLED_HERE = {"Locally cancelled by application!", "Channel closed!"}
 """What gRPC says where nobody but the caller ended a call."""
 
-_BROKEN = ("RST_STREAM", "Internal error from Core")
-"""What it says of a stream that was reset, and asyncio's of one that ended as a request was written."""
+ENDED_WHILE_WRITTEN = "Internal error from Core"
+"""What asyncio's gRPC says of a call that ended as something was written to it, whatever it ended with."""
+
+_BROKEN = ("RST_STREAM", ENDED_WHILE_WRITTEN)
+"""What it says of a stream that was reset, or ended so."""
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 

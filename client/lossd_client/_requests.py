@@ -76,6 +76,7 @@ class LossBatch:
             read=partial(read_loss_results, self.kind, self.storage, first_item),
             storage=self.storage,
             first_item=first_item,
+            may_be_cut=True,
         )
 
     def _parts(self, max_bytes: int) -> Iterator[tuple[int, pb.ComputeLossRequest]]:

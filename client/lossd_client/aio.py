@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
+from lossd.wire import Buffer
+from lossd_client import _chunks
 from lossd_client._access import Access
 from lossd_client._arrays import Array
 from lossd_client._base import ClientBase
@@ -74,7 +76,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         timeout: float | None = None,
         **options: Unpack[LossOptions],
     ) -> LossResult:
-        """Evaluates a loss; see `Client.compute_loss`."""
+        """Evaluates a loss; see `Client.compute_loss`. Arguments are not to change until it has ended."""
         (result,) = await self.compute_losses(
             loss, [arguments], normalizers=[normalizer], timeout=timeout, **options
         )
@@ -187,21 +189,28 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         return self._max_message_bytes
 
     async def _call(self, call: Call[R], attempts: Attempts) -> R:
-        data = call.request.write()
+        request = call.outgoing()
         while True:
             try:
-                return call.result(await self._send(call, data, attempts.deadline))
+                return call.result(await self._send(call, request, attempts.deadline))
             except grpc.RpcError as error:
                 pause, is_in_use = attempts.pause_after(call.error(error)), call.leaves_memory_in_use(error)
             await asyncio.sleep(pause)
             if is_in_use:
                 raise MemoryInUseError
 
-    async def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
-        method = self._channels.method(call.path)
-        return await send_async(
-            method, data, self._hedge(call, data), deadline, **self._call_settings(len(data))
-        )
+    async def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:
+        if isinstance(request, bytes):
+            method, settings = self._channels.method(call.path), self._call_settings(len(request))
+            return await send_async(method, request, self._hedge(call, request), deadline, **settings)
+        method = self._channels.stream_method(call.path_in_chunks)
+        settings = self._call_settings(sum(map(len, request)))
+        try:
+            return await _chunks.send_async(method, request, deadline, **settings)
+        except grpc.RpcError as error:
+            if not _chunks.may_go_whole(error):
+                raise
+        return await self._send(call, b"".join(request), deadline)
 
     async def _stream(
         self,

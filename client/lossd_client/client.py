@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
+from lossd.wire import Buffer
+from lossd_client import _chunks
 from lossd_client._access import Access
 from lossd_client._arrays import Array
 from lossd_client._base import ClientBase
@@ -276,19 +278,28 @@ class Client(ClientBase[grpc.Channel]):
         return self._max_message_bytes
 
     def _call(self, call: Call[R], attempts: Attempts) -> R:
-        data = call.request.write()
+        request = call.outgoing()
         while True:
             try:
-                return call.result(self._send(call, data, attempts.deadline))
+                return call.result(self._send(call, request, attempts.deadline))
             except grpc.RpcError as error:
                 pause, is_in_use = attempts.pause_after(call.error(error)), call.leaves_memory_in_use(error)
             time.sleep(pause)
             if is_in_use:
                 raise MemoryInUseError
 
-    def _send(self, call: Call[Any], data: bytes, deadline: Deadline) -> bytes:
-        method = self._channels.method(call.path)
-        return send(method, data, self._hedge(call, data), deadline, **self._call_settings(len(data)))
+    def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:
+        if isinstance(request, bytes):
+            method, settings = self._channels.method(call.path), self._call_settings(len(request))
+            return send(method, request, self._hedge(call, request), deadline, **settings)
+        method = self._channels.stream_method(call.path_in_chunks)
+        settings = self._call_settings(sum(map(len, request)))
+        try:
+            return _chunks.send(method, request, deadline, **settings)
+        except grpc.RpcError as error:
+            if not _chunks.may_go_whole(error):
+                raise
+        return self._send(call, b"".join(request), deadline)
 
     def _stream(
         self, stream: Stream[R], items: Iterable[Any], timeout: float | None, *, shares_memory: bool

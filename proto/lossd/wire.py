@@ -17,6 +17,7 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from lossd.v1 import loss_service_pb2
 from lossd.v1 import tensor_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -116,7 +117,7 @@ class Parcel(Generic[M]):
     payloads: Payloads = field(default_factory=Payloads)
 
     @classmethod
-    def read(cls, message_type: type[M], data: bytes) -> "Parcel[M]":
+    def read(cls, message_type: type[M], data: Buffer) -> "Parcel[M]":
         """Returns what bytes hold; payloads are views of them.
 
         Raises:
@@ -126,7 +127,7 @@ class Parcel(Generic[M]):
         skeleton = _without_payloads(message_type.DESCRIPTOR, data, payloads)
         # A stand-in of the sender's own making would be taken for ours.
         if skeleton is None or skeleton.count(_MARKER) != len(payloads):
-            return cls(message_type.FromString(data))
+            return cls(message_type.FromString(data))  # type: ignore[arg-type]  # of any buffer
         return cls(message_type.FromString(skeleton), payloads)
 
     @property
@@ -136,14 +137,16 @@ class Parcel(Generic[M]):
 
     def write(self) -> bytes:
         """Returns the bytes of the message, payloads in place."""
+        return b"".join(self.pieces())
+
+    def pieces(self) -> list[Buffer]:
+        """Returns the bytes of the message in pieces; payloads are those that it holds, and not copied."""
         skeleton = self.message.SerializeToString()
         if not self.payloads:
-            return skeleton
+            return [skeleton]
         pieces = self._with_payloads(skeleton, repeat(0))
         padding = self.payloads.padding(pieces)
-        if any(padding):
-            pieces = self._with_payloads(skeleton, padding)
-        return b"".join(pieces)
+        return self._with_payloads(skeleton, padding) if any(padding) else pieces
 
     def _with_payloads(self, skeleton: bytes, padding: Iterable[int]) -> list[Buffer]:
         walk = _Walk(
@@ -160,7 +163,7 @@ class _NotUnderstoodError(Exception):
     """Bytes that are better left to protobuf: malformed, padded, or too many small fields."""
 
 
-def _without_payloads(descriptor: Any, data: bytes, payloads: Payloads) -> bytes | None:
+def _without_payloads(descriptor: Any, data: Buffer, payloads: Payloads) -> bytes | None:
     """Returns a message with its payloads moved out; None where protobuf had better see it whole."""
     fields = _fields_with_payloads(descriptor)
     if len(data) < LARGE_BYTES or not fields:
@@ -193,7 +196,7 @@ class _Walk:
 
     def __init__(
         self,
-        data: bytes,
+        data: Buffer,
         *,
         wanted: Callable[[int, int], bool],
         replace: Callable[[Buffer], Buffer],
@@ -219,7 +222,7 @@ class _Walk:
             inner = fields.get(tag)
             if inner is None or not self._wanted(start, stop):
                 continue
-            if len(_varint(stop - start)) != start - length_at:
+            if len(varint(stop - start)) != start - length_at:
                 raise _NotUnderstoodError  # whether a length may be padded is protobuf's to say
             if inner is _PAYLOAD:
                 given = self._view[start:stop]
@@ -230,7 +233,7 @@ class _Walk:
                     copied += _DTYPE_BYTES
             else:
                 content = self.rewritten(inner, start, stop)
-            pieces += [self._view[copied:length_at], _varint(sum(map(len, content))), *content]
+            pieces += [self._view[copied:length_at], varint(sum(map(len, content))), *content]
             copied = stop
         pieces.append(self._view[copied:end])
         return pieces
@@ -262,7 +265,7 @@ class _Walk:
             raise _NotUnderstoodError
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: Buffer, at: int) -> tuple[int, int]:
     """Returns the number at a place, and the place after it."""
     value = 0
     for count, byte in enumerate(data[at : at + _LONGEST_VARINT]):
@@ -277,7 +280,8 @@ def _lengthened(dtype: int, padding: int) -> bytes:
     return bytes([_DTYPE_TAG, dtype | 0x80, *[0x80] * (padding - 1), 0])
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Returns a number, at least 0, as protobuf writes it."""
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)
@@ -306,5 +310,12 @@ def _tag(number: int) -> int:
 
 
 _known_fields: dict[str, _Fields] = {
-    pb.Tensor.DESCRIPTOR.full_name: {_tag(pb.Tensor.INLINE_FIELD_NUMBER): _PAYLOAD}
+    pb.Tensor.DESCRIPTOR.full_name: {_tag(pb.Tensor.INLINE_FIELD_NUMBER): _PAYLOAD},
+    **{
+        chunk.DESCRIPTOR.full_name: {_tag(chunk.DATA_FIELD_NUMBER): _PAYLOAD}
+        for chunk in (
+            loss_service_pb2.ComputeLossInChunksRequest,
+            loss_service_pb2.ComputeLossInChunksResponse,
+        )
+    },
 }

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -89,13 +90,49 @@ def forward_stream(proxy: Any, method: str, requests: Any, _call: grpc.ServicerC
     yield from proxy.channel.stream_stream(method)(proxy.noted(requests))
 
 
+def forward_chunks(proxy: Any, method: str, chunks: Any, _call: grpc.ServicerContext) -> Iterator[bytes]:
+    """Passes a request in chunks on."""
+    taken = list(chunks)
+    proxy.requests.append(b"".join(pb.ComputeLossInChunksRequest.FromString(chunk).data for chunk in taken))
+    yield from proxy.channel.stream_stream(method)(iter(taken))
+
+
+def delay_chunks(proxy: Any, method: str, chunks: Any, call: grpc.ServicerContext) -> Iterator[bytes]:
+    """Passes a request in chunks on when nobody waits any more for its answer, or the test is over."""
+    while call.is_active() and not proxy.released.wait(0.01):
+        pass
+    if not call.is_active():
+        proxy.cancelled.append(method)
+    yield from forward_chunks(proxy, method, chunks, call)
+
+
+def answer_in_chunks(*chunks: pb.ComputeLossInChunksResponse) -> Any:
+    """Answers a request in chunks with some of a server's own."""
+
+    def act(_proxy: Any, _method: str, taken: Any, _call: grpc.ServicerContext) -> Iterator[bytes]:
+        deque(taken, maxlen=0)
+        yield from [chunk.SerializeToString() for chunk in chunks]
+
+    return act
+
+
+def break_after(count: int) -> Any:
+    """Passes a request in chunks on, and breaks off after some chunks of the answer."""
+
+    def act(proxy: Any, method: str, chunks: Any, call: grpc.ServicerContext) -> Iterator[bytes]:
+        yield from list(forward_chunks(proxy, method, chunks, call))[:count]
+        call.abort(UNAVAILABLE, "cut")
+
+    return act
+
+
 class Proxy(grpc.GenericRpcHandler):
     """A server that passes calls on to another, but for the first ones, each of which is acted upon.
 
     Attributes:
         calls: Names of the methods that were called, in order.
         times: When.
-        requests: What was asked, in unary calls.
+        requests: What was asked, in unary calls and in chunks, where it was passed on.
         metadata: What came with that.
         items: Places of the items of each stream.
         cancelled: Names of the methods whose callers were gone before they were passed on.
@@ -131,6 +168,12 @@ class Proxy(grpc.GenericRpcHandler):
             self.items.append([])
             yield from self._action(method, forward_stream)(self, method, requests, call)
 
+        def in_chunks(chunks: Iterator[bytes], call: grpc.ServicerContext) -> Iterator[bytes]:
+            self.metadata.append(call.invocation_metadata())
+            yield from self._action(method, forward_chunks)(self, method, chunks, call)
+
+        if method.endswith("InChunks"):
+            return grpc.stream_stream_rpc_method_handler(in_chunks)
         if method.endswith("Stream"):
             return grpc.stream_stream_rpc_method_handler(stream)
         return grpc.unary_unary_rpc_method_handler(unary)

@@ -17,6 +17,8 @@ HOT = (
     pb.AssignTargetsResponse,
     pb.AssignTargetsStreamRequest,
     pb.AssignTargetsStreamResponse,
+    pb.ComputeLossInChunksRequest,
+    pb.ComputeLossInChunksResponse,
 )
 
 
@@ -53,6 +55,9 @@ def _fill(message: Any, payloads: Payloads) -> None:
     if isinstance(message, tensor_pb2.Tensor):
         if message.WhichOneof("storage") == "inline":
             message.inline = bytes(payloads.get(message.inline))
+        return
+    if isinstance(message, pb.ComputeLossInChunksRequest | pb.ComputeLossInChunksResponse):
+        message.data = bytes(payloads.get(message.data))
         return
     for field, value in message.ListFields():
         if field.message_type is None:

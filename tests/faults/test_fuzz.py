@@ -21,6 +21,7 @@ from tests.service.support import refusal_of
 REQUESTS = {
     "ComputeLoss": pb.ComputeLossRequest,
     "AssignTargets": pb.AssignTargetsRequest,
+    "ComputeLossInChunks": pb.ComputeLossInChunksRequest,
     "ComputeLossStream": pb.ComputeLossStreamRequest,
     "AssignTargetsStream": pb.AssignTargetsStreamRequest,
 }
@@ -51,7 +52,7 @@ def test_spoilt_requests_are_answered_or_refused_with_a_reason(server):
 
 @pytest.mark.parametrize("method", REQUESTS)
 def test_bytes_in_any_form_of_the_wire_are_answered_or_refused_with_a_reason(channel, method):
-    streamed = method.endswith("Stream")
+    streamed = method.endswith(("Stream", "InChunks"))
     call: Any = getattr(channel, "stream_stream" if streamed else "unary_unary")(f"{SERVICE}/{method}")
 
     @settings(max_examples=5_000 if LONG else 100, deadline=None, suppress_health_check=list(HealthCheck))

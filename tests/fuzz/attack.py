@@ -2,15 +2,15 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
 from typing import Any
 
 import grpc
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1.loss_service_pb2_grpc import LossServiceStub
-from tests.fuzz.mutations import Mutator, valid_requests
+from tests.fuzz.mutations import NUMBERS, Mutator, valid_requests
 from tests.service.support import good_loss_request, refusal_of
 
 SERVICE = "/lossd.v1.LossService"
@@ -66,11 +66,16 @@ class Attack:
             next_good = GOOD_EVERY
             while self.outcomes.total() < count:
                 method = self._random.choice(list(self._mutators))
-                self._stream(method) if method.endswith("Stream") else self._unary(method)
+                self._caller(method)(method)
                 if self.outcomes.total() >= next_good:
                     next_good += GOOD_EVERY
                     self._check_good()
             self._check_good()
+
+    def _caller(self, method: str) -> Callable[[str], None]:
+        if method.endswith("InChunks"):
+            return self._in_chunks
+        return self._stream if method.endswith("Stream") else self._unary
 
     def _check_good(self) -> None:
         assert self._good() == self._expected
@@ -89,6 +94,35 @@ class Attack:
             self._refused(method, error, data)
         else:
             self.outcomes[method, "OK"] += 1
+
+    def _in_chunks(self, method: str) -> None:
+        """Sends one request in chunks of any length, some of them spoilt as well."""
+        call: Any = self._channel.stream_stream(f"{SERVICE}/{method}")
+        chunks = [*self._cut(self._mutators[method].request())]
+        if self._random.random() < 0.3:
+            self._spoil(chunks)
+        try:
+            answer = list(call(iter(chunks), timeout=TIMEOUT_SECONDS, metadata=self._metadata()))
+        except grpc.RpcError as error:
+            self._refused(method, error, b"|".join(chunks))
+        else:
+            chunk_type = pb.ComputeLossInChunksResponse
+            pb.ComputeLossResponse.FromString(b"".join(chunk_type.FromString(chunk).data for chunk in answer))
+            self.outcomes[method, "OK"] += 1
+
+    def _cut(self, data: bytes) -> Iterator[bytes]:
+        places = sorted(self._random.randrange(len(data) + 1) for _ in range(self._random.randrange(4)))
+        for start, stop in pairwise([0, *places, len(data)]):
+            size = 0 if start else len(data)
+            yield pb.ComputeLossInChunksRequest(message_bytes=size, data=data[start:stop]).SerializeToString()
+
+    def _spoil(self, chunks: list[bytes]) -> None:
+        """Says another length, or takes a chunk away, doubles it, or puts something else in its place."""
+        index = self._random.randrange(len(chunks))
+        chunk = pb.ComputeLossInChunksRequest.FromString(chunks[index])
+        chunk.message_bytes = self._random.choice(NUMBERS)
+        other = self._random.choice((chunk.SerializeToString(), self._random.randbytes(9)))
+        chunks[index : index + 1] = self._random.choice(([], [chunks[index]] * 2, [other], [other]))
 
     def _stream(self, method: str) -> None:
         """Sends requests on one stream until it ends; each that was read is answered, or has ended it."""

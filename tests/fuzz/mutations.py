@@ -32,6 +32,7 @@ def valid_requests() -> dict[str, list[Any]]:
     targets.append(assign_request([crowd]))
     return {
         "ComputeLoss": losses,
+        "ComputeLossInChunks": losses,
         "AssignTargets": targets,
         "ComputeLossStream": [pb.ComputeLossStreamRequest(id=i, request=r) for i, r in enumerate(losses)],
         "AssignTargetsStream": [

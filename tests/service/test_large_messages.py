@@ -7,7 +7,7 @@ import pytest
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd.wire import LARGE_BYTES, Payloads
-from lossd_server.rpc.handlers import _Body
+from lossd_server.rpc.bodies import Body
 from tests.service.support import CASES, evaluate_locally, good_loss_request, loss_request, refusal, same_bits
 
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -86,7 +86,7 @@ def test_a_forged_stand_in_beside_a_large_tensor_is_refused_by_its_length(stub, 
 
 
 def test_bytes_are_taken_out_of_what_grpc_holds():
-    body = _Body(b"abc")
+    body = Body(b"abc")
     assert len(body) == 3
     assert body.take() == b"abc"
     assert body.take() == b""

@@ -109,6 +109,30 @@ def test_stages_lie_within_their_call_one_after_the_other_and_last_as_the_answer
         assert lasted / 1e3 == pytest.approx(getattr(timings, f"{stage}_us"), abs=2)
 
 
+def test_a_request_in_chunks_has_its_stages_below_its_call(traced, spans):
+    message = good_loss_request().SerializeToString()
+    chunks = [
+        pb.ComputeLossInChunksRequest(message_bytes=len(message), data=message[:9]),
+        pb.ComputeLossInChunksRequest(data=message[9:]),
+    ]
+    with connect(traced) as stub:
+        assert list(stub.ComputeLossInChunks(iter(chunks), metadata=CALLER))
+    call = server_span(found := spans())
+    assert call.name == f"{SERVICE}/ComputeLossInChunks"
+    assert names(children(found, call)) == STAGES
+
+
+def test_why_a_request_in_chunks_was_refused_is_told_by_its_call(traced, spans):
+    with connect(traced) as stub, pytest.raises(grpc.RpcError):
+        list(
+            stub.ComputeLossInChunks(iter([pb.ComputeLossInChunksRequest(message_bytes=-1)]), metadata=CALLER)
+        )
+    call = server_span(spans())
+    assert call.attributes["rpc.response.status_code"] == "INVALID_ARGUMENT"
+    assert call.attributes["lossd.reason"] == "MALFORMED_REQUEST"
+    assert call.attributes["lossd.field"] == "message_bytes"
+
+
 def test_the_requests_of_a_stream_are_spans_below_it(traced, spans):
     good, bad = good_loss_request(), good_loss_request()
     bad.ClearField("focal")

@@ -117,7 +117,7 @@ def test_the_example_of_the_readme(node, address, tmp_path):
     assert found == expected.gradients["inputs"].tobytes()
 
 
-@pytest.mark.parametrize("form", ["plain", "odd"])
+@pytest.mark.parametrize("form", ["plain", "odd", "chunks"])
 def test_node_sends_50_mib_and_gets_50_mib(node, address, tmp_path, form):
     inputs, targets = large()
     keep(tmp_path, inputs, targets)

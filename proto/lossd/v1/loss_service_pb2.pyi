@@ -277,6 +277,62 @@ class ComputeLossRequest(_message.Message):
 Global___ComputeLossRequest: _TypeAlias = ComputeLossRequest  # noqa: Y015
 
 @_typing.final
+class ComputeLossInChunksRequest(_message.Message):
+    """Some of the bytes of a serialized `ComputeLossRequest`: those of all chunks, in
+    their order, are the message. A MiB of them at a time goes fastest.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    message_bytes: _builtins.int
+    """How long the whole message is, in bytes. The first chunk says it; in others
+    it means nothing.
+    """
+    data: _builtins.bytes
+    """The bytes that come next."""
+    def __init__(
+        self,
+        *,
+        message_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message_bytes", b"message_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComputeLossInChunksRequest: _TypeAlias = ComputeLossInChunksRequest  # noqa: Y015
+
+@_typing.final
+class ComputeLossInChunksResponse(_message.Message):
+    """Some of the bytes of a serialized `ComputeLossResponse`, likewise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    message_bytes: _builtins.int
+    """How long the whole message is, in bytes, in the first chunk."""
+    data: _builtins.bytes
+    """The bytes that come next."""
+    def __init__(
+        self,
+        *,
+        message_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "message_bytes", b"message_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComputeLossInChunksResponse: _TypeAlias = ComputeLossInChunksResponse  # noqa: Y015
+
+@_typing.final
 class LossItem(_message.Message):
     """One evaluation."""
 

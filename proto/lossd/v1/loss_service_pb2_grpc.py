@@ -54,6 +54,11 @@ class LossServiceStub:
                 request_serializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossStreamRequest.SerializeToString,
                 response_deserializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossStreamResponse.FromString,
                 _registered_method=True)
+        self.ComputeLossInChunks = channel.stream_stream(
+                '/lossd.v1.LossService/ComputeLossInChunks',
+                request_serializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossInChunksRequest.SerializeToString,
+                response_deserializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossInChunksResponse.FromString,
+                _registered_method=True)
         self.AssignTargets = channel.unary_unary(
                 '/lossd.v1.LossService/AssignTargets',
                 request_serializer=lossd_dot_v1_dot_loss__service__pb2.AssignTargetsRequest.SerializeToString,
@@ -101,6 +106,15 @@ class LossServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ComputeLossInChunks(self, request_iterator, context):
+        """`ComputeLoss` for one request that is large: its bytes come in chunks, and
+        so do those of the answer. Takes less memory on both sides, and less time
+        from some 10 MB. What is refused is so before all of it was sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AssignTargets(self, request, context):
         """Assigns FCOS targets to a batch of items.
         """
@@ -136,6 +150,11 @@ def add_LossServiceServicer_to_server(servicer, server):
                     servicer.ComputeLossStream,
                     request_deserializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossStreamRequest.FromString,
                     response_serializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossStreamResponse.SerializeToString,
+            ),
+            'ComputeLossInChunks': grpc.stream_stream_rpc_method_handler(
+                    servicer.ComputeLossInChunks,
+                    request_deserializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossInChunksRequest.FromString,
+                    response_serializer=lossd_dot_v1_dot_loss__service__pb2.ComputeLossInChunksResponse.SerializeToString,
             ),
             'AssignTargets': grpc.unary_unary_rpc_method_handler(
                     servicer.AssignTargets,
@@ -217,6 +236,33 @@ class LossService:
             '/lossd.v1.LossService/ComputeLossStream',
             lossd_dot_v1_dot_loss__service__pb2.ComputeLossStreamRequest.SerializeToString,
             lossd_dot_v1_dot_loss__service__pb2.ComputeLossStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComputeLossInChunks(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lossd.v1.LossService/ComputeLossInChunks',
+            lossd_dot_v1_dot_loss__service__pb2.ComputeLossInChunksRequest.SerializeToString,
+            lossd_dot_v1_dot_loss__service__pb2.ComputeLossInChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

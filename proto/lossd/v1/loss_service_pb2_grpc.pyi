@@ -52,6 +52,11 @@ class LossServiceStub:
     time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
     """
+    ComputeLossInChunks: _grpc.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossInChunksRequest, _loss_service_pb2.ComputeLossInChunksResponse]
+    """`ComputeLoss` for one request that is large: its bytes come in chunks, and
+    so do those of the answer. Takes less memory on both sides, and less time
+    from some 10 MB. What is refused is so before all of it was sent.
+    """
     AssignTargets: _grpc.UnaryUnaryMultiCallable[_loss_service_pb2.AssignTargetsRequest, _loss_service_pb2.AssignTargetsResponse]
     """Assigns FCOS targets to a batch of items."""
     AssignTargetsStream: _grpc.StreamStreamMultiCallable[_loss_service_pb2.AssignTargetsStreamRequest, _loss_service_pb2.AssignTargetsStreamResponse]
@@ -85,6 +90,11 @@ class LossServiceAsyncStub(LossServiceStub):
     """`ComputeLoss` for many requests on one stream. Several are worked on at a
     time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
+    """
+    ComputeLossInChunks: _aio.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossInChunksRequest, _loss_service_pb2.ComputeLossInChunksResponse]  # type: ignore[assignment]
+    """`ComputeLoss` for one request that is large: its bytes come in chunks, and
+    so do those of the answer. Takes less memory on both sides, and less time
+    from some 10 MB. What is refused is so before all of it was sent.
     """
     AssignTargets: _aio.UnaryUnaryMultiCallable[_loss_service_pb2.AssignTargetsRequest, _loss_service_pb2.AssignTargetsResponse]  # type: ignore[assignment]
     """Assigns FCOS targets to a batch of items."""
@@ -128,6 +138,17 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
         """`ComputeLoss` for many requests on one stream. Several are worked on at a
         time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def ComputeLossInChunks(
+        self,
+        request_iterator: _MaybeAsyncIterator[_loss_service_pb2.ComputeLossInChunksRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_loss_service_pb2.ComputeLossInChunksResponse], _abc.AsyncIterator[_loss_service_pb2.ComputeLossInChunksResponse]]:
+        """`ComputeLoss` for one request that is large: its bytes come in chunks, and
+        so do those of the answer. Takes less memory on both sides, and less time
+        from some 10 MB. What is refused is so before all of it was sent.
         """
 
     @_abc_1.abstractmethod

@@ -3,6 +3,7 @@
 from lossd_server.engine.admission import Admission, LockedBudget, Place
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
+from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.custom import CustomLoss, load_custom_losses
 from lossd_server.engine.devices import describe_device, device_memory, has_kernels, resolve_device
 from lossd_server.engine.engine import Engine
@@ -23,6 +24,7 @@ __all__ = [
     "AssignItem",
     "AssignJob",
     "Batching",
+    "BufferPool",
     "CustomLoss",
     "Engine",
     "Home",

@@ -145,8 +145,8 @@ class Admission:
                 raise self._overloaded("bytes", self._bytes)
         return Place(peer, size)
 
-    def receive(self, place: Place, size: int) -> None:
-        """Counts what the body of a request really came to, and that it is to be answered from now on.
+    def declare(self, place: Place, size: int) -> None:
+        """Counts what the body of a request comes to, of which some has come.
 
         Raises:
             UnavailableError: There is no room for it.
@@ -157,6 +157,15 @@ class Admission:
             if not self._bytes.take(place.peer, size):
                 raise self._overloaded("bytes", self._bytes)
             place.size = size
+
+    def receive(self, place: Place, size: int) -> None:
+        """Counts what the body of a request really came to, and that it is to be answered from now on.
+
+        Raises:
+            UnavailableError: There is no room for it.
+        """
+        self.declare(place, size)
+        with self._lock:
             place.received = self._clock()
             self._unanswered += 1
 

@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health
 
 from lossd_server.errors import AccessError, LossdError, Reason
+from lossd_server.rpc.method_names import IN_CHUNKS
 from lossd_server.rpc.rates import Allowance
 from lossd_server.rpc.refusing import RefusingHandlers
 from lossd_server.rpc.tokens import Account, Tokens
@@ -49,7 +50,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
             return handler
         try:
             account = self._account(handler_call_details)
-            if not _is_stream(handler) and (refusal := account.allowance.begin()):
+            if not _is_stream(handler, path) and (refusal := account.allowance.begin()):
                 raise refusal
         except LossdError as error:
             return self._refusing.handler(path, error)
@@ -72,20 +73,20 @@ class AuthInterceptor(grpc.ServerInterceptor):
         """Returns the handler that charges an account, the same for all its calls of a method."""
         known, wrapped, limited = self._limited.get((path, account.name), (None, None, None))
         if known is not account or wrapped is not handler:
-            limited = _limited(handler, account.allowance)
+            limited = _limited(handler, path, account.allowance)
             self._limited[path, account.name] = account, handler, limited
         return limited
 
 
-def _is_stream(handler: _Handler) -> bool:
+def _is_stream(handler: _Handler, path: str) -> bool:
     """Whether there are many requests to a call; to unary methods gRPC may give streams of one."""
-    return bool(handler.request_streaming and handler.response_streaming)
+    return bool(handler.request_streaming and handler.response_streaming) and not path.endswith(IN_CHUNKS)
 
 
-def _limited(handler: _Handler, allowance: Allowance) -> _Handler:
+def _limited(handler: _Handler, path: str, allowance: Allowance) -> _Handler:
     """Returns a handler whose messages are charged, and on a stream paced."""
     deserialize = handler.request_deserializer or bytes
-    if not _is_stream(handler):
+    if not _is_stream(handler, path):
 
         def charge(data: bytes) -> Any:
             allowance.charge(len(data))

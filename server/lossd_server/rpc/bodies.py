@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
 import grpc
 
 from lossd.headers import CANCELLED_FOR
+from lossd.wire import Buffer
 from lossd_server.errors import Reason, SlowBodyError
 
 T = TypeVar("T")
@@ -17,6 +18,23 @@ _LOOKS = 4
 """How often those who wait are looked through in the time that one may wait."""
 
 _LONGEST_SLEEP = 1.0
+
+
+class Body:
+    """Bytes that have come, to be taken once: gRPC keeps what it hands out until something else comes."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: Buffer) -> None:
+        self._data = data
+
+    def take(self) -> Buffer:
+        """Returns them, and lets go of them."""
+        data, self._data = self._data, b""
+        return data
+
+    def __len__(self) -> int:
+        return len(self._data)
 
 
 class _Wait:
@@ -54,8 +72,12 @@ class BodyReader:
         self._watch: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def read(self, bodies: Iterator[T], call: grpc.ServicerContext) -> T | None:
-        """Returns the next body of a call, None where no other comes.
+    def read(self, take: Callable[[], T], call: grpc.ServicerContext) -> T:
+        """Returns the body of a call.
+
+        Args:
+            take: Waits for all of it, and returns it.
+            call: The call.
 
         Raises:
             SlowBodyError: It did not come in time.
@@ -63,7 +85,7 @@ class BodyReader:
         """
         wait = self._begin(call)
         try:
-            body = next(bodies, None)
+            body = take()
         except grpc.RpcError:
             if not wait.is_given_up:
                 raise

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
-from lossd.wire import Parcel
+from lossd.wire import Buffer, Parcel
 from lossd_server.engine import AssignItem, AssignJob, CustomLoss, LossItem, LossJob
 from lossd_server.errors import InvalidInputError, Reason, errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
@@ -38,7 +38,7 @@ _SPARSE_BYTES_PER_LOCATION = 4
 """What a location costs before a box is looked at, where none is a crowd region."""
 
 
-def parse(message_type: type[M], data: bytes) -> Parcel[M]:
+def parse(message_type: type[M], data: Buffer) -> Parcel[M]:
     """Returns the message that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
     try:
         return Parcel.read(message_type, data)

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Protocol, TypeVar
 
 import grpc
+import numpy as np
 import structlog
 
+from lossd.chunks import Assembly, ChunkError
 from lossd.headers import REQUEST_BYTES
-from lossd_server.engine import Admission, Place
+from lossd.v1 import loss_service_pb2 as pb
+from lossd_server.engine import Admission, BufferPool, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason
-from lossd_server.rpc.bodies import BodyReader
+from lossd_server.rpc.bodies import Body, BodyReader
+from lossd_server.rpc.decode import parse
 
 _log = structlog.get_logger()
 
@@ -19,13 +22,6 @@ _PATIENCE = 1.0
 
 _MOST_DIGITS = 12
 """Of a size that could be so; Python takes long over numbers of very many."""
-
-
-class _Sized(Protocol):
-    def __len__(self) -> int: ...
-
-
-B = TypeVar("B", bound=_Sized)
 
 
 class Door:
@@ -42,6 +38,7 @@ class Door:
         self._max_message_bytes = max_message_bytes
         self._read_seconds = read_seconds
         self._reader = BodyReader(read_seconds, look=self._hang_up)
+        self._buffers = BufferPool(max_message_bytes)
 
     def enter(self, call: grpc.ServicerContext) -> Place:
         """Lets a call in before its body is read; `Admission.leave` is to be called when its work is done.
@@ -59,7 +56,7 @@ class Door:
             self._end(place)  # at once, where the caller is gone
         return place
 
-    def receive(self, bodies: Iterator[B], call: grpc.ServicerContext, place: Place) -> B:
+    def receive(self, bodies: Iterator[Body], call: grpc.ServicerContext, place: Place) -> Body:
         """Returns the body of a call that was let in.
 
         Raises:
@@ -68,11 +65,56 @@ class Door:
             UnavailableError: It is larger than there is room for.
             grpc.RpcError: The caller is gone.
         """
-        body = self._reader.read(bodies, call)
+        body = self._reader.read(lambda: next(bodies, None), call)
         if body is None:
             raise InvalidInputError(Reason.MALFORMED_REQUEST, "the call ended without a message", length=0)
         self._admission.receive(place, len(body))
         return body
+
+    def assemble(self, chunks: Iterator[Body], call: grpc.ServicerContext, place: Place) -> Body:
+        """Returns the body of a call that was let in and whose body comes in chunks.
+
+        Raises:
+            SlowBodyError: All of it did not come in time.
+            InvalidInputError: They are no message, or one that is larger than any may be.
+            UnavailableError: It is larger than there is room for.
+            grpc.RpcError: The caller is gone.
+        """
+        body = Body(self._reader.read(partial(self._put_together, chunks, place), call))
+        self._admission.receive(place, len(body))
+        return body
+
+    def _put_together(self, chunks: Iterator[Body], place: Place) -> memoryview:
+        assembly = Assembly(partial(self._allocate, place))
+        try:
+            for chunk in chunks:
+                assembly.add(parse(pb.ComputeLossInChunksRequest, chunk.take()))
+                if assembly.is_whole:
+                    break
+            return assembly.whole()
+        except ChunkError as error:
+            raise InvalidInputError(
+                Reason.MALFORMED_REQUEST,
+                str(error),
+                field="message_bytes",
+                value=error.message_bytes,
+                length=error.length,
+            ) from error
+
+    def _allocate(self, place: Place, size: int) -> memoryview:
+        """Returns memory for a body of which the first chunk has come."""
+        if size > self._max_message_bytes:
+            raise InvalidInputError(
+                Reason.MESSAGE_TOO_LARGE,
+                f"is {size}, the server reads {self._max_message_bytes}",
+                field="message_bytes",
+                value=size,
+                limit=self._max_message_bytes,
+            )
+        self._admission.declare(place, size)
+        memory = self._buffers.allocate(size)
+        array = np.empty(size, np.uint8) if memory is None else memory.numpy()
+        return array.data
 
     def _end(self, place: Place) -> None:
         place.hang_up = None

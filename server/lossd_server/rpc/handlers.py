@@ -6,23 +6,26 @@ large request is gone before its answer is there.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import structlog
 
+from lossd import chunks
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel
+from lossd.wire import Buffer, Parcel
 from lossd_server.engine import Admission, Home, LockedBudget, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
+from lossd_server.rpc.bodies import Body
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.decode import parse
 from lossd_server.rpc.door import Door
+from lossd_server.rpc.method_names import IN_CHUNKS, STREAM
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.pipeline import WIDTH, Pipeline
 from lossd_server.rpc.refusals import Refusals
@@ -34,6 +37,11 @@ from lossd_server.rpc.status import stream_error
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 _log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_Form = Callable[[Sequence[Buffer]], T]
+"""Makes what gRPC sends of an answer in pieces."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,22 +60,6 @@ class _StreamMethod:
     method: _Method
     request: type[Any]
     response: type[Any]
-
-
-class _Body:
-    """The bytes of a request, to be taken once: gRPC keeps what it hands out until the call has ended."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def take(self) -> bytes:
-        data, self._data = self._data, b""
-        return data
-
-    def __len__(self) -> int:
-        return len(self._data)
 
 
 class Handlers:
@@ -125,9 +117,10 @@ class Handlers:
             request=pb.AssignTargetsStreamRequest,
             response=pb.AssignTargetsStreamResponse,
         )
-        self._handlers = {
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             **{m.name: self._unary_handler(m) for m in (compute, assign, info)},
-            **{f"{m.method.name}Stream": self._stream_handler(m) for m in (compute_stream, assign_stream)},
+            **{m.method.name + STREAM: self._stream_handler(m) for m in (compute_stream, assign_stream)},
+            compute.name + IN_CHUNKS: self._chunked_handler(compute),
         }
 
     def generic_handler(self) -> grpc.GenericRpcHandler:
@@ -144,24 +137,40 @@ class Handlers:
         """Lets the threads of streams go."""
         self._stream_pool.shutdown(wait=False, cancel_futures=True)
 
-    def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[_Body, bytes]":
-        def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> bytes:
-            place = None
-            try:
-                place = self._door.enter(call)
-                return self._answer(method, self._door.receive(bodies, call, place), call, place)
-            except grpc.RpcError:
-                raise  # its caller is gone
-            except Exception as error:  # noqa: BLE001  # every other exception gets its status here
-                self._abort(method, error, call)
-            finally:
-                if place is not None:
-                    self._admission.leave(place)
+    def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[Body, bytes]":
+        def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> bytes:
+            return self._serve(method, call, partial(self._door.receive, bodies), b"".join)
 
-        return grpc.stream_unary_rpc_method_handler(handle, request_deserializer=_Body)
+        return grpc.stream_unary_rpc_method_handler(handle, request_deserializer=Body)
 
-    def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[_Body, bytes]":
-        def handle(bodies: Iterator[_Body], call: grpc.ServicerContext) -> Iterator[bytes]:
+    def _chunked_handler(self, method: _Method) -> "grpc.RpcMethodHandler[Body, bytes]":
+        def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> Iterator[bytes]:
+            yield from self._serve(method, call, partial(self._door.assemble, bodies), chunks.cut)
+
+        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=Body)
+
+    def _serve(
+        self,
+        method: _Method,
+        call: grpc.ServicerContext,
+        receive: Callable[[grpc.ServicerContext, Place], Body],
+        form: _Form[T],
+    ) -> T:
+        """Answers a call of one request; what keeps it from being answered is its status."""
+        place = None
+        try:
+            place = self._door.enter(call)
+            return self._answer(method, receive(call, place), call, place, form)
+        except grpc.RpcError:
+            raise  # its caller is gone
+        except Exception as error:  # noqa: BLE001  # every other exception gets its status here
+            self._abort(method, error, call)
+        finally:
+            if place is not None:
+                self._admission.leave(place)
+
+    def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[Body, bytes]":
+        def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             self._count_until_answered(call)
             peer = call.peer()
             if not self._streams.take(peer):
@@ -177,24 +186,26 @@ class Handlers:
                 self._pipelines.discard(pipeline)
                 self._streams.give_back(peer)
 
-        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=_Body)
+        return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=Body)
 
     def _count_until_answered(self, call: grpc.ServicerContext) -> None:
         self._admission.begin()
         if not call.add_callback(self._admission.end):
             self._admission.end()  # at once, where the caller is gone
 
-    def _answer(self, method: _Method, body: _Body, call: grpc.ServicerContext, place: Place) -> bytes:
+    def _answer(
+        self, method: _Method, body: Body, call: grpc.ServicerContext, place: Place, form: _Form[T]
+    ) -> T:
         with self._observed(method, len(body), call) as stages:
             with stages.timed("decode"):
                 requests = [parse(method.request, body.take())]
             caller = Caller.of(call, partial(self._admission.grow, place))
             # Handed over, so that the service can let go of it while it waits.
             response = method.answer(requests.pop(), stages, caller)
-            return self._serialize(method, response, stages)
+            return self._serialize(method, response, stages, form)
 
     def _answer_on_stream(
-        self, stream: _StreamMethod, body: _Body, call: grpc.ServicerContext, peer: str
+        self, stream: _StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
     ) -> bytes:
         method, size = stream.method, len(body)
         with self._observed(method, size, call) as stages:
@@ -210,12 +221,13 @@ class Handlers:
                 refusal = _as_lossd_error(error)
                 self._refusals.record(method.name, refusal, peer)
                 answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
-            return self._serialize(method, answer, stages)
+            return self._serialize(method, answer, stages, b"".join)
 
-    def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages) -> bytes:
+    def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages, form: _Form[T]) -> T:
         with stages.timed("encode"):
-            answer = response.write()
-        self._metrics.of(method.name).response_bytes.observe(len(answer))
+            pieces = response.pieces()
+            answer = form(pieces)
+        self._metrics.of(method.name).response_bytes.observe(sum(map(len, pieces)))
         return answer
 
     @contextmanager

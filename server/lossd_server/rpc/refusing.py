@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import grpc
 
 from lossd_server.errors import LossdError
+from lossd_server.rpc.method_names import name_of
 from lossd_server.rpc.refusals import Refusals
 
 _THREADS = 2
@@ -36,7 +37,7 @@ class RefusingHandlers:
         """
 
         def refuse(_bodies: Iterator[Any], call: grpc.ServicerContext) -> NoReturn:
-            self._refusals.abort(_name_of(path), error, call)
+            self._refusals.abort(name_of(path), error, call)
 
         refuse.experimental_thread_pool = self._pool  # type: ignore[attr-defined]  # where gRPC looks for it
         return grpc.stream_unary_rpc_method_handler(refuse)
@@ -44,8 +45,3 @@ class RefusingHandlers:
     def close(self) -> None:
         """Lets the threads go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _name_of(path: str) -> str:
-    """Returns the name that metrics and logs use, the same for a method and its stream twin."""
-    return path.rpartition("/")[2].removesuffix("Stream")

@@ -24,6 +24,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 
 from lossd_server.errors import LossdError
 from lossd_server.rpc.interceptor import code_of_call, wrap
+from lossd_server.rpc.method_names import IN_CHUNKS
 from lossd_server.rpc.stages import Stages
 from lossd_server.rpc.status import code_of, shorten
 
@@ -95,11 +96,21 @@ class Tracing:
             span.end()
 
     @contextmanager
-    def span_of_stream(self, name: str, call: grpc.ServicerContext) -> Iterator[None]:
+    def span_of_stream(self, name: str, call: grpc.ServicerContext) -> Iterator[Context]:
         """The same for a stream, whose requests are worked on by other threads."""
         with self.span_of_call(name, call) as context:
             self._streams[call] = context
-            yield
+            yield context
+
+
+@contextmanager
+def _attached(context: Context) -> Iterator[None]:
+    """Makes a context that of this thread, which works on one call at a time."""
+    token = contexts.attach(context)
+    try:
+        yield
+    finally:
+        contexts.detach(token)
 
 
 def _set_code(span: Span, code: grpc.StatusCode) -> None:
@@ -124,17 +135,15 @@ class _TracedMethod:
         self._name = name
 
     def unary(self, behaviour: Callable[..., Any], request: Any, call: grpc.ServicerContext) -> Any:
-        with self._tracing.span_of_call(self._name, call) as context:
-            token = contexts.attach(context)
-            try:
-                return behaviour(request, call)
-            finally:
-                contexts.detach(token)
+        with self._tracing.span_of_call(self._name, call) as context, _attached(context):
+            return behaviour(request, call)
 
     def stream(
         self, behaviour: Callable[..., Any], request: Any, call: grpc.ServicerContext
     ) -> Iterator[Any]:
-        with self._tracing.span_of_stream(self._name, call):
+        is_one_request = self._name.endswith(IN_CHUNKS)
+        span = self._tracing.span_of_call if is_one_request else self._tracing.span_of_stream
+        with span(self._name, call) as context, _attached(context):
             yield from behaviour(request, call)
 
 

@@ -37,6 +37,20 @@ const jobs = {
     client.makeUnaryRequest(method, (same) => same, responseDeserialize, bytes, keep);
   },
 
+  // The same message in chunks of any length, and the answer put together.
+  chunks: () => {
+    const { requestSerialize, responseDeserialize } = v1.LossService.service.ComputeLoss;
+    const bytes = requestSerialize(request());
+    const call = client.ComputeLossInChunks();
+    const parts = [];
+    call.on("data", ({ data }) => parts.push(data));
+    call.on("end", () => keep(null, responseDeserialize(Buffer.concat(parts))));
+    for (let at = 0; at < bytes.length; at += 3000000) {
+      call.write({ message_bytes: at ? 0 : bytes.length, data: bytes.subarray(at, at + 3000000) });
+    }
+    call.end();
+  },
+
   refused: () => {
     client.ComputeLoss(request(), (error) => {
       const [details] = error.metadata.get("grpc-status-details-bin");
