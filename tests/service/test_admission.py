@@ -15,6 +15,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd.v1.loss_service_pb2_grpc import LossServiceStub
 from lossd_server.rpc.standard import MAX_REFLECTIONS, MAX_WATCHERS
+from lossd_server.rpc.status import ELSEWHERE_SECONDS
 from tests.service import custom_modules
 from tests.service.metrics import eventually, value
 from tests.service.support import (
@@ -302,7 +303,7 @@ def test_a_body_that_comes_once_the_server_stops_is_refused_so(held):
         released.set()
         found = refusal_of(late.exception())
         assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-        assert found.retry_seconds > 0
+        assert found.retry_seconds == ELSEWHERE_SECONDS
         custom_modules.release.set()
         assert running.result(30).results
         stopping.join(60)

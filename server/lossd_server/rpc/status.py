@@ -14,8 +14,11 @@ from lossd_server.errors import InvalidInputError, LossdError, Reason, Unavailab
 from lossd_server.rpc.enums import REASONS, number_of
 
 DOMAIN = "lossd"
-RETRY_SECONDS = 1
+RETRY_SECONDS = 1.0
 """When a caller that was turned away may come again."""
+
+ELSEWHERE_SECONDS = 0.1
+"""The same where a server is stopping: its connections end at once, and other servers are there already."""
 
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """When gRPC itself, in the client, may try again: its own backoff knows nothing of the queue here."""
@@ -94,7 +97,7 @@ def _retry_milliseconds(error: LossdError) -> int | None:
     """Returns when to come again, rounded up: never before there is room. None where that is no use."""
     seconds = error.retry_seconds
     if seconds is None and isinstance(error, UnavailableError):
-        seconds = RETRY_SECONDS
+        seconds = ELSEWHERE_SECONDS if error.reason is Reason.DRAINING else RETRY_SECONDS
     return None if seconds is None else ceil(seconds * 1000)
 
 
