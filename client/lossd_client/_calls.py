@@ -7,10 +7,10 @@ from typing import Any, Generic, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
+from lossd.chunks import LEAST_BYTES
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Buffer, Parcel
-from lossd_client._chunks import LEAST_BYTES
 from lossd_client._errors import LossdError, ServerError, error_of_call
 from lossd_client._storage import Storage
 

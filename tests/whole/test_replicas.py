@@ -38,6 +38,8 @@ def logits(shape, seed):
 
 SMALL = [logits((1, 80, 13, 13), seed) for seed in range(4)]
 MIDDLE = logits((2, 80, 100, 100), 9)
+LARGE = logits((3, 80, 100, 100), 8)
+"""Goes in chunks."""
 IMAGES = [[scene(np.random.default_rng(seed), (480, 640), 20)] for seed in range(4)]
 
 
@@ -60,9 +62,10 @@ CALLS = {
         lambda client, item=item: client.compute_loss(FocalLoss(), *item, gradients=True) for item in SMALL
     ],
     "middle": [lambda client: client.compute_loss(FocalLoss(), *MIDDLE, gradients=True)],
+    "large": [lambda client: client.compute_loss(FocalLoss(), *LARGE, gradients=True)],
 }
-BITS = {"assign": target_bits, "small": loss_bits, "middle": loss_bits}
-MIX = ["assign"] * 6 + ["small"] * 6 + ["middle"]
+BITS = {"assign": target_bits, "small": loss_bits, "middle": loss_bits, "large": loss_bits}
+MIX = ["assign"] * 6 + ["small"] * 6 + ["middle", "large"]
 
 
 class Tally:
@@ -128,6 +131,7 @@ def run_asyncio(addresses, tally):
             await asyncio.gather(
                 call_by_asyncio(client, tally, "assign"),
                 call_by_asyncio(client, tally, "small"),
+                call_by_asyncio(client, tally, "large"),
                 stream_by_asyncio(client, tally),
             )
 
@@ -198,9 +202,11 @@ def test_replicas_that_are_killed_in_turn_lose_no_call(tmp_path):
         "assign",
         "small",
         "middle",
+        "large",
         "stream",
         "async assign",
         "async small",
+        "async large",
         "async stream",
     }
     # By SIGTERM they end with 0, having answered what they took.

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lossd.channel_options import client_options
+from lossd.chunks import LEAST_BYTES
 from lossd.tensors import Array, pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
+from lossd.wire import Parcel, Payloads
 from lossd_client import Client
 from lossd_client import FCOSAssigner as AssignerConfig
 from lossd_client import FocalLoss as FocalConfig
@@ -23,6 +25,7 @@ from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.losses import EvaluationOptions, FocalLoss
 from lossd_server.targets import FCOSAssigner
 
+_COMPUTE_LOSS = "/lossd.v1.LossService/ComputeLoss"
 _CALLS = 100
 _IMAGE, _BOXES, _ECHO_BYTES = (800, 1333), 20, 1000
 _WIRE_TYPES = ("bfloat16", "float16")
@@ -108,6 +111,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
             Path(name="allocated", call=_allocated(bench, logits, labels, gradients=gradients)),
             Path(name="shared", call=_shared(bench, logits, labels, gradients=gradients)),
             Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
+            *_whole_paths(bench, logits, labels, gradients=gradients),
             *(
                 Path(name=wire, call=_rpc(bench, logits, labels, gradients=gradients, wire_dtype=wire))
                 for wire in _WIRE_TYPES
@@ -170,32 +174,59 @@ def _call(
     return compute
 
 
+def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
+    """Returns the same call in one message, where the client sends it in chunks."""
+    if logits.nbytes < LEAST_BYTES:
+        return []
+    channel = _channel(bench, bench.child().address)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_COMPUTE_LOSS)
+
+    def compute() -> Outcome:
+        payloads = Payloads()
+        request = Parcel(_focal_request(logits, labels, payloads, gradients=gradients), payloads)
+        return _outcome(Parcel.read(pb.ComputeLossResponse, call(request.write())))
+
+    return [Path(name="whole", call=compute)]
+
+
 def _stock(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
     """Returns the same call with stock protobuf on both sides."""
-    call: grpc.UnaryUnaryMultiCallable[pb.ComputeLossRequest, pb.ComputeLossResponse] = _bare_channel(
-        bench
-    ).unary_unary(
+    channel = _channel(bench, bench.child().bare_address)
+    call: grpc.UnaryUnaryMultiCallable[pb.ComputeLossRequest, pb.ComputeLossResponse] = channel.unary_unary(
         STOCK,
         request_serializer=pb.ComputeLossRequest.SerializeToString,
         response_deserializer=pb.ComputeLossResponse.FromString,
     )
 
     def compute() -> Outcome:
-        inputs = losses_pb2.FocalInputs(inputs=pack(logits.numpy()), targets=pack(labels.numpy()))
-        request = pb.ComputeLossRequest(
-            focal=FocalConfig().message(),
-            items=[pb.LossItem(focal=inputs)],
-            gradients=FocalConfig.differentiable if gradients else (),
-        )
-        (result,) = call(request).results
-        return [unpack(result.loss), *(unpack(gradient.tensors[0]) for gradient in result.gradients)]
+        return _outcome(Parcel(call(_focal_request(logits, labels, None, gradients=gradients))))
 
     return compute
 
 
+def _focal_request(
+    logits: Tensor, labels: Tensor, payloads: Payloads | None, *, gradients: bool
+) -> pb.ComputeLossRequest:
+    inputs = losses_pb2.FocalInputs(
+        inputs=pack(logits.numpy(), payloads), targets=pack(labels.numpy(), payloads)
+    )
+    return pb.ComputeLossRequest(
+        focal=FocalConfig().message(),
+        items=[pb.LossItem(focal=inputs)],
+        gradients=FocalConfig.differentiable if gradients else (),
+    )
+
+
+def _outcome(answer: Parcel[pb.ComputeLossResponse]) -> Outcome:
+    (result,) = answer.message.results
+    gradients = (unpack(gradient.tensors[0], answer.payloads) for gradient in result.gradients)
+    return [unpack(result.loss, answer.payloads), *gradients]
+
+
 def _bare(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callable[[], None]:
     """Returns a call that sends the same bytes to a handler that makes nothing of them."""
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = _bare_channel(bench).unary_unary(method)
+    channel = _channel(bench, bench.child().bare_address)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
     payload = b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
     def send() -> None:
@@ -204,7 +235,7 @@ def _bare(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callab
     return send
 
 
-def _bare_channel(bench: Workbench) -> grpc.Channel:
-    channel = grpc.insecure_channel(bench.child().bare_address, options=client_options())
+def _channel(bench: Workbench, address: str) -> grpc.Channel:
+    channel = grpc.insecure_channel(address, options=client_options())
     bench.resources.callback(channel.close)
     return channel
