@@ -37,8 +37,12 @@ def send(method: _StreamCall, pieces: Sequence[Buffer], deadline: Deadline, **se
         return assembly.whole()
     except (DecodeError, ChunkError) as error:
         raise _no_answer(error) from None
+    except grpc.RpcError as error:
+        error.__traceback__ = None  # it is the call itself, to which gRPC's own frame refers
+        raise
     finally:
         call.cancel()  # where it is not over
+        del call  # or else what failed is kept, with all that it sent, until it is collected
 
 
 async def send_async(

@@ -1,9 +1,11 @@
 """Large requests of the clients go in chunks, and so do their answers, with nothing for a caller to see."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 import tracemalloc
+import weakref
 
 import grpc
 import numpy as np
@@ -123,6 +125,41 @@ def test_what_is_wrong_is_told_by_its_field(target, kind):
             twin.call("compute_loss", FocalLoss(), logits, labels)
         assert caught.value.field == "items[0].focal.targets"
         assert twin.call("compute_loss", FocalLoss(), *focal(9)).loss > 0
+
+
+@pytest.fixture
+def _nothing_is_collected():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_nothing_is_collected")
+def test_a_call_that_failed_keeps_nothing_of_what_it_sent(target):
+    logits, labels = focal(9)
+    labels[5] = 8
+    sent = weakref.ref(logits)
+    with Client(target) as client:
+        with contextlib.suppress(InvalidInputError):
+            client.compute_loss(FocalLoss(), logits, labels)
+        del logits
+        assert sent() is None
+
+
+@pytest.mark.usefixtures("_nothing_is_collected")
+def test_neither_does_one_by_asyncio(target):
+    async def run():
+        logits, labels = focal(9)
+        labels[5] = 8
+        sent = weakref.ref(logits)
+        async with AsyncClient(target) as client:
+            with contextlib.suppress(InvalidInputError):
+                await client.compute_loss(FocalLoss(), logits, labels)
+            del logits
+            assert sent() is None
+
+    asyncio.run(run())
 
 
 def test_a_timeout_holds(twin):

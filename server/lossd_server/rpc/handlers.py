@@ -161,8 +161,9 @@ class Handlers:
         try:
             place = self._door.enter(call)
             return self._answer(method, receive(call, place), call, place, form)
-        except grpc.RpcError:
-            raise  # its caller is gone
+        except grpc.RpcError as error:  # its caller is gone
+            error.__traceback__ = None  # which leads to what of the body has come; gRPC keeps the error
+            raise
         except Exception as error:  # noqa: BLE001  # every other exception gets its status here
             self._abort(method, error, call)
         finally:
