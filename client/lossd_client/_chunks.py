@@ -61,8 +61,8 @@ async def send_async(
         call.cancel()
 
 
-def may_go_whole(error: Any) -> bool:
-    """Returns whether a request that failed in chunks may fare better whole, or at least be told why not.
+def goes_better_whole(error: Any) -> bool:
+    """Returns whether a request that failed in chunks is to go whole, and fares better or is told why not.
 
     There may be a server that knows no chunks. And asyncio's gRPC does not tell why a call ended that did so
     while a chunk was written.

@@ -194,6 +194,9 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
             try:
                 return call.result(await self._send(call, request, attempts.deadline))
             except grpc.RpcError as error:
+                if not isinstance(request, bytes) and _chunks.goes_better_whole(error):
+                    request = await asyncio.to_thread(b"".join, request)
+                    continue
                 pause, is_in_use = attempts.pause_after(call.error(error)), call.leaves_memory_in_use(error)
             await asyncio.sleep(pause)
             if is_in_use:
@@ -205,12 +208,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
             return await send_async(method, request, self._hedge(call, request), deadline, **settings)
         method = self._channels.stream_method(call.path_in_chunks)
         settings = self._call_settings(sum(map(len, request)))
-        try:
-            return await _chunks.send_async(method, request, deadline, **settings)
-        except grpc.RpcError as error:
-            if not _chunks.may_go_whole(error):
-                raise
-        return await self._send(call, b"".join(request), deadline)
+        return await _chunks.send_async(method, request, deadline, **settings)
 
     async def _stream(
         self,

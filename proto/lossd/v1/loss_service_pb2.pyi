@@ -279,7 +279,8 @@ Global___ComputeLossRequest: _TypeAlias = ComputeLossRequest  # noqa: Y015
 @_typing.final
 class ComputeLossInChunksRequest(_message.Message):
     """Some of the bytes of a serialized `ComputeLossRequest`: those of all chunks, in
-    their order, are the message. A MiB of them at a time goes fastest.
+    their order, are the message. A MiB of them at a time goes fastest; more than
+    64 chunks, and one for every 16 KiB, are refused.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -287,8 +288,9 @@ class ComputeLossInChunksRequest(_message.Message):
     MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     message_bytes: _builtins.int
-    """How long the whole message is, in bytes. The first chunk says it; in others
-    it means nothing.
+    """How long the whole message is, in bytes: at most the server's
+    `max_message_bytes`. The first chunk says it; in others it means nothing.
+    What comes after so many bytes is not read.
     """
     data: _builtins.bytes
     """The bytes that come next."""

@@ -108,8 +108,10 @@ class LossServiceServicer:
 
     def ComputeLossInChunks(self, request_iterator, context):
         """`ComputeLoss` for one request that is large: its bytes come in chunks, and
-        so do those of the answer. Takes less memory on both sides, and less time
-        from some 10 MB. What is refused is so before all of it was sent.
+        so do those of the answer, once all of them have come. Takes less memory on
+        both sides, and less time from some 10 MB. Where there is no room for it, it
+        is refused when its first chunk comes, or before that by
+        `lossd-request-bytes`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

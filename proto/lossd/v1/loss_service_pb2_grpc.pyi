@@ -54,8 +54,10 @@ class LossServiceStub:
     """
     ComputeLossInChunks: _grpc.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossInChunksRequest, _loss_service_pb2.ComputeLossInChunksResponse]
     """`ComputeLoss` for one request that is large: its bytes come in chunks, and
-    so do those of the answer. Takes less memory on both sides, and less time
-    from some 10 MB. What is refused is so before all of it was sent.
+    so do those of the answer, once all of them have come. Takes less memory on
+    both sides, and less time from some 10 MB. Where there is no room for it, it
+    is refused when its first chunk comes, or before that by
+    `lossd-request-bytes`.
     """
     AssignTargets: _grpc.UnaryUnaryMultiCallable[_loss_service_pb2.AssignTargetsRequest, _loss_service_pb2.AssignTargetsResponse]
     """Assigns FCOS targets to a batch of items."""
@@ -93,8 +95,10 @@ class LossServiceAsyncStub(LossServiceStub):
     """
     ComputeLossInChunks: _aio.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossInChunksRequest, _loss_service_pb2.ComputeLossInChunksResponse]  # type: ignore[assignment]
     """`ComputeLoss` for one request that is large: its bytes come in chunks, and
-    so do those of the answer. Takes less memory on both sides, and less time
-    from some 10 MB. What is refused is so before all of it was sent.
+    so do those of the answer, once all of them have come. Takes less memory on
+    both sides, and less time from some 10 MB. Where there is no room for it, it
+    is refused when its first chunk comes, or before that by
+    `lossd-request-bytes`.
     """
     AssignTargets: _aio.UnaryUnaryMultiCallable[_loss_service_pb2.AssignTargetsRequest, _loss_service_pb2.AssignTargetsResponse]  # type: ignore[assignment]
     """Assigns FCOS targets to a batch of items."""
@@ -147,8 +151,10 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_loss_service_pb2.ComputeLossInChunksResponse], _abc.AsyncIterator[_loss_service_pb2.ComputeLossInChunksResponse]]:
         """`ComputeLoss` for one request that is large: its bytes come in chunks, and
-        so do those of the answer. Takes less memory on both sides, and less time
-        from some 10 MB. What is refused is so before all of it was sent.
+        so do those of the answer, once all of them have come. Takes less memory on
+        both sides, and less time from some 10 MB. Where there is no room for it, it
+        is refused when its first chunk comes, or before that by
+        `lossd-request-bytes`.
         """
 
     @_abc_1.abstractmethod

@@ -152,10 +152,11 @@ class Admission:
             UnavailableError: There is no room for it.
         """
         with self._lock:
-            self._bytes.give_back(place.peer, place.size)
-            place.size = 0
-            if not self._bytes.take(place.peer, size):
+            more = size - place.size
+            if more > 0 and not self._bytes.take(place.peer, more):
                 raise self._overloaded("bytes", self._bytes)
+            if more < 0:
+                self._bytes.give_back(place.peer, -more)
             place.size = size
 
     def receive(self, place: Place, size: int) -> None:

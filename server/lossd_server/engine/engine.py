@@ -13,6 +13,7 @@ import torch
 from lossd_server.engine.affinity import leaves_torch_asleep
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
+from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.cores import Cores
 from lossd_server.engine.custom import CustomLoss
 from lossd_server.engine.evaluator import Evaluator
@@ -80,6 +81,11 @@ class Engine:
         self._draining = threading.Event()
         for loss in self.custom_losses.values():
             loss.to(device)
+
+    @property
+    def buffers(self) -> BufferPool:
+        """Host memory for gradients, and for requests, used again."""
+        return self._evaluator.buffers
 
     @property
     def waiting_count(self) -> int:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _HOST = torch.device("cpu")
 
 _MAX_IDLE_BYTES = 1 << 30
-"""Most memory that is kept for the gradients of later requests."""
+"""Most memory that is kept for later requests and their gradients."""
 
 _FULL = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
 """What torch says in a plain `RuntimeError` where the host has no memory left, or none to be pinned."""
@@ -41,12 +41,13 @@ class Evaluator:
     Attributes:
         is_lost: Whether the device will answer nothing any more. A kernel that fails takes the whole context
             of a GPU with it, for as long as the process lives.
+        buffers: Host memory for gradients, emptied where memory is short.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.is_lost = False
         self._device = device
-        self._buffers = BufferPool(_MAX_IDLE_BYTES)
+        self.buffers = BufferPool(_MAX_IDLE_BYTES)
 
     def take_steps(self, tasks: Sequence[Task]) -> None:
         """Evaluates the next step of each task: adds to its outcomes, or sets its error.
@@ -112,7 +113,7 @@ class Evaluator:
 
     def _options(self, item: LossItem) -> EvaluationOptions:
         """Returns the item's options with where gradients go."""
-        options = item.options._replace(allocate=self._buffers.allocate)
+        options = item.options._replace(allocate=self.buffers.allocate)
         if not item.outputs or self._device.type != "cpu":
             return options
         return options._replace(
@@ -121,7 +122,7 @@ class Evaluator:
 
     def _make_room(self) -> None:
         """Gives back what is kept for later."""
-        self._buffers.let_go()
+        self.buffers.let_go()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

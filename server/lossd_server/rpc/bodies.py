@@ -86,7 +86,7 @@ class BodyReader:
         wait = self._begin(call)
         try:
             body = take()
-        except grpc.RpcError:
+        except Exception:
             if not wait.is_given_up:
                 raise
         finally:

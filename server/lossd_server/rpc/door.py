@@ -11,7 +11,7 @@ from lossd.chunks import Assembly, ChunkError
 from lossd.headers import REQUEST_BYTES
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import Admission, BufferPool, Place
-from lossd_server.errors import InvalidInputError, LossdError, Reason
+from lossd_server.errors import InvalidInputError, Reason, UnavailableError
 from lossd_server.rpc.bodies import Body, BodyReader
 from lossd_server.rpc.decode import parse
 
@@ -31,14 +31,17 @@ class Door:
         admission: Judges them.
         read_seconds: How long the body of one may take, and its answer to be taken.
         max_message_bytes: What gRPC reads of one: more than that none comes to.
+        buffers: Memory for those that come in chunks.
     """
 
-    def __init__(self, admission: Admission, *, read_seconds: float, max_message_bytes: int) -> None:
+    def __init__(
+        self, admission: Admission, *, read_seconds: float, max_message_bytes: int, buffers: BufferPool
+    ) -> None:
         self._admission = admission
         self._max_message_bytes = max_message_bytes
         self._read_seconds = read_seconds
         self._reader = BodyReader(read_seconds, look=self._hang_up)
-        self._buffers = BufferPool(max_message_bytes)
+        self._buffers = buffers
 
     def enter(self, call: grpc.ServicerContext) -> Place:
         """Lets a call in before its body is read; `Admission.leave` is to be called when its work is done.
@@ -48,8 +51,8 @@ class Door:
         """
         try:
             place = self._admission.enter(call.peer(), min(_declared_size(call), self._max_message_bytes))
-        except LossdError:
-            self._reader.give_up_oldest(_PATIENCE)  # the next one finds room
+        except UnavailableError:
+            self._make_room()
             raise
         place.hang_up = call.cancel
         if not call.add_callback(partial(self._end, place)):
@@ -68,7 +71,11 @@ class Door:
         body = self._reader.read(lambda: next(bodies, None), call)
         if body is None:
             raise InvalidInputError(Reason.MALFORMED_REQUEST, "the call ended without a message", length=0)
-        self._admission.receive(place, len(body))
+        try:
+            self._admission.receive(place, len(body))
+        except UnavailableError:
+            self._make_room()
+            raise
         return body
 
     def assemble(self, chunks: Iterator[Body], call: grpc.ServicerContext, place: Place) -> Body:
@@ -80,8 +87,12 @@ class Door:
             UnavailableError: It is larger than there is room for.
             grpc.RpcError: The caller is gone.
         """
-        body = Body(self._reader.read(partial(self._put_together, chunks, place), call))
-        self._admission.receive(place, len(body))
+        try:
+            body = Body(self._reader.read(partial(self._put_together, chunks, place), call))
+            self._admission.receive(place, len(body))
+        except UnavailableError:
+            self._make_room()
+            raise
         return body
 
     def _put_together(self, chunks: Iterator[Body], place: Place) -> memoryview:
@@ -115,6 +126,10 @@ class Door:
         memory = self._buffers.allocate(size)
         array = np.empty(size, np.uint8) if memory is None else memory.numpy()
         return array.data
+
+    def _make_room(self) -> None:
+        """Ends the call whose body has not come for longest, if for long: the next one finds room."""
+        self._reader.give_up_oldest(_PATIENCE)
 
     def _end(self, place: Place) -> None:
         place.hang_up = None

@@ -159,6 +159,7 @@ def code_of_call(call: Any, *, failed: bool) -> grpc.StatusCode:
         call: The call.
         failed: Whether its behaviour raised.
     """
-    if not call.is_active() and not failed:
+    code: grpc.StatusCode | None = call.code()
+    if not call.is_active() and (code is None or not failed):
         return grpc.StatusCode.CANCELLED
-    return call.code() or (grpc.StatusCode.UNKNOWN if failed else grpc.StatusCode.OK)
+    return code or (grpc.StatusCode.UNKNOWN if failed else grpc.StatusCode.OK)

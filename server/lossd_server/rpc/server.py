@@ -97,6 +97,7 @@ class Server:
             self._admission,
             read_seconds=self._config.read_seconds,
             max_message_bytes=self._config.max_message_bytes,
+            buffers=self._engine.buffers,
         )
         self._handlers = Handlers(
             service,
