@@ -1,6 +1,7 @@
 """One request in chunks: answered as one that comes whole, and judged before all of it has come."""
 
 import threading
+import time
 from itertools import pairwise
 
 import grpc
@@ -210,6 +211,33 @@ def test_chunks_that_do_not_come_make_room_for_those_that_do():
         eventually(lambda: server._admission.bytes == MEBIBYTE)
         eventually(lambda: is_answered(stub))
         assert silent.error().code() is grpc.StatusCode.CANCELLED
+
+
+def test_chunks_that_keep_coming_are_waited_for_whoever_else_wants_their_place():
+    limits = {"max_message_bytes": MEBIBYTE, "max_in_flight_bytes": MEBIBYTE, "read_seconds": 600}
+    with make_server(**limits) as server, connect(server) as stub, connect(server) as other:
+        is_over = threading.Event()
+
+        def knock():
+            while not is_over.wait(0.02):
+                is_answered(other)
+
+        def slowly():
+            for start in range(0, len(message), len(message) // 9):
+                size = 0 if start else len(message)
+                yield Chunk(message_bytes=size, data=message[start : start + len(message) // 9])
+                time.sleep(0.25)
+
+        unknown = b"\x9a\x06" + b"\x80\x80\x20" + bytes(512 << 10)  # more than half of what there is
+        message = GOOD + unknown
+        others = threading.Thread(target=knock)
+        others.start()
+        try:
+            assert ask(stub, slowly()).results
+        finally:
+            is_over.set()
+            others.join()
+        assert value(server, "lossd_refusals_total", reason="OVERLOADED") > 0
 
 
 def is_answered(stub):

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -38,13 +39,20 @@ class Body:
 
 
 class _Wait:
-    """A call whose body has not come."""
+    """A call whose body has not come.
 
-    __slots__ = ("call", "is_given_up", "since")
+    Attributes:
+        call: The call.
+        began: When it began to be waited for.
+        since: Since when nothing of it has come.
+        is_given_up: Whether it was ended.
+    """
+
+    __slots__ = ("began", "call", "is_given_up", "since")
 
     def __init__(self, call: grpc.ServicerContext) -> None:
         self.call = call
-        self.since = time.monotonic()
+        self.began = self.since = time.monotonic()
         self.is_given_up = False
 
 
@@ -68,15 +76,15 @@ class BodyReader:
         self._most = most
         self._look_too = look
         self._lock = threading.Lock()
-        self._waits: dict[_Wait, None] = {}  # whoever has waited longest comes first
+        self._waits: dict[_Wait, None] = {}  # of whom nothing has come for longest comes first
         self._watch: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def read(self, take: Callable[[], T], call: grpc.ServicerContext) -> T:
+    def read(self, take: Callable[[Callable[[], None]], T], call: grpc.ServicerContext) -> T:
         """Returns the body of a call.
 
         Args:
-            take: Waits for all of it, and returns it.
+            take: Waits for all of it, and returns it. Is given what it may call when some of it has come.
             call: The call.
 
         Raises:
@@ -85,7 +93,7 @@ class BodyReader:
         """
         wait = self._begin(call)
         try:
-            body = take()
+            body = take(partial(self._note_progress, wait))
         except Exception:
             if not wait.is_given_up:
                 raise
@@ -100,18 +108,14 @@ class BodyReader:
             )
         return body
 
-    def give_up_oldest(self, least_seconds: float = 0.0) -> bool:
-        """Ends the call that has waited longest, if it has for so long; returns whether there was one."""
+    def give_up_oldest(self, least_seconds: float = 0.0) -> None:
+        """Ends the call of whose body nothing has come for longest, if nothing has for so long."""
         with self._lock:
             wait = next(iter(self._waits), None)
             if wait is None or time.monotonic() - wait.since < least_seconds:
-                return False
-            del self._waits[wait]
-            wait.is_given_up = True
-        with suppress(grpc.RpcError, ValueError):  # it is gone, or has begun to be answered
-            wait.call.send_initial_metadata(((CANCELLED_FOR, Reason.BODY_TOO_SLOW),))
-        wait.call.cancel()
-        return True
+                return
+            self._give_up(wait)
+        _hang_up(wait.call)
 
     def close(self) -> None:
         """Lets the thread go."""
@@ -131,6 +135,32 @@ class BodyReader:
 
     def _look(self) -> None:
         while not self._closed.wait(min(self._seconds / _LOOKS, _LONGEST_SLEEP)):
-            while self.give_up_oldest(self._seconds):
-                pass
+            self._give_up_late()
             self._look_too()
+
+    def _give_up_late(self) -> None:
+        """Ends the calls whose bodies take too long."""
+        with self._lock:
+            end = time.monotonic() - self._seconds
+            late = [wait for wait in self._waits if wait.began <= end]
+            for wait in late:
+                self._give_up(wait)
+        for wait in late:
+            _hang_up(wait.call)
+
+    def _give_up(self, wait: _Wait) -> None:
+        del self._waits[wait]
+        wait.is_given_up = True
+
+    def _note_progress(self, wait: _Wait) -> None:
+        with self._lock:
+            if wait in self._waits:
+                del self._waits[wait]  # to the end of the line
+                self._waits[wait] = None
+                wait.since = time.monotonic()
+
+
+def _hang_up(call: grpc.ServicerContext) -> None:
+    with suppress(grpc.RpcError, ValueError):  # it is gone, or has begun to be answered
+        call.send_initial_metadata(((CANCELLED_FOR, Reason.BODY_TOO_SLOW),))
+    call.cancel()

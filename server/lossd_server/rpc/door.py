@@ -1,6 +1,6 @@
 """How a unary call comes in: judged before its body is read, and its place is free when it is over."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import grpc
@@ -18,7 +18,7 @@ from lossd_server.rpc.decode import parse
 _log = structlog.get_logger()
 
 _PATIENCE = 1.0
-"""Seconds for which a body is waited for even where others want its place."""
+"""Seconds for which more of a body is waited for even where others want its place."""
 
 _MOST_DIGITS = 12
 """Of a size that could be so; Python takes long over numbers of very many."""
@@ -68,7 +68,7 @@ class Door:
             UnavailableError: It is larger than there is room for.
             grpc.RpcError: The caller is gone.
         """
-        body = self._reader.read(lambda: next(bodies, None), call)
+        body = self._reader.read(lambda _came: next(bodies, None), call)
         if body is None:
             raise InvalidInputError(Reason.MALFORMED_REQUEST, "the call ended without a message", length=0)
         try:
@@ -95,11 +95,14 @@ class Door:
             raise
         return body
 
-    def _put_together(self, chunks: Iterator[Body], place: Place) -> memoryview:
+    def _put_together(
+        self, chunks: Iterator[Body], place: Place, note_progress: Callable[[], None]
+    ) -> memoryview:
         assembly = Assembly(partial(self._allocate, place))
         try:
             for chunk in chunks:
                 assembly.add(parse(pb.ComputeLossInChunksRequest, chunk.take()))
+                note_progress()
                 if assembly.is_whole:
                     break
             return assembly.whole()
@@ -128,7 +131,7 @@ class Door:
         return array.data
 
     def _make_room(self) -> None:
-        """Ends the call whose body has not come for longest, if for long: the next one finds room."""
+        """Ends the call of whose body nothing has come for longest, if for long: the next one finds room."""
         self._reader.give_up_oldest(_PATIENCE)
 
     def _end(self, place: Place) -> None:

@@ -110,11 +110,11 @@ class StandardServices:
 
     def _reflect(self, requests: Iterator[Any], call: grpc.ServicerContext) -> Iterator[Any]:
         with self._refusing("ServerReflectionInfo", call), _seat(self._reflections, "streams", call):
-            timely = iter(partial(self._reader.read, partial(next, requests, None), call), None)
+            timely = iter(partial(self._reader.read, lambda _came: next(requests, None), call), None)
             yield from self._reflection.ServerReflectionInfo(timely, call)
 
     def _first(self, requests: Iterator[Any], call: grpc.ServicerContext) -> Any:
-        request = self._reader.read(partial(next, requests, None), call)
+        request = self._reader.read(lambda _came: next(requests, None), call)
         if request is None:
             raise InvalidInputError(Reason.MALFORMED_REQUEST, "the call ended without a message", length=0)
         return request
