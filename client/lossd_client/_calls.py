@@ -44,17 +44,17 @@ class Call(Generic[R]):
         """What gRPC calls the method."""
         return method_path(self.method)
 
+    @property
+    def path_in_chunks(self) -> str:
+        """What gRPC calls its twin whose messages come in chunks."""
+        return method_path(f"{self.method}InChunks")
+
     def outgoing(self) -> bytes | list[Buffer]:
         """Returns the bytes to send: all in one, or the pieces of what goes in chunks."""
         pieces = self.request.pieces()
         if self.may_be_cut and sum(map(len, pieces)) >= LEAST_BYTES:
             return pieces
         return b"".join(pieces)
-
-    @property
-    def path_in_chunks(self) -> str:
-        """What gRPC calls its twin whose messages come in chunks."""
-        return method_path(f"{self.method}InChunks")
 
     def result(self, data: Buffer) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""

@@ -223,10 +223,9 @@ def test_chunks_that_keep_coming_are_waited_for_whoever_else_wants_their_place()
                 is_answered(other)
 
         def slowly():
-            for start in range(0, len(message), len(message) // 9):
-                size = 0 if start else len(message)
-                yield Chunk(message_bytes=size, data=message[start : start + len(message) // 9])
-                time.sleep(0.25)
+            for chunk in cut(message, 24):
+                yield chunk
+                time.sleep(0.1)  # in all more than the second that nothing may come for
 
         unknown = b"\x9a\x06" + b"\x80\x80\x20" + bytes(512 << 10)  # more than half of what there is
         message = GOOD + unknown
@@ -393,7 +392,6 @@ def test_a_token_pays_for_one_request_and_for_all_of_its_bytes(tmp_path, name, u
         refusals = (refusal_if_any(stub, bearing) for _ in range(100))
         found = next(filter(None, refusals))
         assert (found.reason, found.metadata["unit"]) == ("RATE_LIMITED", f"{unit} a second")
-        assert stub.AssignTargets  # the channel is as good as ever
         assert refusal(stub.AssignTargets, good_assign_request()).reason == "UNAUTHENTICATED"
 
 
