@@ -245,7 +245,7 @@ def launches(monkeypatch, call):
     from lossd_server.losses.gpu import programs
 
     names = []
-    for name in ("focal_program", "rows_program", "totals_program"):
+    for name in ("focal_program", "rows_program"):
         program = getattr(programs, name)
 
         class Counted:
@@ -267,7 +267,7 @@ def test_levels_go_together_and_come_out_as_if_alone(monkeypatch):
     each = torch.cat([solve([level]) for level in grids])
     alone = [level.gradient.clone() for level in grids]
     found = []
-    assert launches(monkeypatch, lambda: found.append(solve(grids))) == ["focal_program", "totals_program"]
+    assert launches(monkeypatch, lambda: found.append(solve(grids))) == ["focal_program"]
     assert torch.equal(found[0], each)
     assert all(torch.equal(level.gradient, its) for level, its in zip(grids, alone, strict=True))
 
@@ -392,7 +392,7 @@ def test_rows_without_places_factors_or_gradients(formula):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_head_in_three_launches(monkeypatch, share):
+def test_a_head_in_two_launches(monkeypatch, share):
     grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
     boxes, centerness = (
         [positives(formula, size, share=share) for size in SIZES]
@@ -402,11 +402,11 @@ def test_a_head_in_three_launches(monkeypatch, share):
     arguments = (grids, constants, boxes, RowFormula.GIOU_OF_LTRB, centerness)
     found = []
     names = launches(monkeypatch, lambda: found.append(head_sums_on_gpu(*arguments)))
-    assert names == ["focal_program", *["rows_program"] * bool(share), "totals_program"]
-    cls, *rows = found[0]
-    assert torch.equal(cls.losses.cpu(), solve(grids))
-    check_rows(zip([RowFormula.GIOU_OF_LTRB] * 3, boxes, *rows[0], strict=True))
-    check_rows(zip([RowFormula.CENTERNESS] * 3, centerness, *rows[1], strict=True))
+    assert names == ["focal_program", "rows_program"]
+    cls, reg, entropies, negative_sides, floors = found[0].cpu()
+    assert torch.equal(cls, solve(grids))
+    check_rows(zip([RowFormula.GIOU_OF_LTRB] * 3, boxes, reg, negative_sides, strict=True))
+    check_rows(zip([RowFormula.CENTERNESS] * 3, centerness, entropies, floors, strict=True))
 
 
 @pytest.mark.parametrize("preset", ["autotimm", "documented"])
@@ -546,7 +546,7 @@ for shape in ((1, 80, 169), (2, 80, 10000), (3, 1, 1), (16, 8, 64), (1, 7, 13)):
             preds=preds, targets=torch.zeros(shape[2], width), gradient=torch.zeros_like(preds)
         )
         assert row_sums_on_gpu([group], formula, 1e-7) is not None
-for program in (programs.focal_program, programs.rows_program, programs.totals_program):
+for program in (programs.focal_program, programs.rows_program, programs.zero_program):
     kernels = [kernel for cache in program.device_caches.values() for kernel in cache[0].values()]
     print(len(kernels), "cubin" in kernels[0].asm)
 """
@@ -596,8 +596,12 @@ def test_losses_on_the_gpu_are_those_on_the_cpu():
 @needs_gpu
 def test_nothing_waits_for_the_gpu():
     grids = [problem(*logits_and_labels((2, 5, *size))) for size in SIZES]
-    boxes = [positives(RowFormula.GIOU_OF_LTRB, size) for size in SIZES]
-    arguments = (grids, FocalConstants(alpha=0.25, gamma=2.0), boxes, RowFormula.GIOU_OF_LTRB, [])
+    boxes, centerness = (
+        [positives(formula, size) for size in SIZES]
+        for formula in (RowFormula.GIOU_OF_LTRB, RowFormula.CENTERNESS)
+    )
+    constants = FocalConstants(alpha=0.25, gamma=2.0)
+    arguments = (grids, constants, boxes, RowFormula.GIOU_OF_LTRB, centerness)
     head_sums_on_gpu(*arguments)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -106,7 +106,7 @@ class Evaluator:
         """Begins an evaluation; on a CPU, and for a loss of the operator's, it is done then."""
         if job.strict:
             _refuse_non_finite(item.arguments)
-        arguments = {name: to_device(value, self._device) for name, value in item.arguments.items()}
+        arguments = to_device(item.arguments, self._device)
         evaluation = job.loss.evaluate(arguments, self._options(item))
         check = None if job.strict else FiniteCheck.begin(arguments, evaluation.finite_inputs)
         return Launched(item=item, evaluation=evaluation, check=check)
@@ -176,9 +176,9 @@ def _too_large(item: LossItem) -> OutOfMemoryError:
     )
 
 
-def _refuse_non_finite(arguments: Mapping[str, object]) -> None:
+def _refuse_non_finite(arguments: Mapping[str, Any]) -> None:
     """Raises `InvalidInputError` for the first argument that holds NaN or infinity, read on the host."""
-    found = find_non_finite({name: to_device(value, _HOST) for name, value in arguments.items()})
+    found = find_non_finite(to_device(arguments, _HOST))
     if found:
         first = found[0]
         raise InvalidInputError(

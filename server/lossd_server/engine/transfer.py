@@ -1,7 +1,7 @@
 """Between numpy arrays on the host and torch tensors on the device, bit for bit."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.losses.evaluation import Numbers
+from lossd_server.losses.uploads import uploaded
 
 # Requests are read-only views of received bytes, and nothing of ours writes to its inputs. Torch warns
 # of such arrays once a process: here, and unheard.
@@ -21,15 +22,48 @@ with warnings.catch_warnings():
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Returns arrays, and arrays in lists, as tensors on the device; anything else as it is."""
+_SMALL = 1 << 18
+"""Bytes that a GPU copies while it is told to copy: what is smaller goes together with others."""
+
+
+def to_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Returns arguments with arrays, and arrays in lists, as tensors on the device; the rest as it is."""
+    arrays = [array for value in arguments.values() for array in _arrays_in(value)]
+    tensors = iter(_moved(arrays, device))
+    return {name: _replaced(value, tensors) for name, value in arguments.items()}
+
+
+def _arrays_in(value: Any) -> Sequence[NDArray[Any]]:
+    values = value if isinstance(value, list) else [value]
+    return [entry for entry in values if isinstance(entry, np.ndarray)]
+
+
+def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(value, list):
-        return [to_device(entry, device) for entry in value]
-    if not isinstance(value, np.ndarray):
-        return value
-    tensor = from_host(value)
-    # To a GPU the driver copies by way of memory of its own: the array has been read when this returns.
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+        return [_replaced(entry, tensors) for entry in value]
+    return next(tensors) if isinstance(value, np.ndarray) else value
+
+
+def _moved(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    if device.type == "cpu":
+        return list(map(from_host, arrays))
+    small = iter(uploaded([_plain(array) for array in arrays if array.nbytes < _SMALL], device))
+    return [
+        _typed(next(small), array)
+        if array.nbytes < _SMALL
+        # By way of memory of the driver's own: the array has been read when this returns.
+        else from_host(array).to(device, non_blocking=True)
+        for array in arrays
+    ]
+
+
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Returns an array that torch knows the type of, of the same bits."""
+    return array.view(np.uint16) if array.dtype == _BFLOAT16 else array
+
+
+def _typed(tensor: Tensor, array: NDArray[Any]) -> Tensor:
+    return tensor.view(torch.bfloat16) if array.dtype == _BFLOAT16 else tensor
 
 
 def to_host(
@@ -55,10 +89,31 @@ def _row(number: float | Numbers) -> NDArray[np.float64]:
 
 def _fetched(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    copies = list(map(_copy_under_way, tensors)) if devices else tensors
+    copies = _copies_under_way(tensors) if devices else tensors
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return list(map(_array, copies))
+
+
+def _copies_under_way(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns tensors of the host's that hold the values once the streams have come so far."""
+    small = [tensor for tensor in tensors if tensor.is_cuda and tensor.nbytes < _SMALL]
+    together = _small_copies_under_way(small)
+    return [together[tensor] if tensor in together else _copy_under_way(tensor) for tensor in tensors]
+
+
+def _small_copies_under_way(tensors: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Returns the same of the tensors of one GPU, by one copy."""
+    if not tensors:
+        return {}
+    # The widest first: so each begins at a multiple of its own width.
+    ordered = sorted(tensors, key=Tensor.element_size, reverse=True)
+    flat = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in ordered])
+    parts = torch.split(_copy_under_way(flat), [tensor.nbytes for tensor in ordered])
+    return {
+        tensor: part.view(tensor.dtype).view(tensor.shape)
+        for tensor, part in zip(ordered, parts, strict=True)
+    }
 
 
 def _copy_under_way(tensor: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ class FiniteCheck:
 
     Attributes:
         tensors: What is looked at, by name.
-        totals: Their sums, `[len(tensors)]`: NaN and infinity survive a sum, so one pass without a mask
-            clears the ordinary case.
+        totals: Their sums, or largest magnitudes, `[len(tensors)]`: NaN and infinity survive both, so one
+            pass without a mask clears the ordinary case.
     """
 
     tensors: Sequence[tuple[str, Tensor]]
@@ -172,9 +172,10 @@ def find_non_finite(
 
 
 def _totals(tensors: Sequence[Tensor]) -> Numbers:
-    """Returns the sum of each tensor; on a GPU nothing waits for them."""
+    """Returns the sum of each tensor, or on a GPU the largest magnitude; nothing waits for them."""
     if tensors[0].is_cuda:
-        return torch.stack([_wide_sum(tensor).double() for tensor in tensors])
+        largest = torch._foreach_norm(list(tensors), torch.inf)  # noqa: SLF001  # few launches for many
+        return torch.stack([each.double() for each in largest])
     with np.errstate(over="ignore", invalid="ignore"):
         return np.array(
             [

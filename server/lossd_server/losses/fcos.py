@@ -1,17 +1,15 @@
 """The combined loss of an FCOS head (Tian et al., "FCOS", 2019, §3.1)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, Numbers, as_tensor
+from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, as_tensor
 from lossd_server.losses.fcos_arguments import (
     COMPONENTS,
     DENSE_TARGETS,
@@ -28,7 +26,6 @@ from lossd_server.losses.fcos_terms import (
     nonzero_rows,
     over,
     term_sums,
-    total,
 )
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_grid import FocalConstants
@@ -217,9 +214,10 @@ class FCOSLoss(LossModule):
         divisors = rules.divisors(valid, positives, normalizer)
         preds = [arguments[name] for name in PREDICTIONS]
         requests = self._gradient_requests(preds, options, rules, divisors)
-        cls, reg, centerness = term_sums(preds, levels, self.focal, rules, requests)
-        sums = (cls.losses, reg.losses, centerness.losses)
-        components = self._components(sums, centerness.extras, divisors, rules)
+        sums, finite = term_sums(preds, levels, self.focal, rules, requests)
+        nothing = np.ones_like(valid)
+        values = over(sums, np.array([*divisors, nothing, divisors.centerness]))
+        components = self._components([*values[:3], values[4]], rules)
         dtype = widest_dtype(pred for kind in preds for pred in kind)
         return Evaluation(
             loss=as_tensor(_weighted_total(components), preds[0][0], dtype),
@@ -230,14 +228,14 @@ class FCOSLoss(LossModule):
                 if request is not None
             },
             raw_sums={
-                **dict(zip(COMPONENTS, sums, strict=True)),
+                **dict(zip(COMPONENTS, sums[:3], strict=True)),
                 "centerness_target": np.array([t.centerness.sum(dtype=np.float64) for t in levels]),
                 "valid_count": valid,
                 "positive_count": positives,
             },
             preset=arguments["preset"],
-            negative_side_count=total(reg.extras),
-            finite_inputs=frozenset(f"cls_preds[{i}]" for i in range(len(levels)) if cls.finite),
+            negative_side_count=values[3],
+            finite_inputs=frozenset(f"cls_preds[{i}]" for i in range(len(levels)) if finite),
             nonzero_rows=nonzero_rows(levels, rules) if options.nonzero_rows else {},
         )
 
@@ -265,18 +263,18 @@ class FCOSLoss(LossModule):
             requests.append(None if buffers is None else GradientRequest(scales=scales, buffers=buffers))
         return requests
 
-    def _components(
-        self, sums: Sequence[Numbers], floor_sums: Numbers, divisors: Divisors, rules: LossRules
-    ) -> tuple[Component, ...]:
-        def component(name: str, sums: Numbers, divisor: NDArray[np.float64], weight: float) -> Component:
-            value = total(over(sums, divisor))
-            if rules.weighted_components:
-                return Component(name=name, value=value * weight, weight=1.0)
-            return Component(name=name, value=value, weight=weight)
-
-        terms = map(component, COMPONENTS, sums, divisors, self.weights)
-        floor = component("centerness_floor", floor_sums, divisors.centerness, self.weights[2])
-        return (*terms, replace(floor, weight=0.0))
+    def _components(self, values: Sequence[float | Tensor], rules: LossRules) -> tuple[Component, ...]:
+        """Returns the components of the values of the three terms and of the floor of centerness."""
+        weights = (*self.weights, self.weights[2])
+        if rules.weighted_components:
+            values = [value * weight for value, weight in zip(values, weights, strict=True)]
+            weights = (1.0, 1.0, 1.0, 1.0)
+        names = (*COMPONENTS, "centerness_floor")
+        shares = (*weights[:3], 0.0)
+        return tuple(
+            Component(name=name, value=value, weight=weight)
+            for name, value, weight in zip(names, values, shares, strict=True)
+        )
 
 
 def _weighted_total(components: Sequence[Component]) -> float | Tensor:

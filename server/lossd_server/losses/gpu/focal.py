@@ -1,30 +1,42 @@
 """The focal program, called with tensors."""
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
-from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, bits_of, run
+from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, alike, bits_of, run
 from lossd_server.losses.gpu.library import loaded_programs
 
 MOST_GRIDS = 32
 """As in programs/focal.py."""
 
-_CELLS = 64
-_CLASSES = 16
-"""What a program computes at a time: eight logits a thread, which fill its registers."""
+_PROGRAMS = 2048
+"""A grid is divided until it has so many programs: several for each processor of a large GPU."""
 
-_FEW_PROGRAMS = 512
-"""Below so many, a grid's classes are divided among programs too: a large GPU runs as many at once."""
 
-_REGISTERS = 128
-"""Of a thread: with more, fewer threads run, and memory is waited for."""
+class _Tile(NamedTuple):
+    """What a program computes at a time, and with what.
+
+    Attributes:
+        classes: Classes, a power of 2.
+        cells: Cells, a power of 2.
+        warps: Groups of 32 threads.
+        registers: Most registers of a thread: with more, fewer threads run, and memory is waited for.
+    """
+
+    classes: int
+    cells: int
+    warps: int
+    registers: int
+
+
+_CELLS_INNER = _Tile(classes=8, cells=128, warps=4, registers=96)
+_CLASSES_INNER = _Tile(classes=16, cells=64, warps=4, registers=128)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,6 +56,11 @@ class FocalVariant(NamedTuple):
     square: bool
     cells_inner: bool
 
+    @property
+    def tile(self) -> _Tile:
+        """What a program computes at a time."""
+        return _CELLS_INNER if self.cells_inner else _CLASSES_INNER
+
     def constants(self, programs: ModuleType) -> dict[str, object]:
         """Returns the arguments of the program that are constants to its compiler."""
         return {
@@ -51,9 +68,10 @@ class FocalVariant(NamedTuple):
             "GRADIENT": programs.TYPES[self.gradient],
             "SQUARE": self.square,
             "CELLS_INNER": self.cells_inner,
-            "CELLS": _CELLS,
-            "CLASSES": _CLASSES,
-            "maxnreg": _REGISTERS,
+            "CELLS": self.tile.cells,
+            "CLASSES": self.tile.classes,
+            "num_warps": self.tile.warps,
+            "maxnreg": self.tile.registers,
         }
 
 
@@ -71,14 +89,13 @@ def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> 
     """Returns what `focal_sums` does, by the program; None where that does not apply.
 
     It applies for every type but float64. All grids take one launch, unless they differ in type or
-    layout or are more than 32; the sums take another. Nothing waits for the device.
+    layout or are more than 32. Nothing waits for the device.
     """
     programs = loaded_programs()
     if programs is None or not grids or not all(applies(grid, constants) for grid in grids):
         return None
-    launches, order = focal_launches(grids, constants, programs)
-    losses = in_order(run(launches, grids[0].logits.device, programs), order)
-    return FocalSums(losses=losses, finite=None)
+    launches = focal_launches(grids, constants, programs)
+    return FocalSums(losses=run(launches, len(grids), grids[0].logits.device, programs), finite=None)
 
 
 def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
@@ -89,13 +106,6 @@ def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
         and grid.logits.numel() < 1 << 40  # programs are numbered by an int32
         and max(grid.logits.shape) < 1 << 31
     )
-
-
-def in_order(totals: Tensor, order: Sequence[int]) -> Tensor:
-    """Returns totals, which are of the grids that `order` names, in the order of the grids."""
-    if list(order) == sorted(order):
-        return totals
-    return totals[torch.from_numpy(np.argsort(order)).to(totals.device, non_blocking=True)]
 
 
 def variant_of(grid: FocalGrid, constants: FocalConstants) -> FocalVariant:
@@ -111,43 +121,39 @@ def variant_of(grid: FocalGrid, constants: FocalConstants) -> FocalVariant:
 
 def focal_launches(
     grids: Sequence[FocalGrid], constants: FocalConstants, programs: ModuleType
-) -> tuple[list[Launch], list[int]]:
-    """Returns the launches, and which grid each of their totals is of."""
-    launches, order = [], []
-    for variant, numbers in _groups(grids, constants):
-        launches.append(_launch([grids[i] for i in numbers], constants, variant, programs))
-        order += numbers
-    return launches, order
+) -> list[Launch]:
+    """Returns the launches, with their totals in the order of grids.
 
-
-def _groups(
-    grids: Sequence[FocalGrid], constants: FocalConstants
-) -> Iterator[tuple[FocalVariant, list[int]]]:
-    """Yields which grids go together: those of one variant, up to `MOST_GRIDS`."""
+    Grids of one variant go together, up to `MOST_GRIDS`.
+    """
     variants = [variant_of(grid, constants) for grid in grids]
-    for variant in dict.fromkeys(variants):
-        numbers = [i for i, its in enumerate(variants) if its == variant]
-        for first in range(0, len(numbers), MOST_GRIDS):
-            yield variant, numbers[first : first + MOST_GRIDS]
+    return [
+        _launch(grids, numbers, constants, variant, programs)
+        for variant, numbers in alike(variants, MOST_GRIDS)
+    ]
 
 
 def _launch(
-    grids: Sequence[FocalGrid], constants: FocalConstants, variant: FocalVariant, programs: ModuleType
+    grids: Sequence[FocalGrid],
+    numbers: Sequence[int],
+    constants: FocalConstants,
+    variant: FocalVariant,
+    programs: ModuleType,
 ) -> Launch:
-    shares = [_shares(grid) for grid in grids]
-    counts = [
-        grid.logits.shape[0] * blocks * parts for grid, (_, blocks, parts) in zip(grids, shares, strict=True)
-    ]
-    ends = [0, *accumulate(counts)]
-    firsts = [*ends[:-1], *[FREE] * (MOST_GRIDS - len(grids))]
     header = [*map(bits_of, (constants.gamma, constants.negative_weight, constants.positive_weight)), 0]
-    labels = [_labels(grid) for grid in grids]
-    fields = list(map(_fields, grids, labels, [variant] * len(grids), shares))
+    labels = [_labels(grids[i]) for i in numbers]
+    shares = [_shares(grids[i], variant.tile) for i in numbers]
+    counts = [share.program_count for share in shares]
+    firsts = [*accumulate(counts[:-1], initial=0), *[FREE] * (MOST_GRIDS - len(numbers))]
+    fields = [
+        [*_fields(grids[i], mine, variant, share), 0, i]
+        for i, mine, share in zip(numbers, labels, shares, strict=True)
+    ]
     return Launch(
         program="focal_program",
         words=[*header, *firsts, *chain.from_iterable(fields)],
-        program_count=ends[-1],
-        spans=list(pairwise(ends)),
+        program_count=sum(counts),
+        sum_count=sum(counts),
         constants=variant.constants(programs),
         tensors=labels,
     )
@@ -158,29 +164,44 @@ def _labels(grid: FocalGrid) -> Tensor:
     return grid.labels if grid.labels.dtype in {torch.int32, torch.int64} else grid.labels.to(torch.int32)
 
 
-def _shares(grid: FocalGrid) -> tuple[int, int, int]:
-    """Returns the classes of a program, the blocks of cells and the parts of classes of an image.
+class _Shares(NamedTuple):
+    """How a grid is divided among programs: by itself alone, for so its losses are added up in any company.
 
-    They depend on the grid alone: the order in which its losses are added up must not depend on its
-    company. Rows are written whole.
+    Attributes:
+        width: Classes of a program.
+        blocks: Blocks of cells of an image.
+        parts: Parts of classes.
+        program_count: Programs in all; one where there is nothing to do, for the total.
     """
+
+    width: int
+    blocks: int
+    parts: int
+    program_count: int
+
+
+def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
+    """Returns how a grid is divided. Rows are written whole."""
     images, classes, cells = grid.logits.shape
-    blocks = -(-cells // _CELLS)
-    divided = grid.rows is None and images * blocks < _FEW_PROGRAMS
-    width = _CLASSES if divided else max(-(-classes // _CLASSES), 1) * _CLASSES
-    return width, blocks, max(-(-classes // width), 1)
+    blocks = -(-cells // tile.cells)
+    steps = max(-(-classes // tile.classes), 1)
+    wanted = 1 if grid.rows is not None else -(-_PROGRAMS // max(images * blocks, 1))
+    steps_each = max(steps // wanted, 1)
+    parts = -(-steps // steps_each)
+    return _Shares(steps_each * tile.classes, max(blocks, 1), parts, max(images * blocks * parts, 1))
 
 
-def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: tuple[int, int, int]) -> Words:
-    """Returns the grid's words; the program knows them by their places."""
+def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: _Shares) -> Words:
+    """Returns the grid's words but the last two; the program knows them by their places."""
     gradient = grid.logits if grid.gradient is None else grid.gradient
     ignored = labels if grid.ignored is None else grid.ignored
     rows = labels if grid.rows is None else grid.rows
-    width, blocks, parts = shares
+    images, classes, cells = grid.logits.shape
     return [
         *map(address_of, (grid.logits, grid.gradient, labels, grid.ignored, grid.rows)),
         bits_of(grid.scale),
-        *grid.logits.shape[1:],
+        classes,
+        cells if images else 0,
         *grid.logits.stride(),
         *gradient.stride(),
         *labels.stride(),
@@ -189,9 +210,7 @@ def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: tupl
         labels.dtype == torch.int64,
         grid.background,
         _aligned(grid.logits, variant) and _aligned(gradient, variant),
-        width,
-        blocks,
-        parts,
+        *shares,
     ]
 
 

@@ -1,39 +1,38 @@
-"""Launches programs over tables of addresses, and adds up what they found: one upload, no wait."""
+"""Launches programs over tables of addresses: one upload, no wait."""
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from itertools import accumulate, chain
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+T = TypeVar("T", bound=Hashable)
+
 Words = list[int]
 """Part of a table: int64, as a list until all of it is there, which is quicker than arrays of a few."""
 
 FREE = (1 << 63) - 1
-"""Where the first program or location of a grid or level that is not there would be."""
+"""Where the first program of a grid or group that is not there would be."""
 
-_WIDTH_OF_TOTALS = 1024
 _OPTIONS = {
-    "num_warps": 4,
     # The programs say themselves what is fused: else the same logit could come out otherwise elsewhere.
     "enable_fp_fusion": False,
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch.
 
     Attributes:
         program: Name of the program.
         words: Its table.
         program_count: How many of it run.
-        spans: What to add up of the numbers that they write: where each total begins and ends.
+        sum_count: How many sums they put down for the one that is done last.
         constants: What the program is compiled for, and how.
         tensors: What the table points to and nobody else holds.
     """
@@ -41,37 +40,31 @@ class Launch:
     program: str
     words: Words
     program_count: int
-    spans: Sequence[tuple[int, int]]
+    sum_count: int
     constants: Mapping[str, Any]
     tensors: Sequence[Tensor] = ()
 
 
-def run(launches: Sequence[Launch], device: torch.device, programs: ModuleType) -> Tensor:
-    """Runs launches, and one more for the totals of all their spans, which it returns: float64 on the device.
+def run(launches: Sequence[Launch], total_count: int, device: torch.device, programs: ModuleType) -> Tensor:
+    """Runs launches, and returns the totals that they write: float64 on the device.
 
     Addresses, sizes and strides go by a table and never as arguments, for which Triton would compile
     again: where they are 1, or multiples of 16.
     """
-    starts = list(_places([_end(launch) for launch in launches]))
-    spans = [
-        (a + start, b + start)
-        for launch, start in zip(launches, starts, strict=False)
-        for a, b in launch.spans
-    ]
-    tables = [*(launch.words for launch in launches), [place for span in spans for place in span]]
-    places = list(_places(map(len, tables)))
-    uploaded = _upload([word for table in tables for word in (*table, *[0] * (len(table) % 2))], device)
-    sums = torch.empty(starts[-1], dtype=torch.float64, device=device)
-    totals = torch.empty(len(spans), dtype=torch.float64, device=device)
+    padded = [launch.words + [0] * (len(launch.words) % 2) for launch in launches]
+    tables = _upload(list(chain(*padded)), device)
+    numbers = torch.empty(
+        total_count + sum(_even(launch.sum_count) for launch in launches) + 1,
+        dtype=torch.float64,
+        device=device,
+    )
+    table_places = accumulate(map(len, padded), initial=0)
+    sum_places = accumulate((_even(launch.sum_count) for launch in launches), initial=_even(total_count))
     with _on(device):
-        for launch, place, start in zip(launches, places, starts, strict=False):
-            if launch.program_count:
-                program = getattr(programs, launch.program)
-                program[launch.program_count,](uploaded[place:], sums[start:], **launch.constants, **_OPTIONS)
-        if spans:
-            totals_program = programs.totals_program[len(spans),]
-            totals_program(uploaded[places[-2] :], sums, totals, WIDTH=_WIDTH_OF_TOTALS, **_OPTIONS)
-    return totals
+        for launch, table, sums in zip(launches, table_places, sum_places, strict=False):
+            program = getattr(programs, launch.program)[launch.program_count,]
+            program(tables[table:], numbers, numbers[sums:], **launch.constants, **_OPTIONS)
+    return numbers[:total_count]
 
 
 def bits_of(value: float) -> int:
@@ -85,17 +78,17 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _end(launch: Launch) -> int:
-    return max((stop for _, stop in launch.spans), default=0)
+def alike(variants: Sequence[T], most: int) -> Iterator[tuple[T, list[int]]]:
+    """Yields each variant with the places where it stands, so many of them at a time."""
+    for variant in dict.fromkeys(variants):
+        places = [place for place, its in enumerate(variants) if its == variant]
+        for first in range(0, len(places), most):
+            yield variant, places[first : first + most]
 
 
-def _places(lengths: Iterable[int]) -> Iterator[int]:
-    """Yields where parts of these lengths begin, each on 16 bytes, and where the last one ends."""
-    place = 0
-    for length in lengths:
-        yield place
-        place += length + length % 2
-    yield place
+def _even(count: int) -> int:
+    """Returns the count, or one more: what follows begins on 16 bytes."""
+    return count + count % 2
 
 
 def _upload(words: Words, device: torch.device) -> Tensor:

@@ -37,10 +37,22 @@ def load_programs(device: torch.device) -> ModuleType | None:
     From then on each is compiled when it is first wanted, unless `compile_programs` has done it.
     None, and one `RuntimeWarning`, where Triton is missing or cannot compile.
     """
-    with _lock:
-        if not _loaded and not _given_up.is_set() and (programs := _find(device)) is not None:
-            _loaded.append(programs)
+    programs = find_programs(device)
+    if programs is not None:
+        use_programs(programs)
     return loaded_programs()
+
+
+def find_programs(device: torch.device) -> ModuleType | None:
+    """Returns what `load_programs` does, but nobody else comes to use them by this."""
+    with _lock:
+        return None if _given_up.is_set() else _find(device)
+
+
+def use_programs(programs: ModuleType) -> None:
+    """Has the programs used from now on."""
+    with _lock:
+        _loaded[:] = [programs]
 
 
 def give_up(error: Exception) -> None:
@@ -58,8 +70,8 @@ def _find(device: torch.device) -> ModuleType | None:
         _require_nvidia()
         from lossd_server.losses.gpu import programs  # noqa: PLC0415  # needs Triton
 
-        nothing = Launch(program="", words=[], program_count=0, spans=[(0, 0)], constants={})
-        run([nothing], device, programs)  # builds Triton's launcher, which takes a C compiler
+        trial = Launch(program="zero_program", words=[0, 0], program_count=1, sum_count=0, constants={})
+        run([trial], 1, device, programs)  # builds Triton's launcher, which takes a C compiler
     except Exception as error:  # noqa: BLE001  # whatever a compiler may raise
         _warn(error)
         return None

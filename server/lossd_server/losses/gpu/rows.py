@@ -1,16 +1,15 @@
 """The program of row losses, called with tensors."""
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lossd_server.losses.formulas import RowFormula
-from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, bits_of, run
+from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, alike, bits_of, run
 from lossd_server.losses.gpu.library import loaded_programs
 from lossd_server.losses.row_group import RowGroup, RowSums
 
@@ -57,14 +56,15 @@ def row_sums_on_gpu(groups: Sequence[RowGroup], formula: RowFormula, floor: floa
     """Returns what `row_sums` does, by the program; None where that does not apply.
 
     It applies for every type of predictions but float64. All groups take one launch, unless they
-    differ in type or are more than 32; the sums take another. Nothing waits for the device.
+    differ in type or are more than 32. Nothing waits for the device.
     """
     programs = loaded_programs()
     problems = [(group, formula) for group in groups]
     if programs is None or not problems or not all(rows_apply(group) for group in groups):
         return None
-    launches, order = row_launches(problems, floor, programs)
-    return row_totals(run(launches, groups[0].preds.device, programs), order)
+    launches = row_launches(problems, floor, programs, 0)
+    totals = run(launches, 2 * len(groups), groups[0].preds.device, programs)
+    return RowSums(totals[: len(groups)], totals[len(groups) :])
 
 
 def rows_apply(group: RowGroup) -> bool:
@@ -85,46 +85,41 @@ def variant_of(group: RowGroup) -> RowsVariant:
 
 
 def row_launches(
-    problems: Sequence[Problem], floor: float, programs: ModuleType
-) -> tuple[list[Launch], list[int]]:
-    """Returns the launches, and which problem each pair of their totals is of."""
-    launches, order = [], []
-    for variant, numbers in _chunks(problems):
-        launches.append(_launch([problems[i] for i in numbers], floor, variant, programs))
-        order += numbers
-    return launches, order
+    problems: Sequence[Problem], floor: float, programs: ModuleType, first_total: int
+) -> list[Launch]:
+    """Returns the launches: those of one variant go together, up to `MOST_GROUPS`.
 
-
-def row_totals(totals: Tensor, order: Sequence[int]) -> RowSums:
-    """Returns totals, a loss and an extra for each problem as `order` says, in the problems' order."""
-    losses, extras = totals[0::2], totals[1::2]
-    if list(order) == sorted(order):
-        return RowSums(losses, extras)
-    places = torch.from_numpy(np.argsort(order)).to(totals.device, non_blocking=True)
-    return RowSums(losses[places], extras[places])
-
-
-def _chunks(problems: Sequence[Problem]) -> Iterator[tuple[RowsVariant, list[int]]]:
-    """Yields which problems go together: those of one variant, up to `MOST_GROUPS`."""
+    Losses in the order of problems from `first_total` on, then extras.
+    """
     variants = [variant_of(group) for group, _ in problems]
-    for variant in dict.fromkeys(variants):
-        numbers = [i for i, its in enumerate(variants) if its == variant]
-        for first in range(0, len(numbers), MOST_GROUPS):
-            yield variant, numbers[first : first + MOST_GROUPS]
+    return [
+        _launch(problems, numbers, floor, variant, programs, first_total)
+        for variant, numbers in alike(variants, MOST_GROUPS)
+    ]
 
 
-def _launch(problems: Sequence[Problem], floor: float, variant: RowsVariant, programs: ModuleType) -> Launch:
-    ends = [0, *accumulate(-(-len(group.targets) // _ROWS) for group, _ in problems)]
-    count = ends[-1]
-    firsts = [*ends[:-1], *[FREE] * (MOST_GROUPS - len(problems))]
-    targets = [_targets(group) for group, _ in problems]
-    fields = [_fields(*problem, wanted, floor) for problem, wanted in zip(problems, targets, strict=True)]
-    spans = [span for a, b in pairwise(ends) for span in ((a, b), (count + a, count + b))]
+def _launch(
+    problems: Sequence[Problem],
+    numbers: Sequence[int],
+    floor: float,
+    variant: RowsVariant,
+    programs: ModuleType,
+    first_total: int,
+) -> Launch:
+    mine = [problems[i] for i in numbers]
+    counts = [max(-(-len(group.targets) // _ROWS), 1) for group, _ in mine]
+    firsts = [*accumulate(counts[:-1], initial=0), *[FREE] * (MOST_GROUPS - len(numbers))]
+    targets = [_targets(group) for group, _ in mine]
+    losses = [first_total + i for i in numbers]
+    fields = [
+        [*_fields(*problem, wanted, floor), count, 0, loss, loss + len(problems)]
+        for problem, wanted, count, loss in zip(mine, targets, counts, losses, strict=True)
+    ]
     return Launch(
         program="rows_program",
         words=[*firsts, *chain.from_iterable(fields)],
-        program_count=count,
-        spans=spans,
+        program_count=sum(counts),
+        sum_count=2 * sum(counts),
         constants={
             "TYPE": programs.TYPES[variant.preds],
             "GRADIENT": programs.TYPES[variant.gradient],
@@ -141,7 +136,7 @@ def _targets(group: RowGroup) -> Tensor:
 
 
 def _fields(group: RowGroup, formula: RowFormula, targets: Tensor, floor: float) -> Words:
-    """Returns the group's words; the program knows them by their places."""
+    """Returns the group's words but the last four; the program knows them by their places."""
     gradient = group.preds if group.gradient is None else group.gradient
     addresses = (group.preds, group.gradient, targets, group.images, group.cells, group.factors, group.rows)
     return [

@@ -4,26 +4,32 @@ import triton
 import triton.language as tl
 
 from lossd_server.losses.gpu.programs.arithmetic import focal_terms, minus
+from lossd_server.losses.gpu.programs.totals import is_last, sum_of
 from lossd_server.losses.gpu.programs.words import float64_of
 
 HEADER = tl.constexpr(4)
 """Words before the first program of each grid: gamma, the negative weight, the positive weight, nothing."""
 MOST_GRIDS = tl.constexpr(32)
 """Grids of a launch; a table has room for so many."""
-FIELDS = tl.constexpr(26)
+FIELDS = tl.constexpr(29)
 """Words of the table for a grid.
 
 Addresses: 0 logits, 1 gradient, 2 labels, 3 ignored, 4 rows; 0 where there is none. 5 the scale. Sizes: 6
 classes, 7 cells. Strides of images, classes and cells: 8 of the logits, 11 of the gradient. Strides of
 images and cells: 14 of the labels, 16 of ignored, 18 of the rows. Then 20 whether labels are int64,
 21 whether there is background, 22 whether lines of numbers begin and end on 16 bytes, 23 classes of a
-program, 24 blocks of cells, 25 parts of classes.
+program, 24 blocks of cells, 25 parts of classes, 26 its programs, 27 how many of them are done: 0, 28 the
+place of its total.
 """
+
+_NONE = tl.constexpr(-200.0)
+"""A logit whose loss and gradient are exactly 0 for gamma 2: its share of a class is below e^-87."""
 
 
 @triton.jit
 def focal_program(
     table,
+    totals,
     sums,
     LOGITS: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -32,11 +38,12 @@ def focal_program(
     CELLS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """Computes some cells of one image, all their classes or some, and writes the sum of their losses.
+    """Computes some cells of one image, all their classes or some; the last of a grid adds up its losses.
 
     Args:
         table: The header, the first program of each grid, and the grids' fields; see `FIELDS`.
-        sums: Of each program, float64.
+        totals: The losses of grids, float64, each at its place.
+        sums: The loss of each program, float64.
         LOGITS: Type of the logits.
         GRADIENT: Type of the gradients; None if there are none.
         SQUARE: Whether gamma is 2; if not, it is read.
@@ -48,7 +55,8 @@ def focal_program(
     firsts = tl.load(table + HEADER + tl.arange(0, MOST_GRIDS))
     number = tl.sum((firsts <= program).to(tl.int32), axis=0) - 1
     grid = table + HEADER + MOST_GRIDS + number * FIELDS
-    place = (program - tl.load(table + HEADER + number)).to(tl.int32)
+    first_program = tl.load(table + HEADER + number)
+    place = (program - first_program).to(tl.int32)
     blocks = tl.load(grid + 24).to(tl.int32)
     parts = tl.load(grid + 25).to(tl.int32)
     image = (place // (blocks * parts)).to(tl.int64)
@@ -58,24 +66,30 @@ def focal_program(
     cells = tl.load(grid + 7).to(tl.int32)
     width = tl.load(grid + 23).to(tl.int32)
     label = _labels(grid, image, cell, cells)
-    last = tl.minimum(part * width + width, classes)
+    first = part * width
+    last = tl.minimum(first + width, classes)
     if tl.load(grid + 22) != 0:
-        others, own = _classes(
-            table, grid, image, cell, cells, label, part * width, last,
+        others = _other_classes(
+            table, grid, image, cell, cells, label, first, last,
             LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=True,
         )  # fmt: skip
     else:
-        others, own = _classes(
-            table, grid, image, cell, cells, label, part * width, last,
+        others = _other_classes(
+            table, grid, image, cell, cells, label, first, last,
             LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=False,
         )  # fmt: skip
+    own = tl.zeros((CELLS,), tl.float64)
+    if tl.max(label, axis=0) >= 0:
+        own = _own_class(table, grid, image, cell, label, first, last, LOGITS, GRADIENT, SQUARE)
     loss = float64_of(tl.load(table + 1)) * others + float64_of(tl.load(table + 2)) * own
-    loss = tl.where(label > -2, loss, 0.0)
     rows = tl.load(grid + 4)
     if rows != 0:
         to = rows.to(tl.pointer_type(tl.float32)) + image * tl.load(grid + 18) + cell * tl.load(grid + 19)
         tl.store(to, loss.to(tl.float32), mask=cell < cells)
     tl.store(sums + program, tl.sum(loss, axis=0))
+    count = tl.load(grid + 26)
+    if is_last(grid + 27, count):
+        tl.store(totals + tl.load(grid + 28), sum_of(sums + first_program, count))
 
 
 @triton.jit
@@ -104,10 +118,8 @@ def _multiple(number, OF: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    grid, field, image, cell, number, TYPE: tl.constexpr, CELLS_INNER: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Where the numbers of classes 0, 1, .. lie, and how far apart classes are.
+def _cells_of(grid, field, image, cell, TYPE: tl.constexpr, CELLS_INNER: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the numbers of class 0 lie, and how far apart classes are.
 
     Where numbers are side by side, the compiler is told so, and where 16 bytes begin: it reads as many.
     """
@@ -119,60 +131,84 @@ def _tile(
         cell_stride = 1
     elif ALIGNED:
         class_stride = 1
-    at = number * class_stride + cell * cell_stride
     base = tl.load(grid + field).to(tl.pointer_type(TYPE))
     if ALIGNED:
         base = tl.multiple_of(base, 16)
-    return base + start + at, class_stride
+    return base + start + cell * cell_stride, class_stride
 
 
 @triton.jit
-def _classes(
+def _other_classes(
     table, grid, image, cell, cells, label, first, last,
     LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr, CELLS_INNER: tl.constexpr,
     CELLS: tl.constexpr, CLASSES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The losses of the cells, unweighted, from classes `first` to `last`: of other classes, of their own."""
+    """The cells' losses of classes `first` to `last` but their own, unweighted; gradients are written.
+
+    So is one of nothing for a cell's own class.
+    """
     axis: tl.constexpr = 0 if CELLS_INNER else 1
     shape: tl.constexpr = (CLASSES, CELLS) if CELLS_INNER else (CELLS, CLASSES)
     multiple: tl.constexpr = 128 // LOGITS.primitive_bitwidth if ALIGNED else 1
+    takes_part = tl.max(label, axis=0) > -2
     cells = _multiple(cells, multiple if CELLS_INNER else 1)
-    first = _multiple(first, CLASSES)
     last = _multiple(last, 1 if CELLS_INNER else multiple)
     cell = tl.expand_dims(cell.to(tl.int64), axis)
     label = tl.expand_dims(label, axis)
-    number = tl.expand_dims(tl.arange(0, CLASSES), 1 - axis)
-    logits, class_stride = _tile(grid, 0, image, cell, number, LOGITS, CELLS_INNER, ALIGNED)
-    gamma = float64_of(tl.load(table))
+    number = tl.expand_dims(_multiple(first, CLASSES) + tl.arange(0, CLASSES), 1 - axis)
+    logits, class_stride = _cells_of(grid, 0, image, cell, LOGITS, CELLS_INNER, ALIGNED)
+    logits += number * class_stride
     if GRADIENT is not None:
-        gradient, step = _tile(grid, 1, image, cell, number, GRADIENT, CELLS_INNER, ALIGNED)
-        scale = float64_of(tl.load(grid + 5))
-        by, by_low = _factor(float64_of(tl.load(table + 1)) * scale)
-        by = tl.where(label > -2, by, 0.0)
-        by_low = tl.where(label > -2, by_low, 0.0)
-        by_own, by_own_low = _factor(-float64_of(tl.load(table + 2)) * scale)  # by -z
+        gradient, step = _cells_of(grid, 1, image, cell, GRADIENT, CELLS_INNER, ALIGNED)
+        gradient += number * step
+        by, by_low = _factor(float64_of(tl.load(table + 1)) * float64_of(tl.load(grid + 5)))
+    gamma = float64_of(tl.load(table))
     others = tl.zeros(shape, tl.float32)
-    own = tl.zeros(shape, tl.float32)
-    if tl.max(tl.max(label, axis=1), axis=0) > -2:
-        for c in range(first, last, CLASSES):
-            inside = (cell < cells) & (c + number < last)
-            z = tl.load(logits + c * class_stride, mask=inside, other=0.0).to(tl.float32)
+    if takes_part:
+        coming = tl.load(logits, mask=(cell < cells) & (number < last), other=_NONE)
+        for _ in range(first, last, CLASSES):
+            z = coming.to(tl.float32)
+            logits += CLASSES * class_stride
+            coming = tl.load(logits, mask=(cell < cells) & (number + CLASSES < last), other=_NONE)
             # What a cell that takes no part holds may be NaN, and must not matter.
-            z = tl.where(label > -2, z, 0.0)
-            is_own = label == c + number
-            loss, slope = focal_terms(tl.where(is_own, minus(z), z), gamma, SQUARE)
-            others += tl.where(is_own | (c + number >= last), 0.0, loss)
-            own += tl.where(is_own, loss, 0.0)
+            counts = (label > -2) & (label != number)
+            loss, slope = focal_terms(tl.where(counts, z, _NONE), gamma, SQUARE)
+            if not SQUARE:
+                counts = counts & (number < last)
+                loss, slope = tl.where(counts, loss, 0.0), tl.where(counts, slope, 0.0)
+            others += loss
             if GRADIENT is not None:
-                high = tl.where(is_own, by_own, by)
-                low = tl.where(is_own, by_own_low, by_low)
-                value = tl.fma(slope, high, slope * low)
-                tl.store(gradient + c * step, value.to(GRADIENT), mask=inside)
+                value = tl.fma(slope, by, slope * by_low)
+                tl.store(gradient, value.to(GRADIENT), mask=(cell < cells) & (number < last))
+                gradient += CLASSES * step
+            number += CLASSES
     elif GRADIENT is not None:
-        for c in range(first, last, CLASSES):
-            inside = (cell < cells) & (c + number < last)
-            tl.store(gradient + c * step, tl.zeros(shape, GRADIENT), mask=inside)
-    return tl.sum(others, axis=axis).to(tl.float64), tl.sum(own, axis=axis).to(tl.float64)
+        for _ in range(first, last, CLASSES):
+            tl.store(gradient, tl.zeros(shape, GRADIENT), mask=(cell < cells) & (number < last))
+            gradient += CLASSES * step
+            number += CLASSES
+    return tl.sum(others, axis=axis).to(tl.float64)
+
+
+@triton.jit
+def _own_class(
+    table, grid, image, cell, label, first, last,
+    LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """The cells' losses of their own class where that is one of `first` to `last`, unweighted.
+
+    Its gradient is written over what `_other_classes` has written.
+    """
+    here = (label >= first) & (label < last)
+    logits, class_stride = _cells_of(grid, 0, image, cell, LOGITS, CELLS_INNER=False, ALIGNED=False)
+    z = tl.load(logits + label * class_stride, mask=here, other=0.0).to(tl.float32)
+    loss, slope = focal_terms(minus(z), float64_of(tl.load(table)), SQUARE)
+    if GRADIENT is not None:
+        tl.debug_barrier()
+        gradient, step = _cells_of(grid, 1, image, cell, GRADIENT, CELLS_INNER=False, ALIGNED=False)
+        by, by_low = _factor(-float64_of(tl.load(table + 2)) * float64_of(tl.load(grid + 5)))  # by -z
+        tl.store(gradient + label * step, tl.fma(slope, by, slope * by_low).to(GRADIENT), mask=here)
+    return tl.where(here, loss, 0.0).to(tl.float64)
 
 
 @triton.jit

@@ -4,16 +4,18 @@ import triton
 import triton.language as tl
 
 from lossd_server.losses.gpu.programs.boxes import centerness_terms, entropy, giou_terms, log_iou_terms
+from lossd_server.losses.gpu.programs.totals import is_last, sum_of
 from lossd_server.losses.gpu.programs.words import float64_of
 
 MOST_GROUPS = tl.constexpr(32)
 """Groups of a launch; a table has room for so many."""
-FIELDS = tl.constexpr(18)
+FIELDS = tl.constexpr(22)
 """Words of the table for a group.
 
 Addresses: 0 predictions, 1 gradient, 2 targets, 3 images, 4 cells, 5 factors, 6 losses of rows; 0 where
 there is none. 7 the number of rows. Strides of images, numbers and cells: 8 of the predictions, 11 of the
-gradient. Then 14 the scale, 15 the floor, 16 the formula, 17 whether targets are float64.
+gradient. Then 14 the scale, 15 the floor, 16 the formula, 17 whether targets are float64, 18 the programs of
+the group, 19 how many of them are done: 0, and the places of 20 its loss and 21 its extra.
 """
 
 GIOU = tl.constexpr(0)
@@ -23,12 +25,13 @@ CENTERNESS = tl.constexpr(3)
 
 
 @triton.jit
-def rows_program(table, sums, TYPE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr):
-    """Computes some rows of a group: their gradients, and the sums of their losses and extras.
+def rows_program(table, totals, sums, TYPE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr):
+    """Computes some rows of a group and their gradients; the last of a group adds up losses and extras.
 
     Args:
         table: The first program of each group, and the groups' fields; see `FIELDS`.
-        sums: Of the losses of each program, then of the extras of each, float64.
+        totals: The losses and extras of groups, float64, each at its place.
+        sums: The loss of each program, then the extra of each, float64.
         TYPE: Type of the predictions.
         GRADIENT: Type of the gradients; None if there are none.
         ROWS: Rows of a program.
@@ -37,7 +40,8 @@ def rows_program(table, sums, TYPE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: 
     firsts = tl.load(table + tl.arange(0, MOST_GROUPS))
     number = tl.sum((firsts <= program).to(tl.int32), axis=0) - 1
     group = table + MOST_GROUPS + number * FIELDS
-    row = (program - tl.load(table + number)) * ROWS + tl.arange(0, ROWS)
+    first_program = tl.load(table + number)
+    row = (program - first_program) * ROWS + tl.arange(0, ROWS)
     here = row < tl.load(group + 7)
     image, cell = _places(group, row, here)
     factor = tl.full((ROWS,), 1.0, tl.float64)
@@ -52,8 +56,13 @@ def rows_program(table, sums, TYPE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: 
     address = tl.load(group + 6)
     if address != 0:
         tl.store(address.to(tl.pointer_type(tl.float64)) + row, loss, mask=here)
+    extras = sums + tl.num_programs(0)
     tl.store(sums + program, tl.sum(loss, axis=0))
-    tl.store(sums + tl.num_programs(0) + program, tl.sum(tl.where(here, extra * factor, 0.0), axis=0))
+    tl.store(extras + program, tl.sum(tl.where(here, extra * factor, 0.0), axis=0))
+    count = tl.load(group + 18)
+    if is_last(group + 19, count):
+        tl.store(totals + tl.load(group + 20), sum_of(sums + first_program, count))
+        tl.store(totals + tl.load(group + 21), sum_of(extras + first_program, count))
 
 
 @triton.jit

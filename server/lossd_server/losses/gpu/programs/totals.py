@@ -1,16 +1,28 @@
-"""Sums of consecutive numbers, in a fixed order."""
+"""Sums of what the programs of a launch found, in a fixed order, by whichever of them is done last."""
 
 import triton
 import triton.language as tl
 
+_WIDTH = tl.constexpr(1024)
+
 
 @triton.jit
-def totals_program(spans, sums, totals, WIDTH: tl.constexpr):
-    """Writes the sum of one span of `sums`; two words a span: where it begins, and where it ends."""
-    span = tl.program_id(0)
-    stop = tl.load(spans + 2 * span + 1)
-    total = tl.zeros((WIDTH,), tl.float64)
-    for start in range(tl.load(spans + 2 * span), stop, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        total += tl.load(sums + at, mask=at < stop, other=0.0)
-    tl.store(totals + span, tl.sum(total, axis=0))
+def is_last(done, count):
+    """Counts a program as done; whether `count` are now, and all that they have stored can be read."""
+    return tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == count - 1
+
+
+@triton.jit
+def sum_of(numbers, count):
+    """The sum of so many float64, in the same order whoever adds them up."""
+    total = tl.zeros((_WIDTH,), tl.float64)
+    for start in range(0, count, _WIDTH):
+        at = start + tl.arange(0, _WIDTH)
+        total += tl.load(numbers + at, mask=at < count, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def zero_program(_table, totals, _sums):
+    """Writes a total of nothing: what is tried first of all."""
+    tl.store(totals, 0.0)

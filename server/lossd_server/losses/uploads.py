@@ -1,0 +1,43 @@
+"""Arrays of the host as tensors of a device: many of them in one copy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_ALIGNMENT = 16
+"""Bytes: the widest that a GPU reads at a time."""
+
+
+def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Returns arrays as tensors, in order: on the host their very memory, on a GPU one copy of all.
+
+    Nobody waits for it: it comes from pinned memory, which torch keeps until it has been read.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(_in_rows(array)) for array in arrays]
+    starts, end = [], 0
+    for array in arrays:
+        starts.append(end)
+        end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    staging = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, array in zip(starts, arrays, strict=True):
+        to = staging.numpy()[start : start + array.nbytes].view(array.dtype)
+        np.copyto(to.reshape(array.shape), array)
+    there = staging.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(_type_of(array)).view(array.shape)
+        for start, array in zip(starts, arrays, strict=True)
+    ]
+
+
+def _in_rows(array: NDArray[Any]) -> NDArray[Any]:
+    """Returns an array whose last axis is dense, which may be the one that came."""
+    return np.ascontiguousarray(array) if array.strides[-1] != array.itemsize else array
+
+
+def _type_of(array: NDArray[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
