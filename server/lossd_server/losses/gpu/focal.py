@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
-from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, alike, bits_of, run
+from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, alike, bits_of, processors, run
 from lossd_server.losses.gpu.library import loaded_programs
 
 MOST_GRIDS = 32
 """As in programs/focal.py."""
 
-_PROGRAMS = 2048
-"""A grid is divided until it has so many programs: several for each processor of a large GPU."""
+_TILES = 1024
+"""A grid is divided until it has so many tiles, if it can be: more than a large GPU works on at once."""
+
+_REGISTERS = 1 << 16
+"""Of a processor."""
 
 
 class _Tile(NamedTuple):
-    """What a program computes at a time, and with what.
+    """What is computed at a time, and with what.
 
     Attributes:
         classes: Classes, a power of 2.
@@ -33,6 +36,11 @@ class _Tile(NamedTuple):
     cells: int
     warps: int
     registers: int
+
+    @property
+    def programs_at_once(self) -> int:
+        """How many programs a processor runs at once."""
+        return _REGISTERS // (self.warps * 32 * self.registers)
 
 
 _CELLS_INNER = _Tile(classes=8, cells=128, warps=4, registers=96)
@@ -58,7 +66,7 @@ class FocalVariant(NamedTuple):
 
     @property
     def tile(self) -> _Tile:
-        """What a program computes at a time."""
+        """What is computed at a time."""
         return _CELLS_INNER if self.cells_inner else _CLASSES_INNER
 
     def constants(self, programs: ModuleType) -> dict[str, object]:
@@ -140,10 +148,11 @@ def _launch(
     variant: FocalVariant,
     programs: ModuleType,
 ) -> Launch:
-    header = [*map(bits_of, (constants.gamma, constants.negative_weight, constants.positive_weight)), 0]
     labels = [_labels(grids[i]) for i in numbers]
     shares = [_shares(grids[i], variant.tile) for i in numbers]
-    counts = [share.program_count for share in shares]
+    counts = [share.tile_count for share in shares]
+    weights = (constants.gamma, constants.negative_weight, constants.positive_weight)
+    header = [*map(bits_of, weights), sum(counts)]
     firsts = [*accumulate(counts[:-1], initial=0), *[FREE] * (MOST_GRIDS - len(numbers))]
     fields = [
         [*_fields(grids[i], mine, variant, share), 0, i]
@@ -152,7 +161,7 @@ def _launch(
     return Launch(
         program="focal_program",
         words=[*header, *firsts, *chain.from_iterable(fields)],
-        program_count=sum(counts),
+        program_count=min(sum(counts), processors(labels[0].device) * variant.tile.programs_at_once),
         sum_count=sum(counts),
         constants=variant.constants(programs),
         tensors=labels,
@@ -165,19 +174,19 @@ def _labels(grid: FocalGrid) -> Tensor:
 
 
 class _Shares(NamedTuple):
-    """How a grid is divided among programs: by itself alone, for so its losses are added up in any company.
+    """How a grid is divided: by itself alone, for so its losses are added up in any company.
 
     Attributes:
-        width: Classes of a program.
+        width: Classes of a tile.
         blocks: Blocks of cells of an image.
         parts: Parts of classes.
-        program_count: Programs in all; one where there is nothing to do, for the total.
+        tile_count: Tiles in all; one where there is nothing to do, for the total.
     """
 
     width: int
     blocks: int
     parts: int
-    program_count: int
+    tile_count: int
 
 
 def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
@@ -185,7 +194,7 @@ def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
     images, classes, cells = grid.logits.shape
     blocks = -(-cells // tile.cells)
     steps = max(-(-classes // tile.classes), 1)
-    wanted = 1 if grid.rows is not None else -(-_PROGRAMS // max(images * blocks, 1))
+    wanted = 1 if grid.rows is not None else -(-_TILES // max(images * blocks, 1))
     steps_each = max(steps // wanted, 1)
     parts = -(-steps // steps_each)
     return _Shares(steps_each * tile.classes, max(blocks, 1), parts, max(images * blocks * parts, 1))

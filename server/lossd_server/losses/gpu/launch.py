@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from itertools import accumulate, chain
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -65,6 +66,12 @@ def run(launches: Sequence[Launch], total_count: int, device: torch.device, prog
             program = getattr(programs, launch.program)[launch.program_count,]
             program(tables[table:], numbers, numbers[sums:], **launch.constants, **_OPTIONS)
     return numbers[:total_count]
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Returns how many processors a GPU has; few for what stands in for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def bits_of(value: float) -> int:

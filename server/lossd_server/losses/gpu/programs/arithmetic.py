@@ -31,24 +31,28 @@ def reciprocal(x):
 
 
 @triton.jit
-def exp_of_minus(a):
-    """e^-a for a >= 0 (Cody and Waite), as if a were at most 87: smaller results would be subnormal.
+def power_of_two(x):
+    """2^x, good to 2 units in the last place: the processor's own."""
+    if _HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
 
-    The processor's own `ex2` is good to 2 units in the last place, and its argument loses more.
+
+@triton.jit
+def exp_of_minus(a):
+    """e^-a for a >= 0, as if a were at most 87: smaller results would be subnormal.
+
+    What rounding takes from a / log 2 is made up for: it would cost as many digits as a has.
     """
     a = tl.minimum(a, 87.0, propagate_nan=tl.PropagateNan.ALL)
-    shifted = tl.fma(a, -1.44269504, 12582912.0)  # 1.5 · 2^23: what is left of a fraction is rounded off
-    k = shifted - 12582912.0
-    r = tl.fma(k, -0.693145751953125, minus(a))
-    r = tl.fma(k, -1.42860677e-6, r)
-    r2 = r * r
-    q0 = tl.fma(r, 0.166666672, 0.5)
-    q2 = tl.fma(r, 0.00833331048, 0.0416664667)
-    q4 = tl.fma(r, 0.000198909911, 0.00139336498)
-    power = 1.0 + tl.fma(r2, tl.fma(tl.fma(q4, r2, q2), r2, q0), r)
-    # The low bits of `shifted` are k; the shift leaves nothing else.
-    two_to_k = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-    return power * two_to_k
+    exponent = a * -1.44269504
+    left_out = tl.fma(a, -1.44269504, minus(exponent))
+    left_out = tl.fma(a, -1.92596299e-8, left_out)
+    power = power_of_two(exponent)
+    return tl.fma(power, left_out * 0.693147182, power)
 
 
 @triton.jit

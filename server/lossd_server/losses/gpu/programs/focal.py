@@ -8,7 +8,7 @@ from lossd_server.losses.gpu.programs.totals import is_last, sum_of
 from lossd_server.losses.gpu.programs.words import float64_of
 
 HEADER = tl.constexpr(4)
-"""Words before the first program of each grid: gamma, the negative weight, the positive weight, nothing."""
+"""Words before the first tile of each grid: gamma, the negative weight, the positive weight, all tiles."""
 MOST_GRIDS = tl.constexpr(32)
 """Grids of a launch; a table has room for so many."""
 FIELDS = tl.constexpr(29)
@@ -18,8 +18,8 @@ Addresses: 0 logits, 1 gradient, 2 labels, 3 ignored, 4 rows; 0 where there is n
 classes, 7 cells. Strides of images, classes and cells: 8 of the logits, 11 of the gradient. Strides of
 images and cells: 14 of the labels, 16 of ignored, 18 of the rows. Then 20 whether labels are int64,
 21 whether there is background, 22 whether lines of numbers begin and end on 16 bytes, 23 classes of a
-program, 24 blocks of cells, 25 parts of classes, 26 its programs, 27 how many of them are done: 0, 28 the
-place of its total.
+tile, 24 blocks of cells, 25 parts of classes, 26 its tiles, 27 how many of them are done: 0, 28 the place of
+its total.
 """
 
 _NONE = tl.constexpr(-200.0)
@@ -38,25 +38,60 @@ def focal_program(
     CELLS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """Computes some cells of one image, all their classes or some; the last of a grid adds up its losses.
+    """Computes one tile after another; whichever program finishes a grid adds up its losses.
+
+    A tile is some cells of one image with all their classes or some. Programs are as many as a GPU runs
+    at once: what each has to find out first is found out once.
 
     Args:
-        table: The header, the first program of each grid, and the grids' fields; see `FIELDS`.
+        table: The header, the first tile of each grid, and the grids' fields; see `FIELDS`.
         totals: The losses of grids, float64, each at its place.
-        sums: The loss of each program, float64.
+        sums: The loss of each tile, float64.
         LOGITS: Type of the logits.
         GRADIENT: Type of the gradients; None if there are none.
         SQUARE: Whether gamma is 2; if not, it is read.
         CELLS_INNER: Whether cells are nearer to each other in memory than classes.
-        CELLS: Cells of a program.
+        CELLS: Cells of a tile.
         CLASSES: Classes that are computed at a time.
     """
-    program = tl.program_id(0)
     firsts = tl.load(table + HEADER + tl.arange(0, MOST_GRIDS))
-    number = tl.sum((firsts <= program).to(tl.int32), axis=0) - 1
+    number = -1
+    done = 0
+    for tile in range(tl.program_id(0), tl.load(table + 3).to(tl.int32), tl.num_programs(0)):
+        at = tl.sum((firsts <= tile).to(tl.int32), axis=0) - 1
+        if at != number:
+            if done > 0:
+                _finish(table, number, done, totals, sums)
+            number = at
+            done = 0
+        loss = _tile_loss(
+            table, number, tile, LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES
+        )  # fmt: skip
+        tl.store(sums + tile, loss)
+        done += 1
+    if done > 0:
+        _finish(table, number, done, totals, sums)
+
+
+@triton.jit
+def _finish(table, number, done, totals, sums):
+    """Says that so many more tiles of a grid are done; adds them all up when they are."""
     grid = table + HEADER + MOST_GRIDS + number * FIELDS
-    first_program = tl.load(table + HEADER + number)
-    place = (program - first_program).to(tl.int32)
+    count = tl.load(grid + 26)
+    if is_last(grid + 27, done.to(tl.int64), count):
+        first = tl.load(table + HEADER + number)
+        tl.store(totals + tl.load(grid + 28), sum_of(sums + first, count))
+
+
+@triton.jit
+def _tile_loss(
+    table, number, tile,
+    LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr, CELLS_INNER: tl.constexpr,
+    CELLS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Computes a tile of a grid, and returns its loss."""
+    grid = table + HEADER + MOST_GRIDS + number * FIELDS
+    place = (tile - tl.load(table + HEADER + number)).to(tl.int32)
     blocks = tl.load(grid + 24).to(tl.int32)
     parts = tl.load(grid + 25).to(tl.int32)
     image = (place // (blocks * parts)).to(tl.int64)
@@ -68,6 +103,9 @@ def focal_program(
     label = _labels(grid, image, cell, cells)
     first = part * width
     last = tl.minimum(first + width, classes)
+    has_own = (label >= first) & (label < last)
+    own_logits, class_stride = _cells_of(grid, 0, image, cell, LOGITS, CELLS_INNER=False, ALIGNED=False)
+    own_logit = tl.load(own_logits + label * class_stride, mask=has_own, other=0.0)
     if tl.load(grid + 22) != 0:
         others = _other_classes(
             table, grid, image, cell, cells, label, first, last,
@@ -78,18 +116,13 @@ def focal_program(
             table, grid, image, cell, cells, label, first, last,
             LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=False,
         )  # fmt: skip
-    own = tl.zeros((CELLS,), tl.float64)
-    if tl.max(label, axis=0) >= 0:
-        own = _own_class(table, grid, image, cell, label, first, last, LOGITS, GRADIENT, SQUARE)
+    own = _own_class(table, grid, image, cell, label, has_own, own_logit.to(tl.float32), GRADIENT, SQUARE)
     loss = float64_of(tl.load(table + 1)) * others + float64_of(tl.load(table + 2)) * own
     rows = tl.load(grid + 4)
     if rows != 0:
         to = rows.to(tl.pointer_type(tl.float32)) + image * tl.load(grid + 18) + cell * tl.load(grid + 19)
         tl.store(to, loss.to(tl.float32), mask=cell < cells)
-    tl.store(sums + program, tl.sum(loss, axis=0))
-    count = tl.load(grid + 26)
-    if is_last(grid + 27, count):
-        tl.store(totals + tl.load(grid + 28), sum_of(sums + first_program, count))
+    return tl.sum(loss, axis=0)
 
 
 @triton.jit
@@ -191,24 +224,18 @@ def _other_classes(
 
 
 @triton.jit
-def _own_class(
-    table, grid, image, cell, label, first, last,
-    LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr,
-):  # fmt: skip
-    """The cells' losses of their own class where that is one of `first` to `last`, unweighted.
+def _own_class(table, grid, image, cell, label, has_own, logit, GRADIENT: tl.constexpr, SQUARE: tl.constexpr):
+    """The cells' losses of their own class, unweighted; 0 for a cell that has none here.
 
     Its gradient is written over what `_other_classes` has written.
     """
-    here = (label >= first) & (label < last)
-    logits, class_stride = _cells_of(grid, 0, image, cell, LOGITS, CELLS_INNER=False, ALIGNED=False)
-    z = tl.load(logits + label * class_stride, mask=here, other=0.0).to(tl.float32)
-    loss, slope = focal_terms(minus(z), float64_of(tl.load(table)), SQUARE)
+    loss, slope = focal_terms(minus(logit), float64_of(tl.load(table)), SQUARE)
     if GRADIENT is not None:
         tl.debug_barrier()
         gradient, step = _cells_of(grid, 1, image, cell, GRADIENT, CELLS_INNER=False, ALIGNED=False)
         by, by_low = _factor(-float64_of(tl.load(table + 2)) * float64_of(tl.load(grid + 5)))  # by -z
-        tl.store(gradient + label * step, tl.fma(slope, by, slope * by_low).to(GRADIENT), mask=here)
-    return tl.where(here, loss, 0.0).to(tl.float64)
+        tl.store(gradient + label * step, tl.fma(slope, by, slope * by_low).to(GRADIENT), mask=has_own)
+    return tl.where(has_own, loss, 0.0).to(tl.float64)
 
 
 @triton.jit
