@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
-from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, alike, bits_of, processors, run
+from lossd_server.losses.gpu.launch import FREE, Launch, Words, address_of, alike, bits_of, run
 from lossd_server.losses.gpu.library import loaded_programs
 
 MOST_GRIDS = 32
 """As in programs/focal.py."""
 
 _TILES = 1024
-"""A grid is divided until it has so many tiles, if it can be: more than a large GPU works on at once."""
-
-_REGISTERS = 1 << 16
-"""Of a processor."""
+"""A grid is divided until it has so many tiles, if it can be: about what a large GPU works on at once."""
 
 
 class _Tile(NamedTuple):
@@ -37,13 +34,8 @@ class _Tile(NamedTuple):
     warps: int
     registers: int
 
-    @property
-    def programs_at_once(self) -> int:
-        """How many programs a processor runs at once."""
-        return _REGISTERS // (self.warps * 32 * self.registers)
 
-
-_CELLS_INNER = _Tile(classes=8, cells=128, warps=4, registers=96)
+_CELLS_INNER = _Tile(classes=1, cells=512, warps=2, registers=96)
 _CLASSES_INNER = _Tile(classes=16, cells=64, warps=4, registers=128)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,7 +144,7 @@ def _launch(
     shares = [_shares(grids[i], variant.tile) for i in numbers]
     counts = [share.tile_count for share in shares]
     weights = (constants.gamma, constants.negative_weight, constants.positive_weight)
-    header = [*map(bits_of, weights), sum(counts)]
+    header = [*map(bits_of, weights), 0]
     firsts = [*accumulate(counts[:-1], initial=0), *[FREE] * (MOST_GRIDS - len(numbers))]
     fields = [
         [*_fields(grids[i], mine, variant, share), 0, i]
@@ -161,7 +153,7 @@ def _launch(
     return Launch(
         program="focal_program",
         words=[*header, *firsts, *chain.from_iterable(fields)],
-        program_count=min(sum(counts), processors(labels[0].device) * variant.tile.programs_at_once),
+        program_count=sum(counts),
         sum_count=sum(counts),
         constants=variant.constants(programs),
         tensors=labels,

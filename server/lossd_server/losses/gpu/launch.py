@@ -3,7 +3,6 @@
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from itertools import accumulate, chain
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -68,12 +67,6 @@ def run(launches: Sequence[Launch], total_count: int, device: torch.device, prog
     return numbers[:total_count]
 
 
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Returns how many processors a GPU has; few for what stands in for one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def bits_of(value: float) -> int:
     """Returns the bits of a float64, as a word."""
     bits: int = struct.unpack("q", struct.pack("d", value))[0]
@@ -99,9 +92,8 @@ def _even(count: int) -> int:
 
 
 def _upload(words: Words, device: torch.device) -> Tensor:
-    """Copies from pinned memory: nobody waits, and the memory is not used again before it was read."""
-    table = torch.from_numpy(np.array(words, np.int64))
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+    """Copies words to the device; so few go with the command itself, and have been read when this returns."""
+    return torch.from_numpy(np.array(words, np.int64)).to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

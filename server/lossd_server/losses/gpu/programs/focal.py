@@ -8,7 +8,7 @@ from lossd_server.losses.gpu.programs.totals import is_last, sum_of
 from lossd_server.losses.gpu.programs.words import float64_of
 
 HEADER = tl.constexpr(4)
-"""Words before the first tile of each grid: gamma, the negative weight, the positive weight, all tiles."""
+"""Words before the first tile of each grid: gamma, the negative weight, the positive weight, nothing."""
 MOST_GRIDS = tl.constexpr(32)
 """Grids of a launch; a table has room for so many."""
 FIELDS = tl.constexpr(29)
@@ -38,10 +38,9 @@ def focal_program(
     CELLS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """Computes one tile after another; whichever program finishes a grid adds up its losses.
+    """Computes a tile: some cells of one image with all their classes or some.
 
-    A tile is some cells of one image with all their classes or some. Programs are as many as a GPU runs
-    at once: what each has to find out first is found out once.
+    Whichever program is the last of a grid adds up its losses.
 
     Args:
         table: The header, the first tile of each grid, and the grids' fields; see `FIELDS`.
@@ -54,44 +53,12 @@ def focal_program(
         CELLS: Cells of a tile.
         CLASSES: Classes that are computed at a time.
     """
+    tile = tl.program_id(0)
     firsts = tl.load(table + HEADER + tl.arange(0, MOST_GRIDS))
-    number = -1
-    done = 0
-    for tile in range(tl.program_id(0), tl.load(table + 3).to(tl.int32), tl.num_programs(0)):
-        at = tl.sum((firsts <= tile).to(tl.int32), axis=0) - 1
-        if at != number:
-            if done > 0:
-                _finish(table, number, done, totals, sums)
-            number = at
-            done = 0
-        loss = _tile_loss(
-            table, number, tile, LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES
-        )  # fmt: skip
-        tl.store(sums + tile, loss)
-        done += 1
-    if done > 0:
-        _finish(table, number, done, totals, sums)
-
-
-@triton.jit
-def _finish(table, number, done, totals, sums):
-    """Says that so many more tiles of a grid are done; adds them all up when they are."""
+    number = tl.sum((firsts <= tile).to(tl.int32), axis=0) - 1
     grid = table + HEADER + MOST_GRIDS + number * FIELDS
-    count = tl.load(grid + 26)
-    if is_last(grid + 27, done.to(tl.int64), count):
-        first = tl.load(table + HEADER + number)
-        tl.store(totals + tl.load(grid + 28), sum_of(sums + first, count))
-
-
-@triton.jit
-def _tile_loss(
-    table, number, tile,
-    LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr, CELLS_INNER: tl.constexpr,
-    CELLS: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """Computes a tile of a grid, and returns its loss."""
-    grid = table + HEADER + MOST_GRIDS + number * FIELDS
-    place = (tile - tl.load(table + HEADER + number)).to(tl.int32)
+    first_tile = tl.load(table + HEADER + number)
+    place = (tile - first_tile).to(tl.int32)
     blocks = tl.load(grid + 24).to(tl.int32)
     parts = tl.load(grid + 25).to(tl.int32)
     image = (place // (blocks * parts)).to(tl.int64)
@@ -103,26 +70,24 @@ def _tile_loss(
     label = _labels(grid, image, cell, cells)
     first = part * width
     last = tl.minimum(first + width, classes)
-    has_own = (label >= first) & (label < last)
-    own_logits, class_stride = _cells_of(grid, 0, image, cell, LOGITS, CELLS_INNER=False, ALIGNED=False)
-    own_logit = tl.load(own_logits + label * class_stride, mask=has_own, other=0.0)
     if tl.load(grid + 22) != 0:
-        others = _other_classes(
+        loss = _losses(
             table, grid, image, cell, cells, label, first, last,
             LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=True,
         )  # fmt: skip
     else:
-        others = _other_classes(
+        loss = _losses(
             table, grid, image, cell, cells, label, first, last,
             LOGITS, GRADIENT, SQUARE, CELLS_INNER, CELLS, CLASSES, ALIGNED=False,
         )  # fmt: skip
-    own = _own_class(table, grid, image, cell, label, has_own, own_logit.to(tl.float32), GRADIENT, SQUARE)
-    loss = float64_of(tl.load(table + 1)) * others + float64_of(tl.load(table + 2)) * own
     rows = tl.load(grid + 4)
     if rows != 0:
         to = rows.to(tl.pointer_type(tl.float32)) + image * tl.load(grid + 18) + cell * tl.load(grid + 19)
-        tl.store(to, loss.to(tl.float32), mask=cell < cells)
-    return tl.sum(loss, axis=0)
+        tl.store(to, loss, mask=cell < cells)
+    tl.store(sums + tile, tl.sum(loss.to(tl.float64), axis=0))
+    count = tl.load(grid + 26)
+    if is_last(grid + 27, count):
+        tl.store(totals + tl.load(grid + 28), sum_of(sums + first_tile, count))
 
 
 @triton.jit
@@ -171,75 +136,60 @@ def _cells_of(grid, field, image, cell, TYPE: tl.constexpr, CELLS_INNER: tl.cons
 
 
 @triton.jit
-def _other_classes(
+def _losses(
     table, grid, image, cell, cells, label, first, last,
     LOGITS: tl.constexpr, GRADIENT: tl.constexpr, SQUARE: tl.constexpr, CELLS_INNER: tl.constexpr,
     CELLS: tl.constexpr, CLASSES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The cells' losses of classes `first` to `last` but their own, unweighted; gradients are written.
-
-    So is one of nothing for a cell's own class.
-    """
-    axis: tl.constexpr = 0 if CELLS_INNER else 1
-    shape: tl.constexpr = (CLASSES, CELLS) if CELLS_INNER else (CELLS, CLASSES)
+    """The cells' losses of classes `first` to `last`; gradients are written."""
     multiple: tl.constexpr = 128 // LOGITS.primitive_bitwidth if ALIGNED else 1
     takes_part = tl.max(label, axis=0) > -2
     cells = _multiple(cells, multiple if CELLS_INNER else 1)
     last = _multiple(last, 1 if CELLS_INNER else multiple)
-    cell = tl.expand_dims(cell.to(tl.int64), axis)
-    label = tl.expand_dims(label, axis)
-    number = tl.expand_dims(_multiple(first, CLASSES) + tl.arange(0, CLASSES), 1 - axis)
+    first = _multiple(first, CLASSES)
+    cell = cell.to(tl.int64)
+    if CELLS_INNER:
+        number = 0  # one class at a time: what lies beside a cell is the next cell
+        total = tl.zeros((CELLS,), tl.float32)
+    else:
+        cell, label = cell[:, None], label[:, None]
+        number = tl.arange(0, CLASSES)[None, :]
+        total = tl.zeros((CELLS, CLASSES), tl.float32)
     logits, class_stride = _cells_of(grid, 0, image, cell, LOGITS, CELLS_INNER, ALIGNED)
     logits += number * class_stride
+    # Logits are asked for a step before they are wanted: memory takes as long as that.
+    inside = (cell < cells) & (first + number < last)
+    coming = tl.load(logits + first * class_stride, mask=inside, other=_NONE)
+    gamma = float64_of(tl.load(table))
+    other_weight, own_weight = float64_of(tl.load(table + 1)), float64_of(tl.load(table + 2))
     if GRADIENT is not None:
         gradient, step = _cells_of(grid, 1, image, cell, GRADIENT, CELLS_INNER, ALIGNED)
         gradient += number * step
-        by, by_low = _factor(float64_of(tl.load(table + 1)) * float64_of(tl.load(grid + 5)))
-    gamma = float64_of(tl.load(table))
-    others = tl.zeros(shape, tl.float32)
+        scale = float64_of(tl.load(grid + 5))
+        by, by_own = (other_weight * scale).to(tl.float32), (-own_weight * scale).to(tl.float32)
+    other_weight, own_weight = other_weight.to(tl.float32), own_weight.to(tl.float32)
     if takes_part:
-        coming = tl.load(logits, mask=(cell < cells) & (number < last), other=_NONE)
-        for _ in range(first, last, CLASSES):
-            z = coming.to(tl.float32)
-            logits += CLASSES * class_stride
-            coming = tl.load(logits, mask=(cell < cells) & (number + CLASSES < last), other=_NONE)
+        for c in range(first, last, CLASSES):
             # What a cell that takes no part holds may be NaN, and must not matter.
-            counts = (label > -2) & (label != number)
-            loss, slope = focal_terms(tl.where(counts, z, _NONE), gamma, SQUARE)
+            z = tl.where(label > -2, coming.to(tl.float32), _NONE)
+            then = c + CLASSES
+            inside = (cell < cells) & (then + number < last)
+            coming = tl.load(logits + then * class_stride, mask=inside, other=_NONE)
+            # A positive's loss of x is a negative's of -x.
+            is_own = label == c + number
+            loss, slope = focal_terms(tl.where(is_own, minus(z), z), gamma, SQUARE)
+            inside = (cell < cells) & (c + number < last)
             if not SQUARE:
-                counts = counts & (number < last)
+                counts = (label > -2) & inside
                 loss, slope = tl.where(counts, loss, 0.0), tl.where(counts, slope, 0.0)
-            others += loss
+            total = tl.fma(loss, tl.where(is_own, own_weight, other_weight), total)
             if GRADIENT is not None:
-                value = tl.fma(slope, by, slope * by_low)
-                tl.store(gradient, value.to(GRADIENT), mask=(cell < cells) & (number < last))
-                gradient += CLASSES * step
-            number += CLASSES
+                value = slope * tl.where(is_own, by_own, by)
+                tl.store(gradient + c * step, value.to(GRADIENT), mask=inside)
     elif GRADIENT is not None:
-        for _ in range(first, last, CLASSES):
-            tl.store(gradient, tl.zeros(shape, GRADIENT), mask=(cell < cells) & (number < last))
-            gradient += CLASSES * step
-            number += CLASSES
-    return tl.sum(others, axis=axis).to(tl.float64)
-
-
-@triton.jit
-def _own_class(table, grid, image, cell, label, has_own, logit, GRADIENT: tl.constexpr, SQUARE: tl.constexpr):
-    """The cells' losses of their own class, unweighted; 0 for a cell that has none here.
-
-    Its gradient is written over what `_other_classes` has written.
-    """
-    loss, slope = focal_terms(minus(logit), float64_of(tl.load(table)), SQUARE)
-    if GRADIENT is not None:
-        tl.debug_barrier()
-        gradient, step = _cells_of(grid, 1, image, cell, GRADIENT, CELLS_INNER=False, ALIGNED=False)
-        by, by_low = _factor(-float64_of(tl.load(table + 2)) * float64_of(tl.load(grid + 5)))  # by -z
-        tl.store(gradient + label * step, tl.fma(slope, by, slope * by_low).to(GRADIENT), mask=has_own)
-    return tl.where(has_own, loss, 0.0).to(tl.float64)
-
-
-@triton.jit
-def _factor(value):
-    """A float64 in two float32, which lose nothing of it that matters here."""
-    high = value.to(tl.float32)
-    return high, (value - high).to(tl.float32)
+        for c in range(first, last, CLASSES):
+            inside = (cell < cells) & (c + number < last)
+            tl.store(gradient + c * step, tl.zeros(total.shape, GRADIENT), mask=inside)
+    if not CELLS_INNER:
+        total = tl.sum(total, axis=1)
+    return total

@@ -60,7 +60,7 @@ def rows_program(table, totals, sums, TYPE: tl.constexpr, GRADIENT: tl.constexpr
     tl.store(sums + program, tl.sum(loss, axis=0))
     tl.store(extras + program, tl.sum(tl.where(here, extra * factor, 0.0), axis=0))
     count = tl.load(group + 18)
-    if is_last(group + 19, 1, count):
+    if is_last(group + 19, count):
         tl.store(totals + tl.load(group + 20), sum_of(sums + first_program, count))
         tl.store(totals + tl.load(group + 21), sum_of(extras + first_program, count))
 

@@ -7,9 +7,9 @@ _WIDTH = tl.constexpr(1024)
 
 
 @triton.jit
-def is_last(done, mine, count):
-    """Counts `mine` more as done; whether all `count` are now, and what others have stored can be read."""
-    return tl.atomic_add(done, mine, sem="acq_rel", scope="gpu") == count - mine
+def is_last(done, count):
+    """Counts a program as done; whether all `count` are now, and what others have stored can be read."""
+    return tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == count - 1
 
 
 @triton.jit
