@@ -40,11 +40,13 @@ class Case:
         paths: The paths.
         base: Name of the path that the others are faster than, or slower.
         oracle: Gives the exact result; None means that of `base`.
+        is_local: Whether all is computed by this process on the device, and nothing else is timed.
     """
 
     paths: tuple[Path, ...]
     base: str
     oracle: Callable[[], Outcome] | None = None
+    is_local: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,7 @@ class CaseSpec:
         build: Makes inputs and paths.
         large: Whether a quick run leaves it out.
         needs_coco: Whether it takes objects from the workbench's annotation file.
+        needs_gpu: Whether only a GPU is large enough for it.
     """
 
     name: str
@@ -64,6 +67,7 @@ class CaseSpec:
     build: "Callable[[Workbench], Case]"
     large: bool = False
     needs_coco: bool = False
+    needs_gpu: bool = False
 
 
 class Workbench:

@@ -21,7 +21,7 @@ CASES: tuple[CaseSpec, ...] = (
 """Every case, in the order in which they run."""
 
 
-def select(names: Sequence[str], *, quick: bool, coco: bool = False) -> list[CaseSpec]:
+def select(names: Sequence[str], *, quick: bool, coco: bool = False, gpu: bool = False) -> list[CaseSpec]:
     """Returns the cases that are asked for.
 
     Args:
@@ -29,9 +29,10 @@ def select(names: Sequence[str], *, quick: bool, coco: bool = False) -> list[Cas
             all means all cases.
         quick: Leaves out the large ones that are not named in full.
         coco: Whether there is an annotation file; without one, the cases that need it are left out.
+        gpu: Whether a GPU evaluates; if not, the cases that need one are left out.
 
     Raises:
-        InvalidInputError: A name is of no case, or of one that needs an annotation file.
+        InvalidInputError: A name is of no case, or of one that needs an annotation file or a GPU.
     """
     for name in names:
         if not any(_goes_by(spec, name) for spec in CASES):
@@ -43,11 +44,18 @@ def select(names: Sequence[str], *, quick: bool, coco: bool = False) -> list[Cas
             )
     chosen = [spec for spec in CASES if not names or any(_goes_by(spec, name) for name in names)]
     for spec in chosen:
-        if spec.needs_coco and spec.name in names and not coco:
+        lacks = [
+            *(["--coco"] if spec.needs_coco and not coco else []),
+            *(["--device cuda"] if spec.needs_gpu and not gpu else []),
+        ]
+        if lacks and spec.name in names:
             raise InvalidInputError(
-                Reason.INVALID_OPTION, f"{spec.name} needs --coco", field="names", value=spec.name
+                Reason.INVALID_OPTION,
+                f"{spec.name} needs {' and '.join(lacks)}",
+                field="names",
+                value=spec.name,
             )
-    chosen = [spec for spec in chosen if coco or not spec.needs_coco]
+    chosen = [spec for spec in chosen if (coco or not spec.needs_coco) and (gpu or not spec.needs_gpu)]
     return [spec for spec in chosen if not (quick and spec.large) or spec.name in names]
 
 

@@ -11,6 +11,8 @@ from lossd_server.targets import DEFAULT_STRIDES
 CLASSES = 80
 SHAPES = {"S": (1, CLASSES, 13, 13), "M": (2, CLASSES, 100, 100), "L": (16, CLASSES, 100, 100)}
 """Logits of three sizes: 54 kB, 6.4 MB and 51.2 MB."""
+SHAPES_FOR_GPUS = {"XL": (64, CLASSES, 100, 100)}
+"""Of 205 MB."""
 
 # Objects of COCO are about 80 px wide in the median once an image is resized to 800 × 1333, and
 # spread over two orders of magnitude.

@@ -32,10 +32,11 @@ def loss_cases() -> list[CaseSpec]:
             name=f"focal{'' if gradients else '-value'}-{size}",
             title=f"focal loss, {list(shape)}, {'value and gradient' if gradients else 'value only'}",
             build=partial(_focal, shape=shape, gradients=gradients),
-            large=size == "L",
+            large=size not in {"S", "M"},
+            needs_gpu=size in inputs.SHAPES_FOR_GPUS,
         )
         for gradients in (True, False)
-        for size, shape in inputs.SHAPES.items()
+        for size, shape in (inputs.SHAPES | inputs.SHAPES_FOR_GPUS).items()
     ]
     images, *one_image = inputs.SHAPES["L"]
     head = f"FCOS head, {_HEAD_IMAGE[0]}x{_HEAD_IMAGE[1]}, batch {_HEAD_BATCH}, 80 classes"
@@ -105,7 +106,7 @@ def _focal_images(bench: Workbench) -> Case:
         evaluate(loss, {"inputs": logits, "targets": labels}, gradients=True)
 
     paths = (Path(name="one by one", call=one_by_one), Path(name="together", call=together))
-    return Case(paths=(*paths, copy_path([logits])), base="one by one")
+    return Case(paths=(*paths, copy_path([logits])), base="one by one", is_local=True)
 
 
 def _giou(bench: Workbench) -> Case:
@@ -210,7 +211,7 @@ def _case(
     ]
     if not gradients:
         paths = [path for path in paths if path.name != "module"]
-    return Case(paths=tuple(paths), base="eager", oracle=run(eager, dtype=torch.float64))
+    return Case(paths=tuple(paths), base="eager", oracle=run(eager, dtype=torch.float64), is_local=True)
 
 
 def _columns(targets: Sequence[reference.DenseTargets]) -> list[list[Tensor]]:

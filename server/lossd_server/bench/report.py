@@ -55,6 +55,7 @@ class PathResult:
         peak_bytes: Memory beyond what was in use before, at the peak.
         value_error: Relative error of the value.
         gradient_error: Relative error of the gradients, all of them as one vector.
+        gpu_seconds: Median of what a GPU took, from its first command to its last, without the host.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PathResult:
     peak_bytes: int | None = None
     value_error: float | None = None
     gradient_error: float | None = None
+    gpu_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

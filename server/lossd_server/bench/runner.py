@@ -22,7 +22,7 @@ from lossd_server.bench.report import (
     to_json,
 )
 from lossd_server.bench.tables import print_line, print_report, seconds_text
-from lossd_server.bench.timing import FULL, QUICK, Effort, Timing, measure
+from lossd_server.bench.timing import FULL, QUICK, Effort, Timing, gpu_seconds, measure
 from lossd_server.engine import keep_freed_memory, resolve_device
 from lossd_server.losses.gpu import load_kernels
 
@@ -54,9 +54,9 @@ def run(
         ConfigurationError: There is no such device.
         OSError: The earlier report cannot be read, or this one not be written.
     """
-    specs = select(names, quick=quick, coco=coco is not None)
-    earlier = None if compare is None else from_json(compare.read_text(encoding="utf-8"))
     place = resolve_device(device)
+    specs = select(names, quick=quick, coco=coco is not None, gpu=place.type == "cuda")
+    earlier = None if compare is None else from_json(compare.read_text(encoding="utf-8"))
     tuned = keep_freed_memory()
     load_kernels(place)
     environment = describe_environment(place, quick=quick, tuned_malloc=tuned)
@@ -88,11 +88,18 @@ def run_case(spec: CaseSpec, bench: Workbench, effort: Effort) -> CaseResult:
         results[path.name] = peak, *_errors(vectors, exact)
     del exact
     timings = measure({path.name: path.call for path in paths}, effort, bench.device)
+    on_gpu: dict[str, float] = {}
+    if case.is_local and bench.device.type == "cuda":
+        on_gpu = {
+            path.name: gpu_seconds(path.call, timings[path.name].median, bench.device) for path in paths
+        }
     return CaseResult(
         name=spec.name,
         title=spec.title,
         base=case.base,
-        paths=tuple(_path_result(name, *result, timings[name]) for name, result in results.items()),
+        paths=tuple(
+            _path_result(name, *result, timings[name], on_gpu.get(name)) for name, result in results.items()
+        ),
     )
 
 
@@ -141,6 +148,7 @@ def _path_result(
     value_error: float | None,
     gradient_error: float | None,
     timing: Timing,
+    on_gpu: float | None,
 ) -> PathResult:
     return PathResult(
         name=name,
@@ -151,6 +159,7 @@ def _path_result(
         peak_bytes=peak_bytes,
         value_error=value_error,
         gradient_error=gradient_error,
+        gpu_seconds=on_gpu,
     )
 
 

@@ -66,6 +66,8 @@ def _header(report: Report, earlier: Report | None) -> Iterator[str]:
     yield "medians, paths timed in turn; spread: between the quartiles, of the median"
     yield "peak: memory of this process beyond what was in use before, results included"
     yield "errors: relative, in the 2-norm, against float64 (assign: labels and targets against all-pairs)"
+    if any(path.gpu_seconds is not None for case in report.cases for path in case.paths):
+        yield "GPU: from its first command to its last, all of them given before; eager waits on the way"
     if earlier is not None:
         yield f"before: {earlier.environment.date} on {earlier.environment.device}"
 
@@ -89,6 +91,9 @@ def _columns(case: CaseResult, *, compared: bool) -> Iterator[_Column]:
     yield _Column(heading=f"{case.base} / it", text=lambda case, path, _old: _faster(case, path))
     if case.path("copy") is not None:
         yield _Column(heading="it / copy", text=lambda case, path, _old: _above_copy(case, path))
+    if any(path.gpu_seconds is not None for path in case.paths):
+        yield _Column(heading="GPU", text=lambda _case, path, _old: _gpu_time(path))
+        yield _Column(heading="GPU / copy", text=lambda case, path, _old: _gpu_above_copy(case, path))
     yield _Column(heading="peak", text=lambda _case, path, _old: _bytes(path.peak_bytes))
     value, others = ("labels", "targets") if case.base == "all-pairs" else ("value err", "grad err")
     yield _Column(heading=value, text=lambda _case, path, _old: _error(path.value_error))
@@ -109,6 +114,17 @@ def _faster(case: CaseResult, path: PathResult) -> str:
 def _above_copy(case: CaseResult, path: PathResult) -> str:
     floor = case.path("copy")
     return "-" if floor is None else _ratio(path, floor)
+
+
+def _gpu_time(path: PathResult) -> str:
+    return "-" if path.gpu_seconds is None else seconds_text(path.gpu_seconds)
+
+
+def _gpu_above_copy(case: CaseResult, path: PathResult) -> str:
+    floor = case.path("copy")
+    if floor is None or not floor.gpu_seconds or path.gpu_seconds is None:
+        return "-"
+    return f"{_digits(path.gpu_seconds / floor.gpu_seconds)}x"
 
 
 def _ratio(dividend: PathResult | None, divisor: PathResult) -> str:
