@@ -7,17 +7,23 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd.gpu_memory import GpuArray
+
 Array = NDArray[Any]
+AnyArray = Array | GpuArray
+"""An array of the host's memory, or of a GPU's that is shared with a server."""
 
 
 def as_array(value: Any) -> Array:
     """Returns a value as numpy, without a copy where its memory allows.
 
-    Takes numpy arrays, numbers and nested lists, anything with `__array__` or `__dlpack__`, and torch
-    tensors of every dtype, on any device, with or without a gradient.
+    Takes numpy arrays, shared arrays of a GPU, numbers and nested lists, anything with `__array__` or
+    `__dlpack__`, and torch tensors of every dtype, on any device, with or without a gradient.
     """
     if isinstance(value, np.ndarray):
         return value
+    if isinstance(value, GpuArray):
+        return value.numpy()
     torch = sys.modules.get("torch")  # a caller who has a tensor has imported torch
     if torch is not None and isinstance(value, torch.Tensor):
         return _from_torch(value, torch)

@@ -275,7 +275,8 @@ class CustomLoss(LossConfig):
         (tensors,) = arguments
         item.custom.SetInParent()
         for name, value in tensors.items():
-            put_tensor(f"{path}.tensors[{name}]", value, item.custom.tensors[name], storage)
+            tensor = item.custom.tensors[name]
+            put_tensor(f"{path}.tensors[{name}]", value, tensor, storage, on_gpu=True)
 
 
 def _given(weight: float | None, documented: float | None) -> float | None:

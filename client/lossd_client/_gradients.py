@@ -7,7 +7,7 @@ from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
-from lossd_client._arrays import Array
+from lossd_client._arrays import AnyArray
 from lossd_client._storage import Storage
 
 
@@ -65,7 +65,7 @@ def read_gradient(path: str, gradient: pb.Gradient, payloads: Payloads, storage:
 
 def _read(
     path: str, entry: tensor_pb2.Tensor | pb.SparseTensor, payloads: Payloads, storage: Storage
-) -> Array:
+) -> AnyArray:
     if isinstance(entry, pb.SparseTensor):
         return storage.form.sparse_gradient(path, entry, payloads)
     return storage.form.gradient(path, storage.read(entry, payloads))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lossd.gpu_memory import GpuArray
 from lossd.narrow import narrowed_integers
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
@@ -12,7 +13,9 @@ from lossd_client._errors import refused_here
 from lossd_client._storage import Storage
 
 
-def put_tensor(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
+def put_tensor(
+    field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage, *, on_gpu: bool = False
+) -> None:
     """Makes an empty message that of a value; raises `InvalidInputError` by field.
 
     Args:
@@ -20,9 +23,11 @@ def put_tensor(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Stora
         value: The value.
         tensor: The message.
         storage: Where it is to lie.
+        on_gpu: Whether a shared array of a GPU is taken where it lies; if not, a copy is sent.
     """
+    is_there = on_gpu and isinstance(value, GpuArray)
     try:
-        storage.put(as_array(value), tensor)
+        storage.put(value if is_there else as_array(value), tensor)
     except TensorError as error:
         raise _refused(field, error) from error
 
@@ -40,10 +45,10 @@ def put_prediction(
         keep: Whether it is sent in its own type whatever the form.
     """
     try:
-        array = storage.form.prediction(field, as_array(value), keep=keep)
+        array = value if isinstance(value, GpuArray) else as_array(value)
+        storage.put(storage.form.prediction(field, array, keep=keep), tensor)
     except TensorError as error:
         raise _refused(field, error) from error
-    put_tensor(field, array, tensor, storage)
 
 
 def put_labels(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:

@@ -88,6 +88,7 @@ class ServerInfo:
         uptime_seconds: Since it started.
         shared_memory_socket: Path of the socket that takes shared memory; empty where none is shared.
         max_shared_bytes: Most shared memory of one connection.
+        shared_gpu: UUID of the GPU whose memory can be shared too; empty for none.
     """
 
     version: str
@@ -101,6 +102,7 @@ class ServerInfo:
     uptime_seconds: float
     shared_memory_socket: str
     max_shared_bytes: int
+    shared_gpu: str
 
 
 def read_loss_results(
@@ -140,6 +142,7 @@ def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
         uptime_seconds=response.uptime_seconds,
         shared_memory_socket=response.shared_memory_socket,
         max_shared_bytes=response.max_shared_bytes,
+        shared_gpu=response.shared_gpu,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lossd.gpu_memory import GpuArray, ordinal_of
 from lossd_client._arrays import Array
 from lossd_client._results import ServerInfo
 
@@ -35,12 +36,14 @@ class Sharing:
         self._directory = Path(target.removeprefix("unix:").removeprefix("//")).parent
         self._path = ""
         self._max_bytes = 0
+        self._gpu = ""
         self._pools: dict[int, Pool] = {}
 
     def learn(self, info: ServerInfo) -> None:
         """Takes in what the server says of itself."""
         self.is_known = True
         self._max_bytes = info.max_shared_bytes
+        self._gpu = info.shared_gpu
         self._path = info.shared_memory_socket
         if self._path and not Path(self._path).exists():
             # The server may know the directory that both sockets are in by another name.
@@ -55,7 +58,7 @@ class Sharing:
             from lossd_client._shared_memory.pool import Pool  # noqa: PLC0415
 
             # A parent's memory is the parent's; of two threads here, one is first.
-            made = Pool(self._path, self._max_bytes)
+            made = Pool(self._path, self._max_bytes, ordinal_of(self._gpu) if self._gpu else None)
             self._pools = {process: self._pools.setdefault(process, made)}
         return self._pools[process]
 
@@ -72,4 +75,13 @@ def allocated(pool: "Pool | None", shape: int | Sequence[int], dtype: Any) -> Ar
     extents = (shape,) if isinstance(shape, int) else tuple(shape)
     can_be_shared = pool is not None and not dtype.hasobject and min(extents, default=0) >= 0
     place = pool.allocate(extents, dtype) if pool is not None and can_be_shared else None
-    return np.empty(extents, dtype) if place is None else place.array
+    return (
+        place.array if place is not None and isinstance(place.array, np.ndarray) else np.empty(extents, dtype)
+    )
+
+
+def allocated_on_gpu(pool: "Pool | None", shape: int | Sequence[int], dtype: Any) -> GpuArray | None:
+    """Returns an array on the GPU that the server shares memory of; None where it shares none."""
+    extents = (shape,) if isinstance(shape, int) else tuple(shape)
+    place = None if pool is None else pool.allocate(extents, np.dtype(dtype), on_gpu=True)
+    return place.array if place is not None and isinstance(place.array, GpuArray) else None

@@ -9,11 +9,12 @@ import grpc
 import ml_dtypes
 import numpy as np
 
-from lossd.tensors import DTYPES, data_type_of, layout, put, put_shared, unpack
+from lossd.gpu_memory import GpuArray
+from lossd.tensors import DTYPES, TensorError, data_type_of, layout, put, put_shared, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Payloads
-from lossd_client._arrays import Array
+from lossd_client._arrays import AnyArray, Array
 from lossd_client._errors import LossdError, ServerError
 from lossd_client._wire_form import WireForm
 
@@ -59,8 +60,9 @@ class Storage(Payloads):
         self._tries = tries
         self._room = 0 if pool is None else pool.max_bytes
         self._regions: set[bytes] = set()
-        self._read: list[Array] = []
-        self._written: dict[tuple[bytes, int], Array] = {}
+        self._read: list[AnyArray] = []
+        self._written: dict[tuple[bytes, int], AnyArray] = {}
+        self._gpu_regions: set[bytes] = set()
         self._is_known = True
         self.form = WireForm()
         self.dense_form: DenseForm | None = None
@@ -109,12 +111,16 @@ class Storage(Payloads):
             return Storage(None)
         return Storage(pool, tries)
 
-    def put(self, array: Array, tensor: tensor_pb2.Tensor) -> None:
+    def put(self, array: AnyArray, tensor: tensor_pb2.Tensor) -> None:
         """Makes an empty message that of an array, which is left as it is until the call has ended.
 
         Raises:
-            TensorError: The contract has no such type, or the array too many dimensions.
+            TensorError: The contract has no such type, or the array too many dimensions, or it lies on a
+                GPU in memory that the server does not share.
         """
+        if isinstance(array, GpuArray):
+            self._put_on_gpu(array, tensor)
+            return
         place = self._place(array)
         if place is None:
             put(array, tensor, self)
@@ -137,8 +143,8 @@ class Storage(Payloads):
                 if tensors := _float_tensors(inputs, name, differentiable):
                     self._add_output(item, name, tensors, request.gradient_dtype)
 
-    def read(self, tensor: tensor_pb2.Tensor, payloads: Payloads) -> Array:
-        """Returns the read-only array of a tensor in an answer.
+    def read(self, tensor: tensor_pb2.Tensor, payloads: Payloads) -> AnyArray:
+        """Returns the array of a tensor in an answer, read-only where it is the host's.
 
         Args:
             tensor: The tensor.
@@ -152,11 +158,13 @@ class Storage(Payloads):
         array = self._written.get((tensor.shared.region_id, tensor.shared.offset))
         if array is None or layout(tensor) != (array.dtype, array.shape):
             raise ServerError(grpc.StatusCode.INTERNAL, "the answer lies in memory that it was not given")
+        if isinstance(array, GpuArray):
+            return array
         view = array.view()
         view.flags.writeable = False
         return view
 
-    def holds(self, array: Array) -> bool:
+    def holds(self, array: AnyArray) -> bool:
         """Returns whether an array lies in shared memory already."""
         return self._pool is not None and self._pool.find(array) is not None
 
@@ -170,7 +178,7 @@ class Storage(Payloads):
             place = self._pool.allocate(array.shape, dtype)
             if place is None:
                 return None
-            np.copyto(place.array, array)
+            np.copyto(place.array, array)  # type: ignore[arg-type]  # an array of the host's
         self._read.append(place.array)
         self._note(place)
         return place
@@ -180,9 +188,10 @@ class Storage(Payloads):
     ) -> None:
         layouts = [(DTYPES[gradient_dtype or tensor.dtype], tuple(tensor.shape)) for tensor in tensors]
         length = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
-        if not LEAST_BYTES <= length <= self._room:
+        on_gpu = any(tensor.shared.region_id in self._gpu_regions for tensor in tensors)
+        if not LEAST_BYTES <= length <= self._room and not on_gpu:
             return
-        places = self._allocate(layouts)
+        places = self._allocate(layouts, on_gpu=on_gpu)
         if places:
             item.outputs.add(input=name, slices=map(_message, places))
             for place in places:
@@ -194,11 +203,26 @@ class Storage(Payloads):
         # The server bounds what the slices of a request come to, also where one is named twice.
         self._room -= place.array.nbytes
 
-    def _allocate(self, layouts: Sequence[tuple[np.dtype[Any], tuple[int, ...]]]) -> "list[Slice]":
+    def _put_on_gpu(self, array: GpuArray, tensor: tensor_pb2.Tensor) -> None:
+        place = None if self._pool is None else self._pool.find(array)
+        if self._pool is None or place is None:
+            raise TensorError(
+                "INVALID_TENSOR", "lies on a GPU, in memory that this client does not share with the server"
+            )
+        if not self._gpu_regions:  # whose memory nobody has filled since
+            self._pool.wait_for_gpu()
+        put_shared(array, tensor, _message(place))
+        self._gpu_regions.add(place.region_id)
+        self._read.append(array)
+        self._note(place)
+
+    def _allocate(
+        self, layouts: Sequence[tuple[np.dtype[Any], tuple[int, ...]]], *, on_gpu: bool
+    ) -> "list[Slice]":
         """Returns places for arrays: for all of them, or none."""
         places: list[Slice] = []
         for dtype, shape in layouts:
-            place = None if self._pool is None else self._pool.allocate(shape, dtype)
+            place = None if self._pool is None else self._pool.allocate(shape, dtype, on_gpu=on_gpu)
             if place is None:
                 return []
             places.append(place)

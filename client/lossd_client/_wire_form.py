@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lossd.gpu_memory import GpuArray
 from lossd.sparse import unpack_sparse
 from lossd.tensors import DTYPES, TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Payloads
-from lossd_client._arrays import Array
+from lossd_client._arrays import AnyArray, Array
+from lossd_client._errors import refused_here
 from lossd_client._narrow import narrowed
 
 
@@ -40,7 +42,7 @@ class WireForm:
         self._dtype = dtype
         self._gradient_dtype = gradient_dtype
 
-    def prediction(self, path: str, array: Array, *, keep: bool) -> Array:
+    def prediction(self, path: str, array: AnyArray, *, keep: bool) -> AnyArray:
         """Returns a prediction as it is sent.
 
         Args:
@@ -50,12 +52,21 @@ class WireForm:
 
         Raises:
             TensorError: The contract has no such type.
-            InvalidInputError: A number is beyond the type that it would be sent in.
+            InvalidInputError: A number is beyond the type that it would be sent in, or the array lies on a
+                GPU, where nothing is sent.
         """
         layout = Layout(DTYPES[data_type_of(array.dtype)], array.shape)
         self._predictions[path] = layout
         if layout.dtype == np.float64:
             self._float64_items.add(path.rpartition(".")[0])
+        if isinstance(array, GpuArray):
+            if self._dtype is not None:
+                raise refused_here(
+                    pb.ERROR_REASON_INVALID_OPTION,
+                    "lies on a GPU: nothing is sent in fewer bytes",
+                    field=path,
+                )
+            return array
         return array if keep else narrowed(path, array, self._dtype)
 
     def levels(self, path: str) -> int:
@@ -68,10 +79,10 @@ class WireForm:
             return value
         return _read_only(value.astype(np.float64))
 
-    def gradient(self, path: str, array: Array) -> Array:
+    def gradient(self, path: str, array: AnyArray) -> AnyArray:
         """Returns the gradient of the prediction at a path in the type that the caller wants."""
         dtype = self._wanted(path)
-        if dtype is None or dtype == array.dtype:
+        if dtype is None or dtype == array.dtype or isinstance(array, GpuArray):
             return array
         with np.errstate(over="ignore"):
             return _read_only(array.astype(dtype))

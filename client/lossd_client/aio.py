@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
+from lossd.gpu_memory import GpuArray
 from lossd.wire import Buffer
 from lossd_client import _chunks
 from lossd_client._access import Access
@@ -23,7 +24,7 @@ from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._requests import WINDOW, assign_call, assign_stream, info_call, loss_batch, loss_stream
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
-from lossd_client._sharing import allocated
+from lossd_client._sharing import allocated, allocated_on_gpu
 from lossd_client._storage import MemoryInUseError, Storage
 from lossd_client._stream_tasks import StreamOfTasks
 from lossd_client._streams import Stream
@@ -107,6 +108,10 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
     async def allocate(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:
         """Returns an array that a call can hand to the server without a copy; see `Client.allocate`."""
         return await asyncio.to_thread(allocated, await self._pool(self._deadline(None)), shape, dtype)
+
+    async def allocate_on_gpu(self, shape: int | Sequence[int], dtype: Any = np.float32) -> GpuArray | None:
+        """Returns an array on the server's GPU, None where there is none; see `Client.allocate_on_gpu`."""
+        return await asyncio.to_thread(allocated_on_gpu, await self._pool(self._deadline(None)), shape, dtype)
 
     async def assign_targets(
         self,

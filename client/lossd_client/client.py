@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import numpy as np
 
+from lossd.gpu_memory import GpuArray
 from lossd.wire import Buffer
 from lossd_client import _chunks
 from lossd_client._access import Access
@@ -22,7 +23,7 @@ from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._requests import WINDOW, assign_call, assign_stream, info_call, loss_batch, loss_stream
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
-from lossd_client._sharing import allocated
+from lossd_client._sharing import allocated, allocated_on_gpu
 from lossd_client._storage import MemoryInUseError, Storage
 from lossd_client._stream_threads import StreamOfThreads
 from lossd_client._streams import Stream
@@ -156,6 +157,20 @@ class Client(ClientBase[grpc.Channel]):
             DeadlineError: The timeout passed.
         """
         return allocated(self._pool(self._deadline(None)), shape, dtype)
+
+    def allocate_on_gpu(self, shape: int | Sequence[int], dtype: Any = np.float32) -> GpuArray | None:
+        """Returns an array on the server's GPU, which a call hands over without a copy.
+
+        None where the server and this process have no GPU in common, or share no memory. Fill it by
+        whatever knows `__cuda_array_interface__`, as by `torch.as_tensor(array, device="cuda")`, and pass
+        it to `compute_loss` as a prediction: its gradient comes as such an array too. A call waits until
+        the GPU has done what this process told it before, and returns when the gradients are there.
+
+        Raises:
+            UnavailableError: No server answers.
+            DeadlineError: The timeout passed.
+        """
+        return allocated_on_gpu(self._pool(self._deadline(None)), shape, dtype)
 
     def assign_targets(
         self,

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lossd_client._arrays import Array
+from lossd.gpu_memory import GpuArray
+from lossd_client._arrays import AnyArray, Array
 from lossd_client._configs import CustomLoss, FCOSLoss, LossConfig
 from lossd_client._results import LossResult
 from lossd_client.client import Client
@@ -49,6 +51,7 @@ class RemoteLoss(nn.Module):
             LossdError: The call failed; see `Client.compute_loss`.
         """
         leaves = self._differentiable(arguments)
+        arguments = tuple(self._on_gpu(argument, leaves) for argument in arguments)
         wanted = [
             name
             for name, tensors in leaves.items()
@@ -70,6 +73,19 @@ class RemoteLoss(nn.Module):
         device = next(iter(leaves.values()))[0].device if leaves else torch.device("cpu")
         loss = torch.from_numpy(result.loss.copy()).to(device)
         return _attach(loss, received, result.kept_rows)
+
+    def _on_gpu(self, argument: Any, leaves: Mapping[str, list[Tensor]]) -> Any:
+        """Returns an argument with predictions in the GPU memory that the server shares, where it does."""
+        if isinstance(argument, list | tuple):
+            return [self._on_gpu(entry, leaves) for entry in argument]
+        is_prediction = any(argument is tensor for tensors in leaves.values() for tensor in tensors)
+        if not is_prediction or not argument.is_cuda or self._wire_dtype is not None:
+            return argument
+        shared = self._client.allocate_on_gpu(argument.shape, _dtype_of(argument))
+        if shared is None:
+            return argument
+        _tensor_of(shared).copy_(argument.detach())
+        return shared
 
     def _differentiable(self, arguments: Sequence[Any]) -> dict[str, list[Tensor]]:
         """Returns the tensors, one or one a level, of each input that gradients can be asked for."""
@@ -97,14 +113,30 @@ def _fcos_losses(result: LossResult, leaves: Mapping[str, list[Tensor]]) -> dict
     return {**losses, "loss": total, "total_loss": total}
 
 
-def _attach(value: Tensor, received: Sequence[tuple[Tensor, Array]], kept_rows: Array | None) -> Tensor:
+def _attach(value: Tensor, received: Sequence[tuple[Tensor, AnyArray]], kept_rows: Array | None) -> Tensor:
     """Returns a value as a function of tensors whose gradients came with it."""
     if not received:
         return value
     inputs, gradients = zip(*received, strict=True)
-    tensors = [torch.from_numpy(gradient) for gradient in gradients]  # read alone, so never copied
+    tensors = list(map(_tensor_of, gradients))
     attached: Tensor = _Received.apply(value, tensors, kept_rows, *inputs)  # type: ignore[no-untyped-call]
     return attached
+
+
+def _tensor_of(array: AnyArray) -> Tensor:
+    """Returns the very memory of an array as a tensor."""
+    if not isinstance(array, GpuArray):
+        return torch.from_numpy(array)  # read alone, so never copied
+    device = torch.device("cuda", array.memory.ordinal)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.as_tensor(array.bits, device=device).view(torch.bfloat16)
+    return torch.as_tensor(array, device=device)
+
+
+def _dtype_of(tensor: Tensor) -> Any:
+    """Returns numpy's type of a tensor's numbers."""
+    is_bfloat16 = tensor.dtype == torch.bfloat16
+    return ml_dtypes.bfloat16 if is_bfloat16 else torch.empty(0, dtype=tensor.dtype).numpy().dtype
 
 
 class _Received(torch.autograd.Function):

@@ -37,6 +37,8 @@ class Request(IntEnum):
     """Take the region whose descriptor comes along, by `SCM_RIGHTS`, and whose size is said."""
     RELEASE = 2
     """Forget the region of this id."""
+    PASS_GPU = 3
+    """Take the region of the server's GPU whose descriptor comes along, and whose size is said."""
 
 
 class Answer(IntEnum):
@@ -57,7 +59,7 @@ class Answer(IntEnum):
     WRONG_SIZE = 134
     """The file is not as large as was said, or empty."""
     NOT_MAPPABLE = 135
-    """The file cannot be mapped for reading and writing."""
+    """The file, or the memory of a GPU, cannot be mapped for reading and writing in this size."""
     TOO_LARGE = 136
     """This connection would hold more than the bytes said."""
     FULL = 137
@@ -66,6 +68,8 @@ class Answer(IntEnum):
     """This connection, or the server, would hold more regions than it may."""
     UNKNOWN_REGION = 139
     """This connection has passed no region of that id."""
+    NO_GPU = 140
+    """The server has no GPU, or it does not share its memory."""
 
 
 ENDING = frozenset({Answer.MALFORMED, Answer.OTHER_VERSION, Answer.TOO_MANY_CONNECTIONS, Answer.OTHER_USER})

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd.gpu_memory import GpuArray
 from lossd.v1 import tensor_pb2 as pb
 from lossd.wire import Payloads
 
@@ -123,7 +124,7 @@ def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
     return _aligned(array).reshape(shape)
 
 
-def put_shared(array: Array, tensor: pb.Tensor, place: pb.SharedSlice) -> None:
+def put_shared(array: Array | GpuArray, tensor: pb.Tensor, place: pb.SharedSlice) -> None:
     """Makes an empty `Tensor` that of an array which lies in a shared region.
 
     Raises:

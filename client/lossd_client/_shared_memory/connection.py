@@ -44,15 +44,20 @@ class Connection:
             raise
         weakref.finalize(self, self._socket.close)
 
-    def pass_region(self, descriptor: int, size: int) -> bytes:
+    def pass_region(self, descriptor: int, size: int, request: Request = Request.PASS) -> bytes:
         """Passes a region and returns its id.
+
+        Args:
+            descriptor: What the server opens it by.
+            size: Bytes.
+            request: Of what kind it is.
 
         Raises:
             NotTakenError: The server refuses it.
             OSError: The connection has ended; so has everything that was passed over it.
         """
         rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor])
-        frame = Frame(code=Request.PASS, size=size)
+        frame = Frame(code=request, size=size)
         return self._ask(frame, [rights]).region_id
 
     def release(self, region_id: bytes) -> None:

@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from lossd.gpu_memory import GpuArray, driver
 from lossd.shared_memory import ALIGNMENT
-from lossd_client._arrays import Array
+from lossd_client._arrays import AnyArray
 from lossd_client._shared_memory.connection import Connection, NotTakenError
+from lossd_client._shared_memory.gpu_region import GpuRegion
 from lossd_client._shared_memory.region import Region
+
+AnyRegion = Region | GpuRegion
 
 REGION_BYTES = 64 << 20
 """Regions are multiples of this, where the server's limit allows: pages that nobody touches cost nothing."""
@@ -26,7 +30,7 @@ _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 class Slice:
     """An array in a region, as the server knows it."""
 
-    array: Array
+    array: AnyArray
     region_id: bytes
     offset: int
 
@@ -40,28 +44,36 @@ class Pool:
     Args:
         path: The socket that takes regions.
         max_bytes: Most bytes that the server takes from one connection.
+        gpu: Ordinal of the GPU whose memory it takes too; None for none.
 
     Attributes:
         max_bytes: As above.
     """
 
-    def __init__(self, path: str, max_bytes: int) -> None:
+    def __init__(self, path: str, max_bytes: int, gpu: int | None = None) -> None:
         self._path = path
         self.max_bytes = max_bytes
-        self._regions: list[Region] = []
+        self._gpu = gpu
+        self._regions: list[AnyRegion] = []
         self._connection: Connection | None = None
         # Arrays die in any thread and in the middle of any line: what happens there takes no lock.
-        self._dead: deque[tuple[Region, int]] = deque()
+        self._dead: deque[tuple[AnyRegion, int]] = deque()
         self._lock = threading.Lock()
         _pools.add(self)
 
-    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Slice | None:
-        """Returns an array of whatever the memory holds, or None where the server takes no more."""
+    def allocate(self, shape: Sequence[int], dtype: np.dtype[Any], *, on_gpu: bool = False) -> Slice | None:
+        """Returns an array of whatever the memory holds, or None where the server takes no more.
+
+        Args:
+            shape: Its shape.
+            dtype: Its type.
+            on_gpu: Whether it is to lie on the GPU that both have.
+        """
         length = math.prod(shape) * dtype.itemsize
         with self._lock:
             self._bury()
             self._notice_end()
-            found = self._cut(length)
+            found = self._cut(length, GpuRegion if on_gpu else Region)
             if found is None:
                 return None
             region, region_id, offset = found
@@ -69,10 +81,10 @@ class Pool:
             weakref.finalize(array, self._dead.append, (region, offset)).atexit = False
             return Slice(array=array, region_id=region_id, offset=offset)
 
-    def find(self, array: Array) -> Slice | None:
+    def find(self, array: AnyArray) -> Slice | None:
         """Returns where an array lies, or None where it does not lie, as a slice can, in a region."""
-        address, length = array.__array_interface__["data"][0], array.nbytes
-        if not array.flags.c_contiguous:
+        address, length = _address_of(array), array.nbytes
+        if not isinstance(array, GpuArray) and not array.flags.c_contiguous:
             return None
         with self._lock:
             self._notice_end()
@@ -84,9 +96,9 @@ class Pool:
                     return Slice(array=array, region_id=region.region_id, offset=offset)
         return None
 
-    def retire(self, arrays: Iterable[Array]) -> None:
+    def retire(self, arrays: Iterable[AnyArray]) -> None:
         """Sees to it that the memory of arrays is not used again: someone may still write to it."""
-        addresses = [array.__array_interface__["data"][0] for array in arrays]
+        addresses = list(map(_address_of, arrays))
         with self._lock:
             for region in self._regions:
                 inside = (region.address <= address < region.address + region.size for address in addresses)
@@ -102,6 +114,11 @@ class Pool:
                 self._disconnect()
             return self._connection is not None or self._connect()
 
+    def wait_for_gpu(self) -> None:
+        """Waits until the GPU has done what this process told it: what the server reads is there then."""
+        if self._gpu is not None:
+            driver().synchronize(self._gpu)
+
     def close(self) -> None:
         """Ends the connection. Arrays stay what they are; the server no longer has them."""
         with self._lock:
@@ -110,25 +127,25 @@ class Pool:
                 region.close()
             self._regions.clear()
 
-    def _cut(self, length: int) -> tuple[Region, bytes, int] | None:
+    def _cut(self, length: int, kind: type[AnyRegion]) -> tuple[AnyRegion, bytes, int] | None:
         if self._connection is None and not self._connect():
             return None
         for region in self._regions:
-            if found := _cut_from(region, length):
+            if isinstance(region, kind) and (found := _cut_from(region, length)):
                 return found
-        fresh = self._new_region(length)
+        fresh = self._new_region(length, kind)
         return None if fresh is None else _cut_from(fresh, length)
 
-    def _new_region(self, length: int) -> Region | None:
+    def _new_region(self, length: int, kind: type[AnyRegion]) -> AnyRegion | None:
         """Returns a region with room for a length, or None where the server does not take it."""
         length = max(-(-length // ALIGNMENT), 1) * ALIGNMENT
         if self._room() < length:
             self._release([region for region in self._regions if region.stretches.is_unused])
-        room = self._room()
+        room = self._room() // kind.granularity * kind.granularity
         if room < length:
             return None
         try:
-            region = Region(min(-(-length // REGION_BYTES) * REGION_BYTES, room))
+            region = self._make(kind, min(-(-length // REGION_BYTES) * REGION_BYTES, room))
         except OSError:
             return None
         if not self._pass(region):
@@ -137,22 +154,29 @@ class Pool:
         self._regions.append(region)
         return region
 
+    def _make(self, kind: type[AnyRegion], size: int) -> AnyRegion:
+        if kind is Region:
+            return Region(size)
+        if self._gpu is None:
+            raise FileNotFoundError("there is no GPU that the server shares memory of")
+        return GpuRegion(size, self._gpu)
+
     def _room(self) -> int:
         return self.max_bytes - sum(region.size for region in self._regions)
 
-    def _pass(self, region: Region) -> bool:
+    def _pass(self, region: AnyRegion) -> bool:
         """Passes a region to the server; returns whether the server has it now."""
         if self._connection is None:
             return False
         try:
-            region.region_id = self._connection.pass_region(region.descriptor, region.size)
+            region.region_id = self._connection.pass_region(region.descriptor, region.size, region.request)
         except NotTakenError:
             region.region_id = None
         except OSError:
             self._disconnect()
         return region.region_id is not None
 
-    def _release(self, regions: Iterable[Region]) -> None:
+    def _release(self, regions: Iterable[AnyRegion]) -> None:
         for region in regions:
             self._regions.remove(region)
             region.close()
@@ -204,7 +228,14 @@ class Pool:
         self._regions = []
 
 
-def _cut_from(region: Region, length: int) -> tuple[Region, bytes, int] | None:
+def _address_of(array: AnyArray) -> int:
+    if isinstance(array, GpuArray):
+        return array.address
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _cut_from(region: AnyRegion, length: int) -> tuple[AnyRegion, bytes, int] | None:
     if region.region_id is None or region.is_retired:
         return None
     offset = region.stretches.allocate(length)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lossd.shared_memory import ALIGNMENT, Request
 from lossd_client._arrays import Array
 from lossd_client._shared_memory.allocator import Allocator
 
@@ -29,6 +30,9 @@ class Region:
     Raises:
         OSError: There is no memory, or no descriptor left.
     """
+
+    granularity = ALIGNMENT
+    request = Request.PASS
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1237,6 +1237,7 @@ class GetServerInfoResponse(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_SOCKET_FIELD_NUMBER: _builtins.int
     MAX_SHARED_BYTES_FIELD_NUMBER: _builtins.int
+    SHARED_GPU_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of lossd, e.g. `0.1.0`."""
     max_message_bytes: _builtins.int
@@ -1256,10 +1257,17 @@ class GetServerInfoResponse(_message.Message):
     (SCM_RIGHTS): a memfd sealed by F_SEAL_SHRINK and F_SEAL_GROW. The answer 128
     bears its id; any other is a refusal. To have the server forget a region,
     say 2 and its id. All regions are forgotten when the connection ends.
+
+    To pass memory of `shared_gpu`, say 3 and its size, and send a descriptor along
+    that CUDA exported (cuMemExportToShareableHandle) for all of that memory.
     """
     max_shared_bytes: _builtins.int
     """Most shared memory that one connection to that socket may pass, and that the
     slices of one request may come to, bytes.
+    """
+    shared_gpu: _builtins.str
+    """UUID of the GPU whose memory may be passed too, 32 hexadecimal digits; empty
+    where none may be.
     """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1295,10 +1303,11 @@ class GetServerInfoResponse(_message.Message):
         uptime_seconds: _builtins.float = ...,
         shared_memory_socket: _builtins.str = ...,
         max_shared_bytes: _builtins.int = ...,
+        shared_gpu: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigner_presets", b"assigner_presets", "custom_losses", b"custom_losses", "devices", b"devices", "loss_presets", b"loss_presets", "losses", b"losses", "max_message_bytes", b"max_message_bytes", "max_shared_bytes", b"max_shared_bytes", "max_stream_count", b"max_stream_count", "shared_memory_socket", b"shared_memory_socket", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigner_presets", b"assigner_presets", "custom_losses", b"custom_losses", "devices", b"devices", "loss_presets", b"loss_presets", "losses", b"losses", "max_message_bytes", b"max_message_bytes", "max_shared_bytes", b"max_shared_bytes", "max_stream_count", b"max_stream_count", "shared_gpu", b"shared_gpu", "shared_memory_socket", b"shared_memory_socket", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,8 +114,8 @@ class Tensor(_message.Message):
 
     @_builtins.property
     def shared(self) -> Global___SharedSlice:
-        """A slice of memory that both sides have mapped, for callers on the server's
-        own host.
+        """A slice of memory that both sides have mapped, the host's or the GPU's, for
+        callers on the server's own host.
         """
 
     def __init__(
@@ -139,7 +139,8 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 @_typing.final
 class SharedSlice(_message.Message):
     """A slice of a shared-memory region, as long as the shape and type of its tensor
-    say.
+    say. What a caller has had a GPU write into a region of the GPU's has to be
+    there before the call; what the server writes there is, once it answers.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lossd.channel_options import client_options
 from lossd.chunks import LEAST_BYTES
+from lossd.gpu_memory import GpuArray
 from lossd.tensors import Array, pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
@@ -108,6 +109,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
         paths=(
             Path(name="evaluate", call=partial(evaluate, FocalLoss(), here, gradients=gradients)),
             Path(name="engine", call=_engine(bench, logits, labels, gradients=gradients)),
+            *_gpu_paths(bench, logits, labels, gradients=gradients),
             Path(name="allocated", call=_allocated(bench, logits, labels, gradients=gradients)),
             Path(name="shared", call=_shared(bench, logits, labels, gradients=gradients)),
             Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
@@ -162,16 +164,33 @@ def _allocated(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: b
     return _call(client, arrays, gradients=gradients)
 
 
+def _gpu_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
+    """Returns the same call for logits on the server's GPU, which get their gradient there."""
+    if bench.device.type != "cuda":
+        return []
+    client = bench.resources.enter_context(Client(bench.child().unix_address))
+    there = client.allocate_on_gpu(logits.shape)
+    if there is None:
+        return []
+    torch.as_tensor(there, device=bench.device).copy_(logits)
+    return [Path(name="on GPU", call=_call(client, (there, labels.numpy()), gradients=gradients))]
+
+
 def _call(
-    client: Client, arrays: Sequence[Array], *, gradients: bool, wire_dtype: str | None = None
+    client: Client, arrays: Sequence[Array | GpuArray], *, gradients: bool, wire_dtype: str | None = None
 ) -> Callable[[], Outcome]:
     config = FocalConfig()
 
     def compute() -> Outcome:
         result = client.compute_loss(config, *arrays, gradients=gradients, wire_dtype=wire_dtype)
-        return [result.loss, *result.gradients.values()]
+        found = result.gradients.values()
+        return [result.loss, *(_as_tensor(each) if isinstance(each, GpuArray) else each for each in found)]
 
     return compute
+
+
+def _as_tensor(array: GpuArray) -> Tensor:
+    return torch.as_tensor(array, device=torch.device("cuda", array.memory.ordinal))
 
 
 def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.outcome import Launched, Reading, read
-from lossd_server.engine.transfer import from_host, to_device
+from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
 from lossd_server.engine.work import LossItem, LossJob, LossOutcome
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
@@ -114,10 +114,13 @@ class Evaluator:
     def _options(self, item: LossItem) -> EvaluationOptions:
         """Returns the item's options with where gradients go."""
         options = item.options._replace(allocate=self.buffers.allocate)
-        if not item.outputs or self._device.type != "cpu":
-            return options
+        here = {name: list(map(as_tensor, arrays)) for name, arrays in item.outputs.items()}
         return options._replace(
-            outputs={name: list(map(from_host, arrays)) for name, arrays in item.outputs.items()}
+            outputs={
+                name: tensors
+                for name, tensors in here.items()
+                if all(tensor.device == self._device for tensor in tensors)
+            }
         )
 
     def _make_room(self) -> None:

@@ -5,11 +5,12 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossd_server.engine.transfer import from_host, to_host
-from lossd_server.engine.work import Array, LossItem, LossOutcome
+from lossd_server.engine.transfer import as_tensor, from_host, to_host
+from lossd_server.engine.work import AnyArray, Array, LossItem, LossOutcome
 from lossd_server.errors import CustomLossError, Reason
 from lossd_server.losses import Evaluation, NonFinite
 from lossd_server.losses.evaluation import FiniteCheck, Numbers, find_non_finite
@@ -70,7 +71,9 @@ class Launched(NamedTuple):
         totals = [] if self.check is None else next(numbers).tolist()
         loss = next(arrays)
         kept_rows = None if found.kept_rows is None else next(arrays)
-        unplaced = {name: [next(arrays) for _ in self._gradients(name)] for name in self._unplaced()}
+        unplaced: dict[str, list[AnyArray]] = {
+            name: [next(arrays) for _ in self._gradients(name)] for name in self._unplaced()
+        }
         return LossOutcome(
             loss=loss,
             components=[(c.name, v, c.weight) for c, v in zip(found.components, values, strict=True)],
@@ -93,13 +96,15 @@ class Launched(NamedTuple):
         gradient = self.evaluation.gradients[name]
         return gradient if isinstance(gradient, list) else [gradient]
 
-    def _put_in_place(self, name: str) -> list[Array]:
+    def _put_in_place(self, name: str) -> list[AnyArray]:
         """Returns the arrays that a gradient is to be written to, once it is."""
         outputs = self.item.outputs[name]
         for gradient, output in zip(self._gradients(name), outputs, strict=True):
-            place = from_host(output)
-            if gradient.data_ptr() != place.data_ptr():  # a GPU's, or made by autograd
+            place = as_tensor(output)
+            if gradient.data_ptr() != place.data_ptr():  # on the other side of a bus, or made by autograd
                 place.copy_(gradient)
+                if place.is_cuda:
+                    torch.cuda.current_stream(place.device).synchronize()
         return outputs
 
     def _non_finite(self, totals: Sequence[float], loss: Array, *, strict: bool) -> list[NonFinite]:

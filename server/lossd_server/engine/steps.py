@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lossd.gpu_memory import GpuArray
 from lossd_server.engine.batching import Batching
 from lossd_server.engine.work import LossItem
 
@@ -49,6 +50,10 @@ def bytes_of(item: LossItem) -> int:
 
 def _bytes_in(values: Iterable[Any]) -> int:
     return sum(
-        value.nbytes if isinstance(value, np.ndarray) else _bytes_in(value) if isinstance(value, list) else 0
+        value.nbytes
+        if isinstance(value, np.ndarray | GpuArray)
+        else _bytes_in(value)
+        if isinstance(value, list)
+        else 0
         for value in values
     )

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd.gpu_memory import GpuArray
 from lossd_server.losses.evaluation import Numbers
 from lossd_server.losses.uploads import uploaded
 
@@ -27,7 +28,10 @@ _SMALL = 1 << 18
 
 
 def to_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Returns arguments with arrays, and arrays in lists, as tensors on the device; the rest as it is."""
+    """Returns arguments with arrays, and arrays in lists, as tensors on the device; the rest as it is.
+
+    What lies on the GPU already is not moved.
+    """
     arrays = [array for value in arguments.values() for array in _arrays_in(value)]
     tensors = iter(_moved(arrays, device))
     return {name: _replaced(value, tensors) for name, value in arguments.items()}
@@ -41,6 +45,8 @@ def _arrays_in(value: Any) -> Sequence[NDArray[Any]]:
 def _replaced(value: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(value, list):
         return [_replaced(entry, tensors) for entry in value]
+    if isinstance(value, GpuArray):
+        return on_gpu(value)
     return next(tensors) if isinstance(value, np.ndarray) else value
 
 
@@ -134,6 +140,19 @@ def _array(tensor: Tensor) -> NDArray[Any]:
         return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
     array: NDArray[Any] = tensor.numpy()
     return array
+
+
+def as_tensor(array: NDArray[Any] | GpuArray) -> Tensor:
+    """Returns the very memory of an array as a tensor, wherever it lies."""
+    return on_gpu(array) if isinstance(array, GpuArray) else from_host(array)
+
+
+def on_gpu(array: GpuArray) -> Tensor:
+    """Returns the very memory of an array on a GPU as a tensor."""
+    device = torch.device("cuda", array.memory.ordinal)
+    if array.dtype == _BFLOAT16:
+        return torch.as_tensor(array.bits, device=device).view(torch.bfloat16)
+    return torch.as_tensor(array, device=device)
 
 
 def from_host(array: NDArray[Any]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd.gpu_memory import GpuArray
 from lossd_server.losses import Evaluation, EvaluationOptions, LossPreset, NonFinite
 from lossd_server.losses.module import Arguments
 from lossd_server.targets import Assignment, FCOSAssigner
@@ -13,6 +14,8 @@ from lossd_server.targets.ground_truth import Objects
 from lossd_server.targets.pyramid import Pyramid
 
 Array = NDArray[Any]
+AnyArray = Array | GpuArray
+"""An array of the host's memory, or of a GPU's."""
 
 _IMAGE_COST = 100
 
@@ -31,7 +34,7 @@ class LossItem(NamedTuple):
 
     Attributes:
         path: Where the item stands in the request, for errors, e.g. `items[3].focal`.
-        arguments: Prepared arguments, as numpy arrays and lists of them.
+        arguments: Prepared arguments, as arrays and lists of them.
         options: What is wanted beside the value.
         outputs: Arrays that gradients are written to, by input name, one or one a level; a gradient
             without an entry gets an array of its own.
@@ -40,7 +43,7 @@ class LossItem(NamedTuple):
     path: str
     arguments: Arguments
     options: EvaluationOptions
-    outputs: Mapping[str, list[Array]] = _NOTHING
+    outputs: Mapping[str, list[AnyArray]] = _NOTHING
 
 
 class LossJob(NamedTuple):
@@ -77,7 +80,7 @@ class LossOutcome(NamedTuple):
 
     loss: Array
     components: Sequence[tuple[str, float, float]] = ()
-    gradients: Mapping[str, list[Array]] = _NOTHING
+    gradients: Mapping[str, list[AnyArray]] = _NOTHING
     raw_sums: Sequence[Mapping[str, float]] = ()
     non_finite: Sequence[NonFinite] = ()
     preset: LossPreset | None = None

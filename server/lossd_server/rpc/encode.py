@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
+import numpy as np
+
 from lossd.narrow import narrowed_integers
 from lossd.sparse import is_smaller, pack_sparse
 from lossd.tensors import put, put_shared
@@ -59,11 +61,13 @@ def _write_gradient(
     payloads: Payloads,
     places: Iterable[tensor_pb2.SharedSlice] | None,
 ) -> None:
-    arrays, rows = outcome.gradients[name], outcome.nonzero_rows.get(name)
     if places is not None:
-        for array, place in zip(arrays, places, strict=True):
+        for array, place in zip(outcome.gradients[name], places, strict=True):
             put_shared(array, gradient.tensors.add(), place)
-    elif rows is not None and is_smaller(arrays, rows):
+        return
+    arrays = [array for array in outcome.gradients[name] if isinstance(array, np.ndarray)]
+    rows = outcome.nonzero_rows.get(name)
+    if rows is not None and is_smaller(arrays, rows):
         gradient.sparse.extend(pack_sparse(*level, payloads) for level in zip(arrays, rows, strict=True))
     else:
         for array in arrays:

@@ -3,14 +3,15 @@
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import Message
 
-from lossd.tensors import Array, TensorError, check_bools, layout, unpack
+from lossd.tensors import TensorError, check_bools, layout, unpack
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Payloads
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason, errors_within
-from lossd_server.shared_memory import Slices
+from lossd_server.shared_memory import AnyArray, Slices
 from lossd_server.targets import GroundTruth
 
 
@@ -29,7 +30,7 @@ class InputReader:
         self._slices = slices
         self._predictions = predictions
 
-    def tensor(self, field: str, tensor: tensor_pb2.Tensor, name: str = "") -> Array:
+    def tensor(self, field: str, tensor: tensor_pb2.Tensor, name: str = "") -> AnyArray:
         """Returns the array of a tensor.
 
         Args:
@@ -78,11 +79,12 @@ class InputReader:
             return self.tensor(field, entry, name)
         return self.ground_truth(field, entry)
 
-    def _shared(self, field: str, tensor: tensor_pb2.Tensor, name: str) -> Array:
+    def _shared(self, field: str, tensor: tensor_pb2.Tensor, name: str) -> AnyArray:
         dtype, shape = layout(tensor)
         in_place = name in self._predictions and dtype.name in checks.FLOATS
         place = tensor.shared
         with errors_within(field):
             array = self._slices.read(place.region_id, place.offset, dtype, shape, in_place=in_place)
-        check_bools(array)
+        if isinstance(array, np.ndarray):
+            check_bools(array)
         return array

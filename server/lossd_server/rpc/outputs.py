@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lossd.tensors import DTYPES, Array
+from lossd.tensors import DTYPES
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason, errors_within
-from lossd_server.shared_memory import Slices
+from lossd_server.shared_memory import AnyArray, Slices
 
 
 def read_outputs(
     request: pb.ComputeLossRequest, index: int, arguments: Mapping[str, Any], slices: Slices
-) -> dict[str, list[Array]]:
+) -> dict[str, list[AnyArray]]:
     """Returns the arrays that gradients are to be written to, by input name, one or one a level.
 
     Args:
@@ -24,7 +24,7 @@ def read_outputs(
     Raises:
         InvalidInputError: No such gradient is asked for, or a slice is no place for it.
     """
-    found: dict[str, list[Array]] = {}
+    found: dict[str, list[AnyArray]] = {}
     for place, output in enumerate(request.items[index].outputs):
         path = f"outputs[{place}]"
         _check_name(f"{path}.input", output.input, request, found)
@@ -54,7 +54,9 @@ def _check_name(field: str, name: str, request: pb.ComputeLossRequest, found: Ma
         )
 
 
-def _array(path: str, index: int, wanted: Any, like: Array, gradient_dtype: Any, slices: Slices) -> Array:
+def _array(
+    path: str, index: int, wanted: Any, like: AnyArray, gradient_dtype: Any, slices: Slices
+) -> AnyArray:
     dtype = DTYPES.get(gradient_dtype, like.dtype)
     with errors_within(path):
         return slices.write(f"items[{index}].{path}", wanted.region_id, wanted.offset, dtype, like.shape)

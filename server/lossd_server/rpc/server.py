@@ -7,6 +7,7 @@ from typing import Any, Self
 import grpc
 import prometheus_client
 import structlog
+import torch
 
 from lossd import __version__
 from lossd.channel_options import server_options
@@ -84,7 +85,7 @@ class Server:
         self._pool = ThreadPoolExecutor(
             threads, thread_name_prefix="lossd-rpc", initializer=self._home.settle
         )
-        self._sharing = _sharing(self._config)
+        self._sharing = _sharing(self._config, self._engine.device)
         self._tracing = make_tracing(SERVICE_NAME) if self._config.tracing else None
         self._refusals = Refusals(self._metrics, mark=self._tracing.mark_refusal if self._tracing else None)
         self._refusing = RefusingHandlers(self._refusals)
@@ -268,9 +269,13 @@ def _batching(config: ServerConfig) -> Batching:
     )
 
 
-def _sharing(config: ServerConfig) -> RegionListener | None:
+def _sharing(config: ServerConfig, device: torch.device) -> RegionListener | None:
     """Returns what takes shared memory, if anything does."""
     if config.shared_memory_path is None:
         return None
-    limits = {"max_bytes": config.max_shared_bytes, "max_total_bytes": config.max_total_shared_bytes}
-    return RegionListener(config.shared_memory_path, Regions(**limits), config.unix_mode)
+    regions = Regions(
+        max_bytes=config.max_shared_bytes,
+        max_total_bytes=config.max_total_shared_bytes,
+        gpu=device.index if device.type == "cuda" else None,
+    )
+    return RegionListener(config.shared_memory_path, regions, config.unix_mode)

@@ -99,6 +99,7 @@ class LossService:
         if self._sharing is not None and caller.is_on_this_host:
             info.shared_memory_socket = self._sharing.path
             info.max_shared_bytes = self._config.max_shared_bytes
+            info.shared_gpu = self._sharing.regions.gpu_uuid
         return Parcel(info)
 
     def _regions(self, caller: Caller) -> Regions | None:

@@ -7,6 +7,6 @@ from under a computation, since it is sealed against shrinking, and an array of 
 
 from lossd_server.shared_memory.listener import RegionListener
 from lossd_server.shared_memory.regions import Regions
-from lossd_server.shared_memory.slices import Slices
+from lossd_server.shared_memory.slices import AnyArray, Slices
 
-__all__ = ["RegionListener", "Regions", "Slices"]
+__all__ = ["AnyArray", "RegionListener", "Regions", "Slices"]

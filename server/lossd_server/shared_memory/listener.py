@@ -146,7 +146,8 @@ class RegionListener:
             if request.code is Request.RELEASE:
                 self.regions.release(owner, request.region_id)
                 return Frame(code=Answer.DONE, region_id=request.region_id)
-            region_id = self.regions.add(owner, packet.descriptors[0], request.size)
+            on_gpu = request.code is Request.PASS_GPU
+            region_id = self.regions.add(owner, packet.descriptors[0], request.size, on_gpu=on_gpu)
             return Frame(code=Answer.DONE, size=request.size, region_id=region_id)
         except FrameError as error:
             return Frame(code=error.answer)

@@ -4,6 +4,7 @@ import fcntl
 import mmap
 import os
 
+from lossd.gpu_memory import GRANULARITY, GpuMemory, GpuMemoryError
 from lossd.shared_memory import Answer
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -47,4 +48,17 @@ def map_descriptor(descriptor: int, size: int) -> mmap.mmap:
     try:
         return mmap.mmap(descriptor, size)
     except (OSError, ValueError, OverflowError) as error:  # read-only, sealed against writing, no room
+        raise RefusedError(Answer.NOT_MAPPABLE) from error
+
+
+def map_on_gpu(ordinal: int, descriptor: int, size: int) -> GpuMemory:
+    """Returns the memory of a GPU that a descriptor is of; raises `RefusedError` where it is no such memory.
+
+    The driver tells whose it is, and maps all of it or none. It stays mapped until its last array is gone.
+    """
+    if size <= 0 or size % GRANULARITY:
+        raise RefusedError(Answer.WRONG_SIZE)
+    try:
+        return GpuMemory.open(ordinal, descriptor, size)
+    except GpuMemoryError as error:
         raise RefusedError(Answer.NOT_MAPPABLE) from error

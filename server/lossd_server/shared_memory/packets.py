@@ -57,7 +57,7 @@ class Packet:
     def request(self) -> Frame:
         """Returns the request in it; raises `FrameError` unless it is one, with what belongs to it."""
         frame = Frame.from_bytes(self.data, Request)
-        wanted = 1 if frame.code is Request.PASS else 0
+        wanted = 0 if frame.code is Request.RELEASE else 1
         if not self.is_whole or len(self.descriptors) != wanted:
             raise FrameError(Answer.MALFORMED)
         return frame

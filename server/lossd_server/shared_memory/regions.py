@@ -7,9 +7,13 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
+from lossd.gpu_memory import GpuMemory, uuid_of
 from lossd.shared_memory import ID_BYTES, Answer
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.shared_memory.mapping import RefusedError, check_descriptor, map_descriptor
+from lossd_server.shared_memory.mapping import RefusedError, check_descriptor, map_descriptor, map_on_gpu
+
+Mapping = mmap.mmap | GpuMemory
+"""The memory of a region."""
 
 MAX_REGIONS_EACH = 64
 """Most regions of one owner."""
@@ -39,16 +43,20 @@ class Regions:
     Attributes:
         max_bytes: Most bytes of one owner, and of the slices that one request names: they may lie on
             top of each other, and each is work.
+        gpu_uuid: UUID of the GPU whose memory may be passed; empty where none may be.
 
     Args:
         max_bytes: As above.
         max_total_bytes: Most bytes in all.
+        gpu: Ordinal of the GPU whose memory may be passed, as far as it can be; None for none.
     """
 
-    def __init__(self, *, max_bytes: int, max_total_bytes: int) -> None:
+    def __init__(self, *, max_bytes: int, max_total_bytes: int, gpu: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._max_total_bytes = max_total_bytes
-        self._mappings: dict[bytes, mmap.mmap] = {}
+        self.gpu_uuid = "" if gpu is None else uuid_of(gpu)
+        self._gpu = gpu if self.gpu_uuid else None
+        self._mappings: dict[bytes, Mapping] = {}
         self._owners: dict[bytes, Owner] = {}
         self._total = Owner()
         # Memory counts until it is unmapped, which may be in any thread and in the middle of any line:
@@ -68,17 +76,20 @@ class Regions:
         """Regions that can be used now."""
         return len(self._mappings)
 
-    def add(self, owner: Owner, descriptor: int, size: int) -> bytes:
+    def add(self, owner: Owner, descriptor: int, size: int, *, on_gpu: bool = False) -> bytes:
         """Maps a region and returns its id; the descriptor stays the caller's to close.
 
         Raises:
             RefusedError: It is not safe to map, or more than its owner or all owners may hold.
         """
-        check_descriptor(descriptor, size)
+        if not on_gpu:
+            check_descriptor(descriptor, size)
+        elif self._gpu is None:
+            raise RefusedError(Answer.NO_GPU)
         with self._lock:
             self._settle()
             self._check_quota(owner, size)
-            mapping = map_descriptor(descriptor, size)
+            mapping = self._map(descriptor, size, on_gpu=on_gpu)
             self._count(owner, size, 1)
             weakref.finalize(mapping, self._unmapped.append, (owner, size)).atexit = False
             region_id = secrets.token_bytes(ID_BYTES)
@@ -105,7 +116,7 @@ class Regions:
         for region_id in list(owner.ids):
             self.release(owner, region_id)
 
-    def find(self, region_id: bytes) -> mmap.mmap:
+    def find(self, region_id: bytes) -> Mapping:
         """Returns the memory of a region; raises `UNKNOWN_REGION`, and says no more, where there is none."""
         mapping = self._mappings.get(region_id)
         if mapping is None:
@@ -115,6 +126,11 @@ class Regions:
     def owner_of(self, region_id: bytes) -> Owner | None:
         """Returns whose a region is, if there is one of that id."""
         return self._owners.get(region_id)
+
+    def _map(self, descriptor: int, size: int, *, on_gpu: bool) -> Mapping:
+        if on_gpu and self._gpu is not None:
+            return map_on_gpu(self._gpu, descriptor, size)
+        return map_descriptor(descriptor, size)
 
     def _check_quota(self, owner: Owner, size: int) -> None:
         if owner.held_count >= MAX_REGIONS_EACH or self._total.held_count >= MAX_REGIONS:

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd.gpu_memory import GpuArray, GpuMemory
 from lossd.shared_memory import ALIGNMENT
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.shared_memory.regions import Owner, Regions, unknown_region
 
 Array = NDArray[Any]
+AnyArray = Array | GpuArray
+"""An array of the host's memory, or of a GPU's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,22 +45,26 @@ class Slices:
 
     def read(
         self, region_id: bytes, offset: int, dtype: np.dtype[Any], shape: Sequence[int], *, in_place: bool
-    ) -> Array:
-        """Returns a slice to be read: the very memory, or a copy that nobody else can write to.
+    ) -> AnyArray:
+        """Returns a slice to be read: the very memory, or a copy on the host that nobody else can write to.
 
         Raises:
             InvalidInputError: There is no such region, or the slice does not lie in it.
         """
         array = self._array(region_id, offset, dtype, shape)
         self._use(region_id, offset, array, "", written=False)
-        if not in_place:
+        if isinstance(array, GpuArray):
+            if in_place:
+                return array
+            array = array.numpy()
+        elif not in_place:
             array = array.copy()
         array.flags.writeable = False
         return array
 
     def write(
         self, path: str, region_id: bytes, offset: int, dtype: np.dtype[Any], shape: Sequence[int]
-    ) -> Array:
+    ) -> AnyArray:
         """Returns a slice to be written to; `path` is where the request names it, for errors.
 
         Raises:
@@ -85,7 +92,7 @@ class Slices:
                 max(written_stop, used.stop) if used.written else written_stop,
             )
 
-    def _array(self, region_id: bytes, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    def _array(self, region_id: bytes, offset: int, dtype: np.dtype[Any], shape: Sequence[int]) -> AnyArray:
         if self._regions is None:
             raise unknown_region()
         mapping = self._regions.find(region_id)
@@ -111,9 +118,11 @@ class Slices:
                 value=self._named_bytes,
                 limit=self._regions.max_bytes,
             )
+        if isinstance(mapping, GpuMemory):
+            return GpuArray(mapping, offset, shape, dtype)
         return np.ndarray(shape, dtype, buffer=mapping, offset=offset)
 
-    def _use(self, region_id: bytes, offset: int, array: Array, path: str, *, written: bool) -> None:
+    def _use(self, region_id: bytes, offset: int, array: AnyArray, path: str, *, written: bool) -> None:
         if array.nbytes:
             self._used.append(
                 _Interval(

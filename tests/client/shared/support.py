@@ -17,8 +17,8 @@ SCRIPT = """
 import sys, time
 from lossd_server.config import ServerConfig
 from lossd_server.rpc import Server
-settings = {"max_shared_bytes": int(sys.argv[2]), "load": sys.argv[3:]}
-server = Server(ServerConfig(listen=(sys.argv[1],), metrics_port=None, device="cpu", **settings))
+settings = {"max_shared_bytes": int(sys.argv[2]), "device": sys.argv[3], "load": sys.argv[4:]}
+server = Server(ServerConfig(listen=(sys.argv[1],), metrics_port=None, **settings))
 server.start()
 print("ready", flush=True)
 time.sleep(600)
@@ -28,11 +28,13 @@ time.sleep(600)
 class Outside:
     """A server to be killed."""
 
-    def __init__(self, directory: Path, *load: str, max_shared_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, directory: Path, *load: str, max_shared_bytes: int = 1 << 30, device: str = "cpu"
+    ) -> None:
         self.target = f"unix:{directory / 'lossd.sock'}"
         self.socket = directory / "lossd.sock.shm"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, self.target, str(max_shared_bytes), *load],
+            [sys.executable, "-c", SCRIPT, self.target, str(max_shared_bytes), device, *load],
             stdout=subprocess.PIPE,
             text=True,
         )
