@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lossd_server.engine import Asker, AssignItem, AssignJob, Batching, Engine, evaluator
+from lossd_server.engine import (
+    Asker,
+    AssignItem,
+    AssignJob,
+    Batching,
+    Engine,
+    LossItem,
+    LossJob,
+    evaluator,
+)
 from lossd_server.errors import (
     CallerGoneError,
     CustomLossError,
@@ -22,6 +31,7 @@ from lossd_server.errors import (
     Reason,
     UnavailableError,
 )
+from lossd_server.losses import EvaluationOptions, FocalLoss
 from lossd_server.targets import FCOSAssigner
 from tests.domain.jobs import MAKERS, TYPES, bits_of, cpu_engine, custom_job, random_job
 from tests.domain.regions import wait_until
@@ -104,6 +114,34 @@ def test_on_a_gpu_too_every_item_has_the_bits_that_it_has_alone(jobs):
         with ThreadPoolExecutor(len(jobs)) as pool:
             answers = list(pool.map(lambda n: busy.compute(jobs[n], Asker(flow=n)), range(len(jobs))))
         assert [bits_of([outcome]) for outcomes, _ in answers for outcome in outcomes] == alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_what_a_gpu_has_no_room_for_fails_alone():
+    device = torch.device("cuda", 0)
+    room = 1 << 28
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        with closing(Engine(device)) as engine:
+            for _ in range(2):
+                with pytest.raises(OutOfMemoryError) as caught:
+                    engine.compute(focal_job(rows=room))
+                assert caught.value.field == "items[0]"
+                del caught
+                assert engine.compute(focal_job(rows=100))[0][0].loss > 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def focal_job(rows):
+    """A focal loss of so many rows of one logit."""
+    loss = FocalLoss()
+    arguments = {"inputs": np.zeros((rows, 1), np.float32), "targets": np.zeros(rows, np.int8)}
+    options = EvaluationOptions(gradients=("inputs",))
+    return LossJob(
+        loss=loss, items=[LossItem(path="items[0]", arguments=loss.prepare(arguments), options=options)]
+    )
 
 
 def test_what_waits_goes_together_and_is_read_at_once(monkeypatch):

@@ -2,12 +2,14 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from lossd_server.engine.outcome import Launched, read
-from lossd_server.engine.transfer import to_host
+from lossd_server.engine.transfer import to_device, to_host
 from lossd_server.engine.work import LossItem
 from lossd_server.losses import Component, Evaluation, EvaluationOptions
 from lossd_server.losses.evaluation import FiniteCheck
@@ -64,3 +66,26 @@ def test_several_evaluations_are_read_at_once_and_each_has_its_own():
         assert outcome.raw_sums == [{"positive_count": number}, {"positive_count": number + 1}]
         assert outcome.negative_side_count == 3
         assert [found.first_index for found in outcome.non_finite] == ([(1,)] if number == 2 else [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@given(
+    st.lists(
+        hnp.arrays(
+            st.sampled_from([np.int8, np.int64, np.float16, np.float32, np.float64, ml_dtypes.bfloat16]),
+            hnp.array_shapes(min_dims=0, min_side=0, max_side=5),
+            elements=st.integers(0, 100),
+        ),
+        max_size=6,
+    )
+)
+def test_what_goes_to_a_gpu_comes_back_as_it_was(arrays):
+    large = np.arange(1 << 17, dtype=np.float32)
+    given_, device = {"few": [*arrays, large], "number": 3}, torch.device("cuda", 0)
+    moved = to_device(given_, device)
+    assert moved["number"] == 3
+    assert all(tensor.is_cuda for tensor in moved["few"])
+    _, found = to_host([], moved["few"])
+    for array, back in zip(given_["few"], found, strict=True):
+        assert back.dtype == array.dtype
+        np.testing.assert_array_equal(back, array)

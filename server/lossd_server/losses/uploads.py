@@ -24,12 +24,13 @@ def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tenso
         starts.append(end)
         end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     staging = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    to = staging.numpy()
     for start, array in zip(starts, arrays, strict=True):
-        to = staging.numpy()[start : start + array.nbytes].view(array.dtype)
-        np.copyto(to.reshape(array.shape), array)
+        np.copyto(to[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
     there = staging.to(device, non_blocking=True)
+    types = {dtype: torch.from_numpy(np.empty(0, dtype)).dtype for dtype in {a.dtype for a in arrays}}
     return [
-        there[start : start + array.nbytes].view(_type_of(array)).view(array.shape)
+        there[start : start + array.nbytes].view(types[array.dtype]).view(array.shape)
         for start, array in zip(starts, arrays, strict=True)
     ]
 
@@ -37,7 +38,3 @@ def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tenso
 def _in_rows(array: NDArray[Any]) -> NDArray[Any]:
     """Returns an array whose last axis is dense, which may be the one that came."""
     return np.ascontiguousarray(array) if array.strides[-1] != array.itemsize else array
-
-
-def _type_of(array: NDArray[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
