@@ -45,7 +45,8 @@ def put_prediction(
         keep: Whether it is sent in its own type whatever the form.
     """
     try:
-        array = value if isinstance(value, GpuArray) else as_array(value)
+        is_there = isinstance(value, GpuArray) and not storage.form.is_narrow
+        array = value if is_there else as_array(value)
         storage.put(storage.form.prediction(field, array, keep=keep), tensor)
     except TensorError as error:
         raise _refused(field, error) from error

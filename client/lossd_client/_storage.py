@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from lossd.gpu_memory import GpuArray
-from lossd.tensors import DTYPES, TensorError, data_type_of, layout, put, put_shared, unpack
+from lossd.tensors import DTYPES, data_type_of, layout, put, put_shared, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Payloads
@@ -115,12 +115,12 @@ class Storage(Payloads):
         """Makes an empty message that of an array, which is left as it is until the call has ended.
 
         Raises:
-            TensorError: The contract has no such type, or the array too many dimensions, or it lies on a
-                GPU in memory that the server does not share.
+            TensorError: The contract has no such type, or the array too many dimensions.
         """
         if isinstance(array, GpuArray):
-            self._put_on_gpu(array, tensor)
-            return
+            if self._put_on_gpu(array, tensor):
+                return
+            array = array.numpy()
         place = self._place(array)
         if place is None:
             put(array, tensor, self)
@@ -203,18 +203,18 @@ class Storage(Payloads):
         # The server bounds what the slices of a request come to, also where one is named twice.
         self._room -= place.array.nbytes
 
-    def _put_on_gpu(self, array: GpuArray, tensor: tensor_pb2.Tensor) -> None:
+    def _put_on_gpu(self, array: GpuArray, tensor: tensor_pb2.Tensor) -> bool:
+        """Makes a message that of an array on a GPU; returns whether the server has its memory."""
         place = None if self._pool is None else self._pool.find(array)
         if self._pool is None or place is None:
-            raise TensorError(
-                "INVALID_TENSOR", "lies on a GPU, in memory that this client does not share with the server"
-            )
+            return False
         if not self._gpu_regions:  # whose memory nobody has filled since
             self._pool.wait_for_gpu()
         put_shared(array, tensor, _message(place))
         self._gpu_regions.add(place.region_id)
         self._read.append(array)
         self._note(place)
+        return True
 
     def _allocate(
         self, layouts: Sequence[tuple[np.dtype[Any], tuple[int, ...]]], *, on_gpu: bool

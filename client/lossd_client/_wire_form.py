@@ -11,7 +11,6 @@ from lossd.tensors import DTYPES, TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Payloads
 from lossd_client._arrays import AnyArray, Array
-from lossd_client._errors import refused_here
 from lossd_client._narrow import narrowed
 
 
@@ -52,22 +51,13 @@ class WireForm:
 
         Raises:
             TensorError: The contract has no such type.
-            InvalidInputError: A number is beyond the type that it would be sent in, or the array lies on a
-                GPU, where nothing is sent.
+            InvalidInputError: A number is beyond the type that it would be sent in.
         """
         layout = Layout(DTYPES[data_type_of(array.dtype)], array.shape)
         self._predictions[path] = layout
         if layout.dtype == np.float64:
             self._float64_items.add(path.rpartition(".")[0])
-        if isinstance(array, GpuArray):
-            if self._dtype is not None:
-                raise refused_here(
-                    pb.ERROR_REASON_INVALID_OPTION,
-                    "lies on a GPU: nothing is sent in fewer bytes",
-                    field=path,
-                )
-            return array
-        return array if keep else narrowed(path, array, self._dtype)
+        return array if keep or isinstance(array, GpuArray) else narrowed(path, array, self._dtype)
 
     def levels(self, path: str) -> int:
         """Returns of how many levels the input at a path is; 0 for one without levels."""

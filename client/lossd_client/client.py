@@ -164,7 +164,8 @@ class Client(ClientBase[grpc.Channel]):
         None where the server and this process have no GPU in common, or share no memory. Fill it by
         whatever knows `__cuda_array_interface__`, as by `torch.as_tensor(array, device="cuda")`, and pass
         it to `compute_loss` as a prediction: its gradient comes as such an array too. A call waits until
-        the GPU has done what this process told it before, and returns when the gradients are there.
+        the GPU has done what this process told it before, and returns when the gradients are there. Of
+        an array that the server has not, or no longer, and with a `wire_dtype`, a copy is sent.
 
         Raises:
             UnavailableError: No server answers.

@@ -10,7 +10,7 @@ import torch
 
 from lossd import gpu_memory
 from lossd.gpu_memory import GpuArray
-from lossd_client import AsyncClient, Client, CustomLoss, FCOSLoss, FocalLoss, InvalidInputError
+from lossd_client import AsyncClient, Client, CustomLoss, FCOSLoss, FocalLoss
 from lossd_client._shared_memory.pool import Pool
 from lossd_client.torch import RemoteLoss
 from lossd_server.engine import transfer
@@ -141,22 +141,21 @@ def assert_same_numbers(result, inline):
     np.testing.assert_array_equal(result.gradients["inputs"].numpy(), expected.gradients["inputs"])
 
 
-def test_an_array_of_another_server_is_refused(client, gpu, tmp_path):
+def test_of_an_array_that_the_server_does_not_have_a_copy_is_sent(client, inline, tmp_path):
+    expected = inline.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
     with (
         make_server(listen=(f"unix:{tmp_path}/other.sock",)) as other,
         Client(other.addresses[0]) as stranger,
     ):
         logits = on_gpu(stranger, LOGITS)
-        with pytest.raises(
-            InvalidInputError, match="lies on a GPU, in memory that this client does not share"
-        ):
-            client.compute_loss(FocalLoss(), logits, LABELS)
-        assert stranger.compute_loss(FocalLoss(), logits, LABELS).loss
+    for each in (client, inline):
+        result = each.compute_loss(FocalLoss(), logits, LABELS, gradients=True)
+        np.testing.assert_array_equal(result.gradients["inputs"], expected.gradients["inputs"])
 
 
-def test_a_narrow_wire_is_refused_where_there_is_no_wire(client):
-    with pytest.raises(InvalidInputError, match="lies on a GPU"):
-        client.compute_loss(FocalLoss(), on_gpu(client, LOGITS), LABELS, wire_dtype="float16")
+def test_a_narrow_wire_takes_a_copy(client, inline):
+    ours = client.compute_loss(FocalLoss(), on_gpu(client, LOGITS), LABELS, wire_dtype="float16")
+    assert ours.loss == inline.compute_loss(FocalLoss(), LOGITS, LABELS, wire_dtype="float16").loss
 
 
 def test_without_a_gpu_in_common_there_is_none(target, monkeypatch):

@@ -36,7 +36,7 @@ class _Tile(NamedTuple):
 
 
 _CELLS_INNER = _Tile(classes=1, cells=512, warps=2, registers=96)
-_CLASSES_INNER = _Tile(classes=16, cells=64, warps=4, registers=128)
+_CLASSES_INNER = _Tile(classes=16, cells=64, warps=4, registers=96)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
