@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from lossd_server.errors import InvalidInputError
 from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, fcos_terms
+from lossd_server.losses.focal import count_objects_on_gpu
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import (
@@ -528,6 +530,7 @@ triton.runtime.driver.set_active(Driver())
 run = JITFunction.run
 JITFunction.run = lambda self, *args, warmup, **constants: run(self, *args, warmup=True, **constants)
 
+from lossd_server.losses.focal import count_objects_on_gpu
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.row_group import RowGroup
@@ -583,6 +586,22 @@ def test_no_shape_is_compiled_for_and_the_cache_is_where_ours_is(tmp_path):
         "1 True",
     ]
     assert list((tmp_path / "lossd" / "triton").rglob("*.cubin"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_labels_are_counted_where_they_lie(dtype):
+    labels = torch.tensor([[3, -1, 0], [2, 3, -1]], dtype=dtype, device=DEVICE)
+    assert count_objects_on_gpu(labels, 4) == 4
+    assert count_objects_on_gpu(labels, 3) is None
+    assert count_objects_on_gpu(labels - 1, 4) is None
+    assert count_objects_on_gpu(labels[:0], 4) is None
+
+
+@needs_gpu
+def test_a_label_out_of_range_is_refused_by_its_place():
+    labels = torch.tensor([0, 7, 1], device=DEVICE)
+    with pytest.raises(InvalidInputError, match=r"label at \[1\] is 7, want -1..2"):
+        FocalLoss()(torch.zeros(3, 3, device=DEVICE), labels)
 
 
 @needs_gpu

@@ -25,11 +25,13 @@ class Path:
         name: Its name in the table.
         call: Takes it once, and returns what came out; None where nothing can be compared.
         needs_bytes: Memory without which it is left out.
+        gpu_call: What of it a GPU is told once all is read that the host wants to know; None for all of it.
     """
 
     name: str
     call: Callable[[], Outcome | None]
     needs_bytes: int = 0
+    gpu_call: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

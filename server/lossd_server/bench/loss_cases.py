@@ -69,8 +69,13 @@ def loss_cases() -> list[CaseSpec]:
 
 def evaluate(loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool) -> Outcome:
     """Checks and evaluates as the engine does, and returns the value and the gradients, flat."""
+    return evaluate_prepared(loss, loss.prepare(arguments), gradients=gradients)
+
+
+def evaluate_prepared(loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool) -> Outcome:
+    """Does the same for arguments that were checked."""
     wanted = loss.differentiable if gradients else ()
-    evaluation = loss.evaluate(loss.prepare(arguments), EvaluationOptions(gradients=wanted))
+    evaluation = loss.evaluate(arguments, EvaluationOptions(gradients=wanted))
     flat: list[Tensor] = [evaluation.loss]
     for gradient in evaluation.gradients.values():
         flat.extend([gradient] if isinstance(gradient, Tensor) else gradient)
@@ -205,7 +210,11 @@ def _case(
     run = partial(eager_call, inputs=differentiable, gradients=gradients)
     paths = [
         Path(name="eager", call=run(eager, dtype=torch.float32)),
-        Path(name="lossd", call=partial(evaluate, loss, arguments, gradients=gradients)),
+        Path(
+            name="lossd",
+            call=partial(evaluate, loss, arguments, gradients=gradients),
+            gpu_call=partial(evaluate_prepared, loss, loss.prepare(arguments), gradients=gradients),
+        ),
         Path(name="module", call=run(module, dtype=torch.float32)),
         copy_path(differentiable),
     ]

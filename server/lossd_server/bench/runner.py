@@ -91,7 +91,8 @@ def run_case(spec: CaseSpec, bench: Workbench, effort: Effort) -> CaseResult:
     on_gpu: dict[str, float] = {}
     if case.is_local and bench.device.type == "cuda":
         on_gpu = {
-            path.name: gpu_seconds(path.call, timings[path.name].median, bench.device) for path in paths
+            path.name: gpu_seconds(path.gpu_call or path.call, timings[path.name].median, bench.device)
+            for path in paths
         }
     return CaseResult(
         name=spec.name,

@@ -67,7 +67,7 @@ def _header(report: Report, earlier: Report | None) -> Iterator[str]:
     yield "peak: memory of this process beyond what was in use before, results included"
     yield "errors: relative, in the 2-norm, against float64 (assign: labels and targets against all-pairs)"
     if any(path.gpu_seconds is not None for case in report.cases for path in case.paths):
-        yield "GPU: from its first command to its last, all of them given before; eager waits on the way"
+        yield "GPU: from its first command to its last, all given before; eager and module wait on the way"
     if earlier is not None:
         yield f"before: {earlier.environment.date} on {earlier.environment.device}"
 

@@ -16,6 +16,8 @@ from lossd_server.losses.native import count_objects_natively
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
+_COUNTED = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
+
 _LOGITS = frozenset({"inputs"})
 
 
@@ -102,7 +104,8 @@ class FocalLoss(LossModule):
         """Checks arguments, numpy or torch, and returns them with the number of rows that count."""
         self.check(arguments)
         labels, classes = arguments["targets"], arguments["inputs"].shape[1]
-        count = count_objects_natively(labels, classes)
+        on_gpu = isinstance(labels, Tensor) and labels.is_cuda
+        count = (count_objects_on_gpu if on_gpu else count_objects_natively)(labels, classes)
         if count is None:
             labels = checks.host_array(labels)
             checks.require_labels("targets", labels, num_classes=classes)
@@ -138,6 +141,18 @@ class FocalLoss(LossModule):
             kept_rows=None if rows is None else (labels >= 0).flatten().nonzero().flatten(),
             finite_inputs=_LOGITS if sums.finite else frozenset(),
         )
+
+
+def count_objects_on_gpu(labels: Tensor, num_classes: int) -> int | None:
+    """Returns how many labels are of an object, with three numbers read and not all labels.
+
+    None where that does not apply, and where a label is neither -1 nor a class.
+    """
+    if labels.dtype not in _COUNTED or not labels.numel():
+        return None
+    lowest, highest = (bound.to(torch.int64) for bound in labels.aminmax())
+    least, most, count = torch.stack([lowest, highest, (labels >= 0).sum()]).tolist()
+    return int(count) if least >= -1 and most < num_classes else None
 
 
 def check_focal_constants(constants: FocalConstants, *, alpha_field: str, gamma_field: str) -> None:
