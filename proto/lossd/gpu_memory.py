@@ -196,7 +196,7 @@ class GpuMemory:
             cuda.release(handle)
         self.ordinal = ordinal
         self.size = size
-        weakref.finalize(self, cuda.unmap, ordinal, self.address, size).atexit = False
+        weakref.finalize(self, _unmap, os.getpid(), cuda, ordinal, self.address, size).atexit = False
 
     def __len__(self) -> int:
         return self.size
@@ -223,6 +223,12 @@ class GpuMemory:
             GpuMemoryError: It is none of this GPU's, or not of this size.
         """
         return cls(ordinal, driver().open(descriptor), size)
+
+
+def _unmap(process: int, cuda: Driver, *place: int) -> None:
+    """Unmaps memory, but not in a child after a fork, where it is the parent's and the driver of no use."""
+    if os.getpid() == process:
+        cuda.unmap(*place)
 
 
 class GpuArray:

@@ -108,8 +108,9 @@ class Regions:
             if region_id not in owner.ids:
                 raise RefusedError(Answer.UNKNOWN_REGION)
             owner.ids.remove(region_id)
-            for table in (self._mappings, self._owners):
-                table.pop(region_id, None)
+            mapping = self._mappings.pop(region_id, None)
+            self._owners.pop(region_id, None)
+        del mapping  # which may wait for a GPU: nobody else is to wait for that
 
     def release_all(self, owner: Owner) -> None:
         """Forgets all regions of an owner."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 
 import ml_dtypes
 import numpy as np
@@ -227,3 +228,15 @@ def test_what_is_shared_says_what_it_is(client):
     assert not hasattr(client.allocate_on_gpu((2,), ml_dtypes.bfloat16), "__cuda_array_interface__")
     assert client.allocate_on_gpu((2,), ml_dtypes.bfloat16).bits.__cuda_array_interface__["typestr"] == "<i2"
     assert client.allocate_on_gpu((0,)).numpy().shape == (0,)
+
+
+def test_a_child_leaves_the_memory_to_its_parent(client, gpu):
+    logits = on_gpu(client, LOGITS)
+    child = os.fork()
+    if child == 0:
+        del logits
+        client.close()
+        gc.collect()
+        os._exit(0 if gpu.mapped else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    np.testing.assert_array_equal(logits.numpy(), LOGITS)

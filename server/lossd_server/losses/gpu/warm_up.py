@@ -16,6 +16,9 @@ from lossd_server.losses.gpu.library import find_programs, give_up, use_programs
 from lossd_server.losses.gpu.rows import ROWS_VARIANTS, RowsVariant, row_launches
 from lossd_server.losses.row_group import RowGroup
 
+_MOST_WORKERS = 8
+"""Each compiles by itself, and takes memory for it."""
+
 
 def compile_programs(device: torch.device) -> None:
     """Compiles all variants, or finds them where an earlier process left them, and only then uses them.
@@ -31,7 +34,7 @@ def compile_programs(device: torch.device) -> None:
         *(partial(_compile_rows, variant, device, programs) for variant in ROWS_VARIANTS),
     ]
     # The compiler lets go of the interpreter; what stands in for a GPU in tests takes one at a time.
-    workers = len(os.sched_getaffinity(0)) if device.type == "cuda" else 1
+    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if device.type == "cuda" else 1
     try:
         with ThreadPoolExecutor(workers, thread_name_prefix="lossd-compile") as pool:
             for compiled in [pool.submit(one) for one in work]:
