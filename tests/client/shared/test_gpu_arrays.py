@@ -19,6 +19,7 @@ from lossd_server.rpc import server as rpc_server
 from lossd_server.shared_memory import Regions
 from tests import stand_in_gpu
 from tests.client.shared.support import LABELS, LOGITS
+from tests.domain.regions import wait_until
 from tests.service import custom_modules
 from tests.service.support import make_server
 from tests.stand_in_gpu import StandIn, numbers_of
@@ -122,7 +123,7 @@ def test_nothing_in_use_is_written_to_and_nothing_stays_mapped(client, gpu):
     del first, third, logits
     client.close()
     gc.collect()
-    assert not gpu.mapped
+    wait_until(lambda: not gpu.mapped)
 
 
 def test_memory_is_passed_anew_to_a_server_that_was_restarted(gpu, tmp_path, inline):
