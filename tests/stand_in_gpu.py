@@ -43,6 +43,9 @@ class StandIn:
         self._handles[number] = os.dup(descriptor)
         return number
 
+    def is_of(self, handle, ordinal):
+        return ordinal == 0 and handle in self._handles
+
     def map(self, handle, _ordinal, size):
         descriptor = self._handles[handle]
         if os.fstat(descriptor).st_size != size:
@@ -68,7 +71,7 @@ class StandIn:
 def numbers_of(array: GpuArray) -> np.ndarray:
     """The array's memory, which lies on the host after all."""
     memory = (ctypes.c_char * array.nbytes).from_address(array.address)
-    memory.owner = array
+    memory.owner = array.memory
     return np.frombuffer(memory, array.dtype).reshape(array.shape)
 
 

@@ -30,8 +30,9 @@ class NonFinite:
 class LossResult:
     """The outcome of one evaluation. Its arrays are read-only: views of the answer as it came.
 
-    Gradients may lie in memory that is shared with the server. It is used again when nothing refers to
-    an array of it any more, and not before: a result, or an array taken out of it, may be kept for good.
+    Gradients may lie in memory that is shared with the server, and those of predictions on its GPU lie there
+    too, as `GpuArray`. It is used again when nothing refers to an array of it any more, and not before: a
+    result, or an array taken out of it, may be kept for good.
 
     Attributes:
         loss: 0-d, or `[rows]` under the reduction `none`; float64 for float64 inputs, else float32.

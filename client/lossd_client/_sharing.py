@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lossd.gpu_memory import GpuArray, ordinal_of
+from lossd.gpu_memory import GpuArray
 from lossd_client._arrays import Array
 from lossd_client._results import ServerInfo
 
@@ -58,7 +58,7 @@ class Sharing:
             from lossd_client._shared_memory.pool import Pool  # noqa: PLC0415
 
             # A parent's memory is the parent's; of two threads here, one is first.
-            made = Pool(self._path, self._max_bytes, ordinal_of(self._gpu) if self._gpu else None)
+            made = Pool(self._path, self._max_bytes, self._gpu)
             self._pools = {process: self._pools.setdefault(process, made)}
         return self._pools[process]
 
@@ -80,8 +80,18 @@ def allocated(pool: "Pool | None", shape: int | Sequence[int], dtype: Any) -> Ar
     )
 
 
-def allocated_on_gpu(pool: "Pool | None", shape: int | Sequence[int], dtype: Any) -> GpuArray | None:
-    """Returns an array on the GPU that the server shares memory of; None where it shares none."""
+def allocated_on_gpu(
+    pool: "Pool | None", shape: int | Sequence[int], dtype: Any, gpu: int | None
+) -> GpuArray | None:
+    """Returns an array on the GPU that the server shares memory of.
+
+    None where it shares none, or that is another GPU than `gpu`.
+    """
+    dtype = np.dtype(dtype)
     extents = (shape,) if isinstance(shape, int) else tuple(shape)
-    place = None if pool is None else pool.allocate(extents, np.dtype(dtype), on_gpu=True)
+    if dtype.hasobject or min(extents, default=0) < 0:
+        raise ValueError(f"there is no array of {dtype} {list(extents)} on a GPU")
+    if pool is None or gpu not in {None, pool.gpu}:
+        return None
+    place = pool.allocate(extents, dtype, on_gpu=True)
     return place.array if place is not None and isinstance(place.array, GpuArray) else None

@@ -128,7 +128,7 @@ class Storage(Payloads):
             put_shared(place.array, tensor, _message(place))
 
     def add_outputs(self, request: pb.ComputeLossRequest, kind: str, differentiable: Sequence[str]) -> None:
-        """Gives every gradient that is worth it a place in shared memory.
+        """Gives every gradient that is worth it a place in shared memory; the request may go then.
 
         Args:
             request: The request, whole but for that.
@@ -142,6 +142,9 @@ class Storage(Payloads):
             for name in dict.fromkeys(request.gradients):
                 if tensors := _float_tensors(inputs, name, differentiable):
                     self._add_output(item, name, tensors, request.gradient_dtype)
+        if self._gpu_regions:
+            # What is read has to be there, and what is written to has to be read by nobody any more.
+            self._pool.wait_for_gpu()
 
     def read(self, tensor: tensor_pb2.Tensor, payloads: Payloads) -> AnyArray:
         """Returns the array of a tensor in an answer, read-only where it is the host's.
@@ -189,7 +192,7 @@ class Storage(Payloads):
         layouts = [(DTYPES[gradient_dtype or tensor.dtype], tuple(tensor.shape)) for tensor in tensors]
         length = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
         on_gpu = any(tensor.shared.region_id in self._gpu_regions for tensor in tensors)
-        if not LEAST_BYTES <= length <= self._room and not on_gpu:
+        if not (on_gpu or length >= LEAST_BYTES) or length > self._room:
             return
         places = self._allocate(layouts, on_gpu=on_gpu)
         if places:
@@ -206,10 +209,8 @@ class Storage(Payloads):
     def _put_on_gpu(self, array: GpuArray, tensor: tensor_pb2.Tensor) -> bool:
         """Makes a message that of an array on a GPU; returns whether the server has its memory."""
         place = None if self._pool is None else self._pool.find(array)
-        if self._pool is None or place is None:
+        if place is None or array.nbytes > self._room:
             return False
-        if not self._gpu_regions:  # whose memory nobody has filled since
-            self._pool.wait_for_gpu()
         put_shared(array, tensor, _message(place))
         self._gpu_regions.add(place.region_id)
         self._read.append(array)

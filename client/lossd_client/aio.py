@@ -109,9 +109,12 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         """Returns an array that a call can hand to the server without a copy; see `Client.allocate`."""
         return await asyncio.to_thread(allocated, await self._pool(self._deadline(None)), shape, dtype)
 
-    async def allocate_on_gpu(self, shape: int | Sequence[int], dtype: Any = np.float32) -> GpuArray | None:
+    async def allocate_on_gpu(
+        self, shape: int | Sequence[int], dtype: Any = np.float32, *, gpu: int | None = None
+    ) -> GpuArray | None:
         """Returns an array on the server's GPU, None where there is none; see `Client.allocate_on_gpu`."""
-        return await asyncio.to_thread(allocated_on_gpu, await self._pool(self._deadline(None)), shape, dtype)
+        pool = await self._pool(self._deadline(None))
+        return await asyncio.to_thread(allocated_on_gpu, pool, shape, dtype, gpu)
 
     async def assign_targets(
         self,

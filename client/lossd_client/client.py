@@ -158,10 +158,13 @@ class Client(ClientBase[grpc.Channel]):
         """
         return allocated(self._pool(self._deadline(None)), shape, dtype)
 
-    def allocate_on_gpu(self, shape: int | Sequence[int], dtype: Any = np.float32) -> GpuArray | None:
+    def allocate_on_gpu(
+        self, shape: int | Sequence[int], dtype: Any = np.float32, *, gpu: int | None = None
+    ) -> GpuArray | None:
         """Returns an array on the server's GPU, which a call hands over without a copy.
 
-        None where the server and this process have no GPU in common, or share no memory. Fill it by
+        None where the server and this process have no GPU in common, or share no memory, or the GPU is
+        not the one of the number `gpu`, if one is given. Fill it by
         whatever knows `__cuda_array_interface__`, as by `torch.as_tensor(array, device="cuda")`, and pass
         it to `compute_loss` as a prediction: its gradient comes as such an array too. A call waits until
         the GPU has done what this process told it before, and returns when the gradients are there. Of
@@ -171,7 +174,7 @@ class Client(ClientBase[grpc.Channel]):
             UnavailableError: No server answers.
             DeadlineError: The timeout passed.
         """
-        return allocated_on_gpu(self._pool(self._deadline(None)), shape, dtype)
+        return allocated_on_gpu(self._pool(self._deadline(None)), shape, dtype, gpu)
 
     def assign_targets(
         self,

@@ -81,7 +81,8 @@ class RemoteLoss(nn.Module):
         is_prediction = any(argument is tensor for tensors in leaves.values() for tensor in tensors)
         if not is_prediction or not argument.is_cuda or self._wire_dtype is not None:
             return argument
-        shared = self._client.allocate_on_gpu(argument.shape, _dtype_of(argument))
+        gpu = argument.get_device()
+        shared = self._client.allocate_on_gpu(argument.shape, _dtype_of(argument), gpu=gpu)
         if shared is None:
             return argument
         _tensor_of(shared).copy_(argument.detach())

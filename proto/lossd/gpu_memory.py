@@ -90,6 +90,12 @@ class Driver:
         self._call("cuMemImportFromShareableHandle", byref(handle), c_void_p(descriptor), _DESCRIPTOR)
         return handle.value
 
+    def is_of(self, handle: int, ordinal: int) -> bool:
+        """Returns whether a handle is to plain memory of that GPU."""
+        found = _Properties()
+        self._call("cuMemGetAllocationPropertiesFromHandle", byref(found), c_uint64(handle))
+        return (found.type, found.location.type, found.location.id) == (_PINNED, _ON_DEVICE, ordinal)
+
     def map(self, handle: int, ordinal: int, size: int) -> int:
         """Returns the address of memory, all of which is mapped for a GPU to read and write."""
         address = c_uint64()
@@ -191,6 +197,8 @@ class GpuMemory:
     def __init__(self, ordinal: int, handle: int, size: int) -> None:
         cuda = driver()
         try:
+            if not cuda.is_of(handle, ordinal):
+                raise GpuMemoryError(f"it is no memory of GPU {ordinal}")
             self.address = cuda.map(handle, ordinal, size)
         finally:
             cuda.release(handle)
@@ -243,9 +251,20 @@ class GpuArray:
         shape: Extents, outermost first.
         memory: What it lies in.
         offset: Where it begins there, bytes.
+
+    Args:
+        base: The array that this one is a view of.
     """
 
-    def __init__(self, memory: GpuMemory, offset: int, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        memory: GpuMemory,
+        offset: int,
+        shape: Sequence[int],
+        dtype: np.dtype[Any],
+        base: "GpuArray | None" = None,
+    ) -> None:
+        self._base = base  # held: its memory is used again once it is gone
         self.memory = memory
         self.offset = offset
         self.shape = tuple(shape)
@@ -264,7 +283,7 @@ class GpuArray:
     @property
     def bits(self) -> "GpuArray":
         """The same memory as integers, where each number is one of two bytes."""
-        return GpuArray(self.memory, self.offset, self.shape, np.dtype(np.int16))
+        return GpuArray(self.memory, self.offset, self.shape, np.dtype(np.int16), base=self)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Answer(IntEnum):
     NOT_SEALED = 133
     """The descriptor is no memory file, or not sealed against shrinking and growing."""
     WRONG_SIZE = 134
-    """The file is not as large as was said, or empty."""
+    """The file is not as large as was said, or empty; or memory of a GPU no multiple of 2 MiB."""
     NOT_MAPPABLE = 135
     """The file, or the memory of a GPU, cannot be mapped for reading and writing in this size."""
     TOO_LARGE = 136

@@ -17,7 +17,7 @@ DEVICES = [
 ARRAYS = st.lists(
     hnp.arrays(
         st.sampled_from([np.bool_, np.int8, np.int32, np.int64, np.float16, np.float32, np.float64]),
-        hnp.array_shapes(min_dims=1, min_side=0, max_side=5),
+        hnp.array_shapes(min_dims=0, min_side=0, max_side=5),
     ),
     max_size=6,
 )

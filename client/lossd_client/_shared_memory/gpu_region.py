@@ -27,6 +27,8 @@ class GpuRegion:
         OSError: The GPU has not so much memory, or cannot pass it on.
     """
 
+    step = 8 << 20
+    """Less than of the host's memory, since a GPU's is taken at once; regions are few, and so not exact."""
     granularity = GRANULARITY
     request = Request.PASS_GPU
 

@@ -7,11 +7,12 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from lossd.gpu_memory import GpuArray, driver
+from lossd.gpu_memory import GpuArray, driver, ordinal_of
 from lossd.shared_memory import ALIGNMENT
 from lossd_client._arrays import AnyArray
 from lossd_client._shared_memory.connection import Connection, NotTakenError
@@ -19,9 +20,6 @@ from lossd_client._shared_memory.gpu_region import GpuRegion
 from lossd_client._shared_memory.region import Region
 
 AnyRegion = Region | GpuRegion
-
-REGION_BYTES = 64 << 20
-"""Regions are multiples of this, where the server's limit allows: pages that nobody touches cost nothing."""
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 
@@ -44,22 +42,30 @@ class Pool:
     Args:
         path: The socket that takes regions.
         max_bytes: Most bytes that the server takes from one connection.
-        gpu: Ordinal of the GPU whose memory it takes too; None for none.
+        gpu_uuid: UUID of the GPU whose memory it takes too; empty for none.
 
     Attributes:
         max_bytes: As above.
     """
 
-    def __init__(self, path: str, max_bytes: int, gpu: int | None = None) -> None:
+    def __init__(self, path: str, max_bytes: int, gpu_uuid: str = "") -> None:
         self._path = path
         self.max_bytes = max_bytes
-        self._gpu = gpu
+        self._gpu_uuid = gpu_uuid
         self._regions: list[AnyRegion] = []
         self._connection: Connection | None = None
         # Arrays die in any thread and in the middle of any line: what happens there takes no lock.
         self._dead: deque[tuple[AnyRegion, int]] = deque()
         self._lock = threading.Lock()
         _pools.add(self)
+
+    @cached_property
+    def gpu(self) -> int | None:
+        """The GPU that both have, by its ordinal here; asked first by who wants memory of it.
+
+        None for none. A process that has asked CUDA's driver cannot use it in a child after a fork.
+        """
+        return ordinal_of(self._gpu_uuid) if self._gpu_uuid else None
 
     def allocate(self, shape: Sequence[int], dtype: np.dtype[Any], *, on_gpu: bool = False) -> Slice | None:
         """Returns an array of whatever the memory holds, or None where the server takes no more.
@@ -69,6 +75,8 @@ class Pool:
             dtype: Its type.
             on_gpu: Whether it is to lie on the GPU that both have.
         """
+        if on_gpu and self.gpu is None:
+            return None
         length = math.prod(shape) * dtype.itemsize
         with self._lock:
             self._bury()
@@ -116,8 +124,8 @@ class Pool:
 
     def wait_for_gpu(self) -> None:
         """Waits until the GPU has done what this process told it: what the server reads is there then."""
-        if self._gpu is not None:
-            driver().synchronize(self._gpu)
+        if self.gpu is not None:
+            driver().synchronize(self.gpu)
 
     def close(self) -> None:
         """Ends the connection. Arrays stay what they are; the server no longer has them."""
@@ -144,9 +152,8 @@ class Pool:
         room = self._room() // kind.granularity * kind.granularity
         if room < length:
             return None
-        try:
-            region = self._make(kind, min(-(-length // REGION_BYTES) * REGION_BYTES, room))
-        except OSError:
+        region = self._make(kind, min(-(-length // kind.step) * kind.step, room))
+        if region is None:
             return None
         if not self._pass(region):
             region.close()
@@ -154,12 +161,12 @@ class Pool:
         self._regions.append(region)
         return region
 
-    def _make(self, kind: type[AnyRegion], size: int) -> AnyRegion:
-        if kind is Region:
-            return Region(size)
-        if self._gpu is None:
-            raise FileNotFoundError("there is no GPU that the server shares memory of")
-        return GpuRegion(size, self._gpu)
+    def _make(self, kind: type[AnyRegion], size: int) -> AnyRegion | None:
+        """Returns a region of a kind, None where there is no memory for it."""
+        try:
+            return Region(size) if kind is Region or self.gpu is None else GpuRegion(size, self.gpu)
+        except OSError:
+            return None
 
     def _room(self) -> int:
         return self.max_bytes - sum(region.size for region in self._regions)

@@ -31,6 +31,8 @@ class Region:
         OSError: There is no memory, or no descriptor left.
     """
 
+    step = 64 << 20
+    """Sizes are multiples of it, where the server's limit allows: pages that nobody touches cost nothing."""
     granularity = ALIGNMENT
     request = Request.PASS
 

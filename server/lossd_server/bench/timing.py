@@ -39,7 +39,7 @@ class Effort:
 
 _GPU_ROUNDS = 15
 _CYCLES_A_SECOND = 2e9
-"""Of a GPU's clock, at least."""
+"""Of a GPU's clock, at most."""
 _SPARE = 3
 """How many times as long as the host takes a GPU is kept busy meanwhile."""
 
@@ -90,17 +90,18 @@ def gpu_seconds(call: Callable[[], object], host_seconds: float, device: torch.d
         host_seconds: How long the host takes to tell, about.
         device: The GPU.
     """
-    begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     seconds: list[float] = []
-    for _ in range(_GPU_ROUNDS):
-        _wait_for(device)
-        torch.cuda._sleep(int(host_seconds * _SPARE * _CYCLES_A_SECOND))  # type: ignore[no-untyped-call]  # noqa: SLF001
-        begins.record()
-        result = call()
-        ends.record()
-        _wait_for(device)
-        seconds.append(begins.elapsed_time(ends) / 1e3)
-        del result
+    with torch.cuda.device(device):
+        begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(_GPU_ROUNDS):
+            _wait_for(device)
+            torch.cuda._sleep(int(host_seconds * _SPARE * _CYCLES_A_SECOND))  # type: ignore[no-untyped-call]  # noqa: SLF001
+            begins.record()
+            result = call()
+            ends.record()
+            _wait_for(device)
+            seconds.append(begins.elapsed_time(ends) / 1e3)
+            del result
     return statistics.median(seconds)
 
 

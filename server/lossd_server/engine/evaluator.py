@@ -1,5 +1,6 @@
 """Evaluates items on the device: launched one after another, and waited for once."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
+from lossd.gpu_memory import GpuArray
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.outcome import Launched, Reading, read
 from lossd_server.engine.transfer import as_tensor, to_device
@@ -60,6 +62,8 @@ class Evaluator:
             found = [_attempted(task, partial(self._one_by_one, task)) for task in tasks]
         for task, outcomes in zip(tasks, found, strict=True):
             task.outcomes += outcomes
+            if task.error is not None and _writes_to_a_gpu(task):
+                self._wait()
         if any(map(_is_of_device, tasks)):
             self.is_lost = not self._answers()
 
@@ -129,6 +133,11 @@ class Evaluator:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _wait(self) -> None:
+        """Waits for what was launched before something failed: it may write to a caller's memory."""
+        with contextlib.suppress(RuntimeError):  # which a lost device raises, and writes no more
+            torch.cuda.current_stream(self._device).synchronize()
+
     def _answers(self) -> bool:
         """Whether the device still does what it is told."""
         try:
@@ -167,6 +176,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
 
 
+def _writes_to_a_gpu(task: Task) -> bool:
+    places = (place for item in task.steps[0].items for places in item.outputs.values() for place in places)
+    return any(isinstance(place, GpuArray) for place in places)
+
+
 def _is_of_device(task: Task) -> bool:
     """Whether a task failed for what a GPU reported, in a loss of the operator's or in ours."""
     error = task.error
@@ -180,7 +194,7 @@ def _too_large(item: LossItem) -> OutOfMemoryError:
 
 
 def _refuse_non_finite(arguments: Mapping[str, Any]) -> None:
-    """Raises `InvalidInputError` for the first argument that holds NaN or infinity, read on the host."""
+    """Raises `InvalidInputError` for the first argument that holds NaN or infinity, read where it lies."""
     found = find_non_finite(to_device(arguments, _HOST))
     if found:
         first = found[0]

@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it answers: numpy on the host, nothing of any transport."""
+"""What the engine is asked, and what it answers: numpy, or what lies on its GPU; nothing of a transport."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol

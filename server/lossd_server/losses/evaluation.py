@@ -172,17 +172,20 @@ def find_non_finite(
 
 
 def _totals(tensors: Sequence[Tensor]) -> Numbers:
-    """Returns the sum of each tensor, or on a GPU the largest magnitude; nothing waits for them."""
-    if tensors[0].is_cuda:
-        largest = torch._foreach_norm(list(tensors), torch.inf)  # noqa: SLF001  # few launches for many
-        return torch.stack([each.double() for each in largest])
+    """Returns the sum of each tensor, or on a GPU the largest magnitude; nothing waits for a GPU's alone."""
+    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+    largest = [each.double() for each in torch._foreach_norm(on_gpu, torch.inf)] if on_gpu else []  # noqa: SLF001
+    if len(on_gpu) == len(tensors):
+        return torch.stack(largest)
+    left = iter(largest)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.array(
-            [
-                float(t.numpy().sum() if t.dtype in {torch.float32, torch.float64} else _wide_sum(t))
-                for t in tensors
-            ]
-        )
+        return np.array([float(next(left)) if t.is_cuda else _sum_on_host(t) for t in tensors])
+
+
+def _sum_on_host(tensor: Tensor) -> float:
+    return float(
+        tensor.numpy().sum() if tensor.dtype in {torch.float32, torch.float64} else _wide_sum(tensor)
+    )
 
 
 def _wide_sum(tensor: Tensor) -> Tensor:

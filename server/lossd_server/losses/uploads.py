@@ -37,4 +37,4 @@ def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tenso
 
 def _in_rows(array: NDArray[Any]) -> NDArray[Any]:
     """Returns an array whose last axis is dense, which may be the one that came."""
-    return np.ascontiguousarray(array) if array.strides[-1] != array.itemsize else array
+    return np.ascontiguousarray(array) if array.ndim and array.strides[-1] != array.itemsize else array

@@ -19,7 +19,7 @@ MAX_REGIONS_EACH = 64
 """Most regions of one owner."""
 
 MAX_REGIONS = 256
-"""Most regions in all: each costs a descriptor of this process."""
+"""Most regions in all: each of the host's costs a descriptor of this process."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -110,7 +110,11 @@ class Regions:
             owner.ids.remove(region_id)
             mapping = self._mappings.pop(region_id, None)
             self._owners.pop(region_id, None)
-        del mapping  # which may wait for a GPU: nobody else is to wait for that
+        if isinstance(mapping, GpuMemory):
+            # That may take until the GPU has done what it was told: on a thread that nobody waits for.
+            last = threading.Thread(target=_let_go, args=(mapping,), name="lossd-unmap", daemon=True)
+            del mapping
+            last.start()
 
     def release_all(self, owner: Owner) -> None:
         """Forgets all regions of an owner."""
@@ -151,6 +155,10 @@ class Regions:
         for account in (owner, self._total):
             account.held_bytes += size
             account.held_count += regions
+
+
+def _let_go(_mapping: Mapping) -> None:
+    """Returns, and what it was called with is held no more."""
 
 
 def unknown_region() -> InvalidInputError:

@@ -32,7 +32,7 @@ def test_over_tcp_nothing_is_shared(both):
 
 
 def test_beyond_the_servers_limit_all_is_inline(tmp_path, monkeypatch, inline):
-    monkeypatch.setattr(pool, "REGION_BYTES", MEBIBYTE)
+    monkeypatch.setattr(pool.Region, "step", MEBIBYTE)
     limit = 8 * MEBIBYTE
     expected = inline.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
     with (

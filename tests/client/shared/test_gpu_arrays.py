@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lossd import gpu_memory
-from lossd.gpu_memory import GpuArray
-from lossd_client import AsyncClient, Client, CustomLoss, FCOSLoss, FocalLoss
+from lossd.gpu_memory import GRANULARITY, GpuArray, GpuMemory
+from lossd_client import AsyncClient, Client, CustomLoss, FCOSLoss, FocalLoss, InvalidInputError
 from lossd_client._shared_memory.pool import Pool
 from lossd_client.torch import RemoteLoss
 from lossd_server.engine import transfer
@@ -198,13 +198,16 @@ class OnTheGpu(torch.Tensor):
 
     is_cuda = True
 
+    def get_device(self):
+        return 0
+
 
 def test_a_module_takes_its_predictions_there(client, monkeypatch):
     shared = []
     allocate = Client.allocate_on_gpu
 
-    def counted(self, *arguments):
-        shared.append(allocate(self, *arguments))
+    def counted(self, *arguments, **settings):
+        shared.append(allocate(self, *arguments, **settings))
         return shared[-1]
 
     monkeypatch.setattr(Client, "allocate_on_gpu", counted)
@@ -231,13 +234,59 @@ def test_what_is_shared_says_what_it_is(client):
     assert client.allocate_on_gpu((0,)).numpy().shape == (0,)
 
 
-def test_a_child_leaves_the_memory_to_its_parent(client, gpu):
-    logits = on_gpu(client, LOGITS)
+def test_a_child_leaves_the_memory_to_its_parent(gpu):
+    memory, descriptor = GpuMemory.create(0, GRANULARITY)
+    os.close(descriptor)
     child = os.fork()
     if child == 0:
-        del logits
-        client.close()
-        gc.collect()
-        os._exit(0 if gpu.mapped else 1)
+        del memory
+        os._exit(0 if len(gpu.mapped) == 1 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    np.testing.assert_array_equal(logits.numpy(), LOGITS)
+    del memory
+    assert not gpu.mapped
+
+
+def test_bits_keep_the_memory_of_their_array(client):
+    array = client.allocate_on_gpu((4096,), ml_dtypes.bfloat16)
+    address, bits = array.address, array.bits
+    del array
+    assert client.allocate_on_gpu((4096,)).address != address
+    del bits
+    assert client.allocate_on_gpu((4096,)).address == address
+
+
+def test_strict_looks_at_what_lies_on_the_gpu(client):
+    logits = on_gpu(client, np.where(LOGITS.max() == LOGITS, np.float32(np.nan), LOGITS))
+    with pytest.raises(InvalidInputError, match="NaN or infinite"):
+        client.compute_loss(FocalLoss(), logits, LABELS, strict=True)
+
+
+def test_more_than_a_request_may_name_is_sent(gpu, tmp_path, inline):
+    listen = (f"unix:{tmp_path}/small.sock",)
+    most = 4 * GRANULARITY
+    with make_server(listen=listen, max_shared_bytes=most), Client(listen[0]) as client:
+        logits = on_gpu(client, LOGITS)
+        items = [(logits, LABELS)] * (1 + most // logits.nbytes)
+        found = client.compute_losses(FocalLoss(), items, gradients=True)
+        expected = inline.compute_loss(FocalLoss(), LOGITS, LABELS)
+        assert {float(result.loss) for result in found} == {float(expected.loss)}
+
+
+def test_another_gpu_than_the_servers_is_left_alone(client):
+    assert client.allocate_on_gpu((4,), gpu=1) is None
+    assert client.allocate_on_gpu((4,), gpu=0) is not None
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((-1,), "f4"), ((2,), object)])
+def test_what_no_gpu_holds_is_refused(client, shape, dtype):
+    with pytest.raises(ValueError, match="there is no array of"):
+        client.allocate_on_gpu(shape, dtype)
+
+
+def test_who_wants_no_gpu_asks_no_driver(target, monkeypatch):
+    def nothing():
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(gpu_memory, "driver", nothing)
+    with Client(target) as client:
+        assert client.compute_loss(FocalLoss(), np.tile(LOGITS, (1, 1, 8, 8)), np.tile(LABELS, (1, 8, 8)))

@@ -22,7 +22,7 @@ MEBIBYTE = 1 << 20
 
 @pytest.fixture(autouse=True)
 def small_regions(monkeypatch):
-    monkeypatch.setattr(pool, "REGION_BYTES", MEBIBYTE)
+    monkeypatch.setattr(pool.Region, "step", MEBIBYTE)
 
 
 @pytest.fixture

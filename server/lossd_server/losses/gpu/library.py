@@ -37,8 +37,7 @@ def load_programs(device: torch.device) -> ModuleType | None:
     From then on each is compiled when it is first wanted, unless `compile_programs` has done it.
     None, and one `RuntimeWarning`, where Triton is missing or cannot compile.
     """
-    programs = find_programs(device)
-    if programs is not None:
+    if not _loaded and (programs := find_programs(device)) is not None:
         use_programs(programs)
     return loaded_programs()
 
@@ -50,15 +49,17 @@ def find_programs(device: torch.device) -> ModuleType | None:
 
 
 def use_programs(programs: ModuleType) -> None:
-    """Has the programs used from now on."""
+    """Has the programs used from now on, unless they were given up."""
     with _lock:
-        _loaded[:] = [programs]
+        if not _given_up.is_set():
+            _loaded[:] = [programs]
 
 
 def give_up(error: Exception) -> None:
     """Goes on without programs from now on, and says so."""
-    _given_up.set()
-    _loaded.clear()
+    with _lock:
+        _given_up.set()
+        _loaded.clear()
     _warn(error)
 
 
