@@ -62,7 +62,7 @@ class Evaluator:
             found = [_attempted(task, partial(self._one_by_one, task)) for task in tasks]
         for task, outcomes in zip(tasks, found, strict=True):
             task.outcomes += outcomes
-            if task.error is not None and _writes_to_a_gpu(task):
+            if task.error is not None and self._device.type == "cuda" and _writes_to_a_gpu(task):
                 self._wait()
         if any(map(_is_of_device, tasks)):
             self.is_lost = not self._answers()

@@ -22,7 +22,6 @@ with warnings.catch_warnings():
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-
 _SMALL = 1 << 18
 """Bytes that a GPU copies while it is told to copy: what is smaller goes together with others."""
 

@@ -54,7 +54,7 @@ def run(launches: Sequence[Launch], total_count: int, device: torch.device, prog
     padded = [launch.words + [0] * (len(launch.words) % 2) for launch in launches]
     tables = _upload(list(chain(*padded)), device)
     numbers = torch.empty(
-        total_count + sum(_even(launch.sum_count) for launch in launches) + 1,
+        _even(total_count) + sum(_even(launch.sum_count) for launch in launches),
         dtype=torch.float64,
         device=device,
     )

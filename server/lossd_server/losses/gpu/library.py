@@ -71,7 +71,7 @@ def _find(device: torch.device) -> ModuleType | None:
         _require_nvidia()
         from lossd_server.losses.gpu import programs  # noqa: PLC0415  # needs Triton
 
-        trial = Launch(program="zero_program", words=[0, 0], program_count=1, sum_count=0, constants={})
+        trial = Launch(program="zero_program", words=[0, 0], program_count=1, sum_count=1, constants={})
         run([trial], 1, device, programs)  # builds Triton's launcher, which takes a C compiler
     except Exception as error:  # noqa: BLE001  # whatever a compiler may raise
         _warn(error)
