@@ -12,6 +12,10 @@ from torch import Tensor
 
 from lossd_server.bench.child import Child
 from lossd_server.bench.echo import EchoProcess
+from lossd_server.engine import BufferPool
+
+_MAX_IDLE_BYTES = 1 << 30
+"""As of the engine."""
 
 Outcome = Sequence[Any]
 """The value first, then gradients or further outputs: tensors, numpy arrays or numbers."""
@@ -79,12 +83,14 @@ class Workbench:
         device: Where losses are evaluated.
         coco: A COCO annotation file, or None.
         resources: Closes what a case opens.
+        buffers: Where gradients lie, as the engine's do.
     """
 
     def __init__(self, device: torch.device, coco: FilePath | None = None) -> None:
         self.device = device
         self.coco = coco
         self.resources = ExitStack()
+        self.buffers = BufferPool(_MAX_IDLE_BYTES)
         self._child: Child | None = None
         self._echoes: EchoProcess | None = None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossd_server.bench import inputs, reference
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
+from lossd_server.engine import BufferPool
 from lossd_server.losses import (
     CenternessLoss,
     EvaluationOptions,
@@ -67,15 +68,29 @@ def loss_cases() -> list[CaseSpec]:
     ]
 
 
-def evaluate(loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool) -> Outcome:
-    """Checks and evaluates as the engine does, and returns the value and the gradients, flat."""
-    return evaluate_prepared(loss, loss.prepare(arguments), gradients=gradients)
+def evaluate(
+    loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool, buffers: BufferPool | None = None
+) -> Outcome:
+    """Checks and evaluates as the engine does, and returns the value and the gradients, flat.
+
+    Args:
+        loss: The loss.
+        arguments: What it is of.
+        gradients: Whether they are wanted.
+        buffers: Where they lie; None for memory of torch's.
+    """
+    return evaluate_prepared(loss, loss.prepare(arguments), gradients=gradients, buffers=buffers)
 
 
-def evaluate_prepared(loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool) -> Outcome:
+def evaluate_prepared(
+    loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool, buffers: BufferPool | None = None
+) -> Outcome:
     """Does the same for arguments that were checked."""
-    wanted = loss.differentiable if gradients else ()
-    evaluation = loss.evaluate(arguments, EvaluationOptions(gradients=wanted))
+    options = EvaluationOptions(
+        gradients=loss.differentiable if gradients else (),
+        allocate=None if buffers is None else buffers.allocate,
+    )
+    evaluation = loss.evaluate(arguments, options)
     flat: list[Tensor] = [evaluation.loss]
     for gradient in evaluation.gradients.values():
         flat.extend([gradient] if isinstance(gradient, Tensor) else gradient)
@@ -86,6 +101,7 @@ def _focal(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Case:
     logits, labels = (tensor.to(bench.device) for tensor in inputs.logits_and_labels(shape))
     loss = FocalLoss()
     return _case(
+        bench,
         lambda leaf: reference.focal_loss(leaf, labels),
         loss,
         {"inputs": logits, "targets": labels},
@@ -105,10 +121,10 @@ def _focal_images(bench: Workbench) -> Case:
 
     def one_by_one() -> None:
         for image in images:
-            evaluate(loss, image, gradients=True)
+            evaluate(loss, image, gradients=True, buffers=bench.buffers)
 
     def together() -> None:
-        evaluate(loss, {"inputs": logits, "targets": labels}, gradients=True)
+        evaluate(loss, {"inputs": logits, "targets": labels}, gradients=True, buffers=bench.buffers)
 
     paths = (Path(name="one by one", call=one_by_one), Path(name="together", call=together))
     return Case(paths=(*paths, copy_path([logits])), base="one by one", is_local=True)
@@ -118,6 +134,7 @@ def _giou(bench: Workbench) -> Case:
     pred, target = (tensor.to(bench.device) for tensor in inputs.box_pairs(_ROWS))
     loss = GIoULoss()
     return _case(
+        bench,
         lambda leaf: reference.giou_loss(leaf, target.to(leaf.dtype)),
         loss,
         {"pred_boxes": pred, "target_boxes": target},
@@ -130,6 +147,7 @@ def _centerness(bench: Workbench) -> Case:
     pred, target = (tensor.to(bench.device) for tensor in inputs.centerness_pairs(_ROWS))
     loss = CenternessLoss()
     return _case(
+        bench,
         lambda leaf: reference.centerness_loss(leaf, target.to(leaf.dtype)),
         loss,
         {"pred": pred, "target": target},
@@ -148,7 +166,7 @@ def _fcos_autotimm(bench: Workbench) -> Case:
         typed = [reference.DenseTargets(t.cls, t.reg.to(kind), t.centerness.to(kind)) for t in targets]
         return reference.fcos_autotimm(_by_kind(leaves), typed)
 
-    return _fcos_case(eager, preds, dense)
+    return _fcos_case(bench, eager, preds, dense)
 
 
 def _fcos_documented(bench: Workbench) -> Case:
@@ -159,11 +177,11 @@ def _fcos_documented(bench: Workbench) -> Case:
         typed = [image.to(leaves[0].dtype) for image in boxes]
         return reference.fcos_documented(_by_kind(leaves), typed, labels)
 
-    return _fcos_case(eager, preds, {"ground_truth": objects})
+    return _fcos_case(bench, eager, preds, {"ground_truth": objects})
 
 
 def _fcos_case(
-    eager: Callable[..., Tensor], preds: reference.Predictions, targets: Mapping[str, Any]
+    bench: Workbench, eager: Callable[..., Tensor], preds: reference.Predictions, targets: Mapping[str, Any]
 ) -> Case:
     loss = FCOSLoss(inputs.CLASSES)
     named = dict(zip(loss.differentiable, preds, strict=True))
@@ -173,7 +191,7 @@ def _fcos_case(
         return total
 
     flat = [level for kind in preds for level in kind]
-    return _case(eager, loss, {**named, **targets}, flat, module)
+    return _case(bench, eager, loss, {**named, **targets}, flat, module)
 
 
 def _head(
@@ -189,6 +207,7 @@ def _head(
 
 
 def _case(
+    bench: Workbench,
     eager: Callable[..., Tensor],
     loss: LossModule,
     arguments: Mapping[str, Any],
@@ -200,6 +219,7 @@ def _case(
     """Returns the four paths to a loss.
 
     Args:
+        bench: What cases share.
         eager: The plain form, of the differentiable tensors one by one.
         loss: The product's loss.
         arguments: What it evaluates.
@@ -212,7 +232,7 @@ def _case(
         Path(name="eager", call=run(eager, dtype=torch.float32)),
         Path(
             name="lossd",
-            call=partial(evaluate, loss, arguments, gradients=gradients),
+            call=partial(evaluate, loss, arguments, gradients=gradients, buffers=bench.buffers),
             gpu_call=partial(evaluate_prepared, loss, loss.prepare(arguments), gradients=gradients),
         ),
         Path(name="module", call=run(module, dtype=torch.float32)),

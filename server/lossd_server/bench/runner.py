@@ -81,7 +81,7 @@ def run_case(spec: CaseSpec, bench: Workbench, effort: Effort) -> CaseResult:
     exact = None if case.oracle is None else _vectors(case.oracle())
     results: dict[str, tuple[int | None, float | None, float | None]] = {}
     for path in paths:
-        peak, outcome = _observe(path, bench.device)
+        peak, outcome = _observe(path, bench)
         vectors = None if outcome is None else _vectors(outcome)
         if exact is None and path.name == case.base:
             exact = vectors
@@ -109,11 +109,12 @@ def _fits(path: Path) -> bool:
     return available is None or path.needs_bytes <= available
 
 
-def _observe(path: Path, device: torch.device) -> tuple[int | None, Outcome | None]:
+def _observe(path: Path, bench: Workbench) -> tuple[int | None, Outcome | None]:
     """Takes a path once and returns how much memory that took, and what came out."""
     path.call()  # what the first call alone allocates is not what a call takes
+    bench.buffers.let_go()  # nor is what it left behind free
     outcomes: list[Outcome | None] = []
-    peak = memory.peak_extra_bytes(lambda: outcomes.append(path.call()), device)
+    peak = memory.peak_extra_bytes(lambda: outcomes.append(path.call()), bench.device)
     return peak, outcomes[0]
 
 
