@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lossd_client import Client, LossdError
+from lossd_client import Client, LossdError, ServerInfo
 
 
 def run(target: str, console: Console, **access: Any) -> None:
@@ -33,9 +33,15 @@ def run(target: str, console: Console, **access: Any) -> None:
         "assigner presets": ", ".join(info.assigner_presets),
         "largest message": f"{info.max_message_bytes:,} bytes",
         "streams at a time": str(info.max_stream_count),
-        "shared memory": f"{info.max_shared_bytes:,} bytes" if info.shared_memory_socket else "none here",
+        "shared memory": _shared_memory(info),
         "up for": f"{info.uptime_seconds:,.0f} s",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _shared_memory(info: ServerInfo) -> str:
+    if not info.shared_memory_socket:
+        return "none here"
+    return f"{info.max_shared_bytes:,} bytes{', of its GPU too' if info.shared_gpu else ''}"
