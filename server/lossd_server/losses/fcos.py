@@ -215,8 +215,8 @@ class FCOSLoss(LossModule):
         preds = [arguments[name] for name in PREDICTIONS]
         requests = self._gradient_requests(preds, options, rules, divisors)
         sums, finite = term_sums(preds, levels, self.focal, rules, requests)
-        nothing = np.ones_like(valid)
-        values = over(sums, np.array([*divisors, nothing, divisors.centerness]))
+        ones = np.ones_like(valid)
+        values = over(sums, np.array([*divisors, ones, divisors.centerness]))
         components = self._components([*values[:3], values[4]], rules)
         dtype = widest_dtype(pred for kind in preds for pred in kind)
         return Evaluation(
