@@ -234,6 +234,7 @@ def test_what_is_shared_says_what_it_is(client):
     assert client.allocate_on_gpu((0,)).numpy().shape == (0,)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_leaves_the_memory_to_its_parent(gpu):
     memory, descriptor = GpuMemory.create(0, GRANULARITY)
     os.close(descriptor)
