@@ -23,6 +23,7 @@ from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, co
 from lossd_server.bench.child import ECHO, SINK, STOCK
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
+from lossd_server.engine.transfer import on_gpu
 from lossd_server.losses import EvaluationOptions, FocalLoss
 from lossd_server.targets import FCOSAssigner
 
@@ -172,7 +173,7 @@ def _gpu_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: b
     there = client.allocate_on_gpu(logits.shape)
     if there is None:
         return []
-    torch.as_tensor(there, device=bench.device).copy_(logits)
+    on_gpu(there).copy_(logits)
     return [Path(name="on GPU", call=_call(client, (there, labels.numpy()), gradients=gradients))]
 
 
@@ -184,13 +185,9 @@ def _call(
     def compute() -> Outcome:
         result = client.compute_loss(config, *arrays, gradients=gradients, wire_dtype=wire_dtype)
         found = result.gradients.values()
-        return [result.loss, *(_as_tensor(each) if isinstance(each, GpuArray) else each for each in found)]
+        return [result.loss, *(on_gpu(each) if isinstance(each, GpuArray) else each for each in found)]
 
     return compute
-
-
-def _as_tensor(array: GpuArray) -> Tensor:
-    return torch.as_tensor(array, device=torch.device("cuda", array.memory.ordinal))
 
 
 def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
