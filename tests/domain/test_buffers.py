@@ -8,24 +8,27 @@ import pytest
 import torch
 
 from lossd_server.engine.buffers import BufferPool
+from lossd_server.losses import EvaluationOptions, FocalLoss
+from tests.domain.support import evaluated
 
 MEBIBYTE = 1 << 20
 
 
 def test_memory_is_used_again_once_nobody_holds_it():
     pool = BufferPool(64 * MEBIBYTE)
-    first = pool.allocate(3 * MEBIBYTE)
-    place = first.data_ptr()
-    assert pool.allocate(3 * MEBIBYTE).data_ptr() != place
+    first, second = (pool.allocate(3 * MEBIBYTE) for _ in range(2))
+    place = first.ctypes.data
+    assert second.ctypes.data != place
     del first
-    assert pool.allocate(3 * MEBIBYTE).data_ptr() == place
+    assert pool.allocate(3 * MEBIBYTE).ctypes.data == place
 
 
 def test_views_of_every_kind_hold_it():
     pool = BufferPool(64 * MEBIBYTE)
-    array = pool.allocate(2 * MEBIBYTE).view(torch.float32)[5:].numpy()
+    tensor = torch.from_numpy(pool.allocate(2 * MEBIBYTE)).view(torch.float32)[8:].view(8, -1).t()
+    array = tensor.numpy()[7:]
     view = memoryview(array)[7:]
-    del array
+    del array, tensor
     gc.collect()
     assert pool.idle_bytes == 0
     view.release()
@@ -38,7 +41,7 @@ def test_what_is_written_is_not_changed_by_later_requests():
     held = []
     for number in range(40):
         buffer = pool.allocate(int(rng.integers(1, 6)) * MEBIBYTE)
-        buffer.fill_(number)
+        buffer.fill(number)
         held.append((number, buffer))
         if len(held) > 4:
             del held[int(rng.integers(len(held)))]
@@ -72,7 +75,7 @@ def test_threads_may_share_one():
     def use(number):
         for _ in range(50):
             buffer = pool.allocate(MEBIBYTE + number)
-            buffer.fill_(number)
+            buffer.fill(number)
             if not (buffer == number).all():
                 failures.append(number)
 
@@ -89,3 +92,23 @@ def test_what_the_host_has_not_is_a_memory_error():
     with pytest.raises(MemoryError):
         pool.allocate(1 << 62)
     assert len(pool.allocate(MEBIBYTE)) == MEBIBYTE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_every_type_and_layout_lie_in_it(dtype, layout):
+    pool, generator = BufferPool(64 * MEBIBYTE), torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 20, 128, 128, generator=generator).to(dtype).to(memory_format=layout)
+    labels = torch.randint(-1, 20, (2, 128, 128), generator=generator)
+    arguments = {"inputs": logits, "targets": labels}
+    own = evaluated(FocalLoss(), arguments, EvaluationOptions(gradients=("inputs",)))
+    pooled = evaluated(
+        FocalLoss(), arguments, EvaluationOptions(gradients=("inputs",), allocate=pool.allocate)
+    )
+    gradient = pooled.gradients["inputs"]
+    assert gradient.dtype is dtype
+    assert gradient.stride() == own.gradients["inputs"].stride() == logits.stride()
+    assert torch.equal(gradient, own.gradients["inputs"])
+    assert pool.idle_bytes == 0
+    del pooled, gradient
+    assert pool.idle_bytes >= logits.nbytes

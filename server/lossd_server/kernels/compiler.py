@@ -12,8 +12,8 @@ from pathlib import Path
 _UNITS = tuple(Path(__file__).with_name(name) for name in ("focal.c", "rows.c", "paint.c"))
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("arithmetic.h", "paint_boxes.h", "tasks.h"))
 
-_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno",
-          "-fno-trapping-math")  # fmt: skip
+_FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-O3", "-shared", "-fPIC", "-pthread", "-ffp-contract=off",
+          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
 _WIDEST = "-mprefer-vector-width=512"
 """gcc holds vectors to half their width unless told."""
 
@@ -75,7 +75,7 @@ def compile_library(
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)  # noqa: S603
         except subprocess.SubprocessError:
-            Path(draft.name).unlink()
+            Path(draft.name).unlink(missing_ok=True)  # a linker may have done so
             if flags == choices[-1]:
                 raise
             continue

@@ -32,8 +32,8 @@ class EvaluationOptions(NamedTuple):
         normalizer: What a mean is divided by in place of the item's own count.
         outputs: Tensors that gradients are written to, by input name: dense, in the shape of the
             input, one or one a level. Where there is none, a new one is made.
-        allocate: Makes a new one on the host: takes a number of bytes, and returns as many as an
-            uninitialised uint8 tensor, or None where torch's own are as good. None means torch's own.
+        allocate: Makes memory for a new one on the host: takes a number of bytes, and returns an array of as
+            many, or None where torch's own are as good. None means torch's own.
         nonzero_rows: Whether to say where alone a gradient can be other than zero.
     """
 
@@ -42,7 +42,7 @@ class EvaluationOptions(NamedTuple):
     component_gradients: bool = False
     normalizer: float | None = None
     outputs: Mapping[str, Sequence[Tensor]] = _NOTHING
-    allocate: Callable[[int], Tensor | None] | None = None
+    allocate: Callable[[int], NDArray[np.uint8] | None] | None = None
     nonzero_rows: bool = False
 
 

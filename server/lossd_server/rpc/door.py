@@ -127,8 +127,7 @@ class Door:
             )
         self._admission.declare(place, size)
         memory = self._buffers.allocate(size)
-        array = np.empty(size, np.uint8) if memory is None else memory.numpy()
-        return array.data
+        return (np.empty(size, np.uint8) if memory is None else memory).data
 
     def _make_room(self) -> None:
         """Ends the call of whose body nothing has come for longest, if for long: the next one finds room."""
