@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lossd_server.bench import inputs, memory, option_cases, reference, runner
+from lossd_server.bench import inputs, memory, option_cases, reference, runner, timing
 from lossd_server.bench.cases import CASES, select
 from lossd_server.bench.child import Child
 from lossd_server.bench.echo import METHOD, SERVERS, EchoProcess
@@ -136,7 +136,7 @@ def test_a_run_writes_what_compare_reads(tmp_path):
     assert [case.name for case in report.cases] == ["focal-S", "assign-20"]
     focal, assign = report.cases
     assert [path.name for path in focal.paths] == ["eager", "lossd", "module", "copy"]
-    assert all(path.median > 0 and path.rounds >= QUICK.least_rounds for path in focal.paths)
+    assert all(path.median > 0 and path.count >= QUICK.least_rounds for path in focal.paths)
     assert focal.path("lossd").value_error < 1e-5
     assert focal.path("lossd").gradient_error < 1e-5
     assert focal.path("copy").value_error is None
@@ -231,19 +231,31 @@ def test_a_device_that_is_not_there_is_refused():
         quick_run(["focal-S"], device="nowhere")
 
 
-def test_calls_are_timed_in_turn():
+def test_calls_are_timed_in_turn_and_some_in_a_row():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     timings = measure(calls, QUICK, torch.device("cpu"))
-    rounds = timings["a"].rounds
-    assert rounds == timings["b"].rounds >= QUICK.least_rounds
-    assert order[2 * QUICK.warm_ups :] == ["a", "b"] * rounds
+    row = 1 + QUICK.most_in_a_row
+    rounds = (len(order) - 2) // (2 * row)
+    assert rounds >= QUICK.least_rounds
+    assert order == ["a", "b"] + (["a"] * row + ["b"] * row) * rounds
+    assert timings["a"].count == timings["b"].count == rounds * QUICK.most_in_a_row
 
 
-def test_quartiles():
-    timing = summarise([4.0, 1.0, 3.0, 2.0, 5.0])
-    assert (timing.lower, timing.median, timing.upper, timing.rounds) == (2.0, 3.0, 4.0, 5)
-    assert summarise([2.0]).median == 2.0
+def test_long_calls_are_not_made_twice_in_a_row(monkeypatch):
+    monkeypatch.setattr(timing, "_LONG_SECONDS", 0.0)
+    order = []
+    found = measure({"long": lambda: order.append(1)}, QUICK, torch.device("cpu"))["long"]
+    assert found.count == len(order) - 1
+    assert found.first is None
+
+
+def test_quartiles_are_of_calls_that_follow_their_like():
+    found = summarise([[9.0, 4.0, 1.0], [7.0, 3.0], [8.0, 2.0, 5.0]])
+    assert (found.lower, found.median, found.upper, found.count) == (2.0, 3.0, 4.0, 5)
+    assert found.first == 8.0
+    alone = summarise([[2.0]])
+    assert (alone.median, alone.count, alone.first) == (2.0, 1, None)
 
 
 def test_peak_memory_sees_what_a_call_takes():

@@ -15,7 +15,7 @@ from lossd import __version__
 from lossd_server.engine import describe_device
 from lossd_server.errors import InvalidInputError, Reason
 
-_FORMAT = 1
+_FORMAT = 2
 _DISTRIBUTIONS = ("torch", "numpy", "grpcio", "protobuf")
 
 
@@ -51,22 +51,25 @@ class PathResult:
         lower: First quartile of the time, seconds.
         median: Its median, seconds.
         upper: Its third quartile, seconds.
-        rounds: How often it was timed.
+        count: How many calls were timed.
         peak_bytes: Memory beyond what was in use before, at the peak.
         value_error: Relative error of the value.
         gradient_error: Relative error of the gradients, all of them as one vector.
         gpu_seconds: Median of what a GPU took, from its first command to its last, without the host.
+        first: Median of the time of calls right after other paths, which are not among those above; None
+            where all are such.
     """
 
     name: str
     lower: float
     median: float
     upper: float
-    rounds: int
+    count: int
     peak_bytes: int | None = None
     value_error: float | None = None
     gradient_error: float | None = None
     gpu_seconds: float | None = None
+    first: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

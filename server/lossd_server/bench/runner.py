@@ -157,11 +157,12 @@ def _path_result(
         lower=timing.lower,
         median=timing.median,
         upper=timing.upper,
-        rounds=timing.rounds,
+        count=timing.count,
         peak_bytes=peak_bytes,
         value_error=value_error,
         gradient_error=gradient_error,
         gpu_seconds=on_gpu,
+        first=timing.first,
     )
 
 

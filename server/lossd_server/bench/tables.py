@@ -63,7 +63,8 @@ def _header(report: Report, earlier: Report | None) -> Iterator[str]:
         yield "malloc thresholds raised for every path alike (freed memory is kept: no page faults in any)"
     else:
         yield "malloc as it is: these times hold page faults"
-    yield "medians, paths timed in turn; spread: between the quartiles, of the median"
+    yield "time: median of calls in a row, paths in turn; spread: between the quartiles, of the median"
+    yield "first: median of the first call of each row, when other paths have had the caches"
     yield "peak: memory of this process beyond what was in use before, results included"
     yield "errors: relative, in the 2-norm, against float64 (assign: labels and targets against all-pairs)"
     if any(path.gpu_seconds is not None for case in report.cases for path in case.paths):
@@ -89,6 +90,7 @@ def _columns(case: CaseResult, *, compared: bool) -> Iterator[_Column]:
     yield _Column(heading="time", text=lambda _case, path, _old: seconds_text(path.median))
     yield _Column(heading="spread", text=lambda _case, path, _old: _spread(path))
     yield _Column(heading=f"{case.base} / it", text=lambda case, path, _old: _faster(case, path))
+    yield _Column(heading="first", text=lambda _case, path, _old: _first(path))
     if case.path("copy") is not None:
         yield _Column(heading="it / copy", text=lambda case, path, _old: _above_copy(case, path))
     if any(path.gpu_seconds is not None for path in case.paths):
@@ -105,6 +107,10 @@ def _columns(case: CaseResult, *, compared: bool) -> Iterator[_Column]:
 
 def _spread(path: PathResult) -> str:
     return f"{(path.upper - path.lower) / path.median:.0%}" if path.median else "-"
+
+
+def _first(path: PathResult) -> str:
+    return "-" if path.first is None else seconds_text(path.first)
 
 
 def _faster(case: CaseResult, path: PathResult) -> str:

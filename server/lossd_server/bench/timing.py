@@ -1,8 +1,8 @@
-"""Medians of several calls, taken side by side."""
+"""Medians of calls in a row, taken side by side."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,22 @@ import torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """What a call took, seconds: quartiles over some rounds."""
+    """What a call took, seconds: quartiles of those in a row, and the first of such rows.
+
+    Attributes:
+        lower: First quartile.
+        median: Median.
+        upper: Third quartile.
+        count: How many calls that is.
+        first: Median of the calls that came right after other work, which had the caches; None where that
+            is all that was timed.
+    """
 
     lower: float
     median: float
     upper: float
-    rounds: int
+    count: int
+    first: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +37,14 @@ class Effort:
         least_rounds: Rounds that are made even so.
         patience: Seconds after which these are not waited for either; one round is always made.
         most_rounds: Rounds after which it is enough.
-        warm_ups: Calls of each before the first round.
+        most_in_a_row: Calls of each in a round, beside its first.
     """
 
     seconds: float
     least_rounds: int
     patience: float
     most_rounds: int
-    warm_ups: int
+    most_in_a_row: int
 
 
 _GPU_ROUNDS = 15
@@ -43,14 +53,19 @@ _CYCLES_A_SECOND = 2e9
 _SPARE = 3
 """How many times as long as the host takes a GPU is kept busy meanwhile."""
 
-FULL = Effort(seconds=3.0, least_rounds=5, patience=10.0, most_rounds=2000, warm_ups=1)
-QUICK = Effort(seconds=0.15, least_rounds=3, patience=2.0, most_rounds=100, warm_ups=1)
+_ROW_SECONDS = 0.02
+"""After which no further call of a row is made."""
+_LONG_SECONDS = 0.5
+"""Calls that take so long are not made twice in a row: what caches hold is nothing to them."""
+
+FULL = Effort(seconds=4.0, least_rounds=5, patience=10.0, most_rounds=300, most_in_a_row=20)
+QUICK = Effort(seconds=0.15, least_rounds=3, patience=2.0, most_rounds=20, most_in_a_row=5)
 
 
 def measure(
     calls: Mapping[str, Callable[[], object]], effort: Effort, device: torch.device
 ) -> dict[str, Timing]:
-    """Times calls in turn, one of each a round, so that all see the same machine.
+    """Times calls in turn, a few of each in a row, so that all see the same machine.
 
     Args:
         calls: What to time, by name.
@@ -58,25 +73,45 @@ def measure(
         device: Awaited before a clock is read.
     """
     for call in calls.values():
-        for _ in range(effort.warm_ups):
-            _seconds(call, device)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+        _seconds(call, device)
+    rows: dict[str, list[list[float]]] = {name: [] for name in calls}
     began = time.perf_counter()
     for done in range(effort.most_rounds):
         limit = effort.seconds if done >= effort.least_rounds else effort.patience
         if done and time.perf_counter() - began >= limit:
             break
         for name, call in calls.items():
-            seconds[name].append(_seconds(call, device))
-    return {name: summarise(taken) for name, taken in seconds.items()}
+            rows[name].append(_row(call, device, effort.most_in_a_row))
+    return {name: summarise(taken) for name, taken in rows.items()}
 
 
-def summarise(seconds: list[float]) -> Timing:
-    """Returns the quartiles of at least one time."""
-    # Quartiles want two numbers; one number twice is its own quartile.
-    several = seconds if len(seconds) > 1 else seconds * 2
-    lower, median, upper = statistics.quantiles(several, n=4, method="inclusive")
-    return Timing(lower=lower, median=median, upper=upper, rounds=len(seconds))
+def _row(call: Callable[[], object], device: torch.device, most: int) -> list[float]:
+    """Returns what a call took, and then what it took again, at least once unless it takes long."""
+    seconds = [_seconds(call, device)]
+    while seconds[0] < _LONG_SECONDS and (
+        len(seconds) == 1 or (len(seconds) <= most and sum(seconds) < _ROW_SECONDS)
+    ):
+        seconds.append(_seconds(call, device))
+    return seconds
+
+
+def summarise(rows: Sequence[Sequence[float]]) -> Timing:
+    """Returns the quartiles of what calls took but for the first of each row, if there are others."""
+    again = [taken for row in rows for taken in row[1:]]
+    first = [row[0] for row in rows]
+    lower, median, upper = _quartiles(again or first)
+    return Timing(
+        lower=lower,
+        median=median,
+        upper=upper,
+        count=len(again or first),
+        first=statistics.median(first) if again else None,
+    )
+
+
+def _quartiles(seconds: list[float]) -> list[float]:
+    # They want two numbers; one number twice is its own quartile.
+    return statistics.quantiles(seconds if len(seconds) > 1 else seconds * 2, n=4, method="inclusive")
 
 
 def gpu_seconds(call: Callable[[], object], host_seconds: float, device: torch.device) -> float:
