@@ -53,7 +53,7 @@ _CYCLES_A_SECOND = 2e9
 _SPARE = 3
 """How many times as long as the host takes a GPU is kept busy meanwhile."""
 
-_ROW_SECONDS = 0.02
+_ROW_SECONDS = 0.1
 """After which no further call of a row is made."""
 _LONG_SECONDS = 0.5
 """Calls that take so long are not made twice in a row: what caches hold is nothing to them."""

@@ -1,6 +1,5 @@
 """The server: its listeners, health, reflection and metrics, from start to drain."""
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
 
@@ -35,6 +34,7 @@ from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.refusing import RefusingHandlers
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.standard import StandardServices
+from lossd_server.rpc.threads import Threads
 from lossd_server.rpc.tls import Certificates
 from lossd_server.rpc.tokens import Tokens
 from lossd_server.rpc.tracing_setup import make_tracing
@@ -82,9 +82,7 @@ class Server:
             self._home,
         )
         threads = self._config.max_in_flight + self._config.max_streams + _REFUSING_THREADS
-        self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="lossd-rpc", initializer=self._home.settle
-        )
+        self._threads = Threads(threads, "lossd-rpc", self._home.settle)
         self._sharing = _sharing(self._config, self._engine.device)
         self._tracing = make_tracing(SERVICE_NAME) if self._config.tracing else None
         self._refusals = Refusals(self._metrics, mark=self._tracing.mark_refusal if self._tracing else None)
@@ -186,7 +184,7 @@ class Server:
             self._tracing.close()
         if self._sharing is not None:
             self._sharing.stop()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
         if self._metrics_server is not None:
             server, thread = self._metrics_server
             server.shutdown()
@@ -208,7 +206,7 @@ class Server:
     def _assemble(self) -> grpc.Server:
         config = self._config
         server = grpc.server(
-            self._pool,
+            self._threads,  # type: ignore[arg-type]  # which can all that is asked of it
             interceptors=[*self._traced(), MetricsInterceptor(self._metrics), *self._auth],
             options=server_options(
                 config.max_message_bytes,
