@@ -223,6 +223,17 @@ def test_without_a_compiler_that_works_it_says_so_once_and_computes(tmp_path, co
     assert done.stdout.count("0.3") == 3
 
 
+def test_what_the_compiler_says_is_told(tmp_path):
+    compiler = tmp_path / "cc"  # like a linker that fails, it leaves nothing of what was to be its output
+    compiler.write_text(
+        '#!/bin/sh\nrm "$(echo "$*" | sed "s/.*-o //; s/ .*//")"\necho boom: no room >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    done = run(USE, LOSSD_CACHE_DIR=str(tmp_path), CC=str(compiler))
+    assert "no compiled kernels, slower ones are used: boom: no room" in done.stderr
+    assert not list((tmp_path / "lossd").iterdir())
+
+
 def test_a_kernel_is_kept_for_the_next_process(tmp_path):
     run(LOAD, LOSSD_CACHE_DIR=str(tmp_path))
     (kernel,) = (tmp_path / "lossd").iterdir()
