@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import grpc
 import numpy as np
@@ -231,7 +232,9 @@ def test_a_device_that_is_not_there_is_refused():
         quick_run(["focal-S"], device="nowhere")
 
 
-def test_calls_are_timed_in_turn_and_some_in_a_row():
+def test_calls_are_timed_in_turn_and_some_in_a_row(monkeypatch):
+    for limit in ("_ROW_SECONDS", "_LONG_SECONDS"):  # whatever else this machine does meanwhile
+        monkeypatch.setattr(timing, limit, math.inf)
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     timings = measure(calls, QUICK, torch.device("cpu"))
@@ -248,6 +251,13 @@ def test_long_calls_are_not_made_twice_in_a_row(monkeypatch):
     found = measure({"long": lambda: order.append(1)}, QUICK, torch.device("cpu"))["long"]
     assert found.count == len(order) - 1
     assert found.first is None
+
+
+def test_a_row_ends_after_some_time(monkeypatch):
+    monkeypatch.setattr(timing, "_ROW_SECONDS", 0.0)
+    order = []
+    found = measure({"call": lambda: order.append(1)}, QUICK, torch.device("cpu"))["call"]
+    assert found.count == (len(order) - 1) / 2
 
 
 def test_quartiles_are_of_calls_that_follow_their_like():

@@ -57,6 +57,13 @@ def test_idle_memory_is_bounded_and_the_oldest_goes_first():
     assert pool.idle_bytes == 6 * MEBIBYTE
 
 
+def test_whoever_asks_for_more_has_what_was_idle_longest_let_go():
+    pool = BufferPool(4 * MEBIBYTE)
+    places = [buffer.ctypes.data for buffer in [pool.allocate(2 * MEBIBYTE) for _ in range(5)]]
+    larger = pool.allocate(3 * MEBIBYTE)
+    assert [block.ctypes.data for block in pool._blocks] == [*places[-2:], larger.ctypes.data]
+
+
 def test_a_buffer_larger_than_the_bound_is_served_and_let_go():
     pool = BufferPool(2 * MEBIBYTE)
     assert len(pool.allocate(9 * MEBIBYTE)) == 9 * MEBIBYTE

@@ -118,21 +118,6 @@ def test_bits_do_not_depend_on_threads_place_or_company():
     assert torch.equal(alone.gradients["inputs"], one.gradients["inputs"][1:2, :, 7:])
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not say which cores")
-@pytest.mark.parametrize("cores", ["one", "all"])
-def test_helpers_leave_their_caller_on_its_cores(cores):
-    logits, targets = grid(3, 80, 50, 60)
-    expected, before = evaluate(logits, targets), os.sched_getaffinity(0)
-    allowed = {min(before)} if cores == "one" else before
-    os.sched_setaffinity(0, allowed)
-    try:
-        found = evaluate(logits, targets)
-        assert os.sched_getaffinity(0) == allowed
-    finally:
-        os.sched_setaffinity(0, before)
-    assert torch.equal(found.gradients["inputs"], expected.gradients["inputs"])
-
-
 def test_extreme_logits_stay_finite_and_nan_stays_in_its_cell():
     logits = torch.tensor([[300.0, -300.0, 3e38, -3e38, 1e-40, float("nan")]])
     gradient = evaluate(logits.expand(2, 6).clone(), torch.tensor([0, 1]), reduction="sum").gradients[

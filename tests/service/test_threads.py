@@ -1,5 +1,7 @@
 """The threads of handlers: as many as are wanted, none lost, none left."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -78,6 +80,86 @@ def test_a_callback_is_told_before_and_after(threads):
     assert told.acquire(timeout=10)
     call.add_done_callback(lambda done: told.release() if done is call else None)
     assert told.acquire(timeout=0)
+
+
+def test_after_a_crowd_all_are_free_again(threads):
+    done, held = threading.Semaphore(0), threading.Event()
+    for _ in range(20):
+        threads.submit(held.wait, 10).add_done_callback(lambda _call: done.release())
+    assert threads._free == 3 - 20
+    held.set()
+    for _ in range(20):
+        assert done.acquire(timeout=10)
+    eventually(lambda: threads._free == 3)
+
+
+def test_where_the_system_has_no_more_threads_calls_wait_for_those_there_are(threads, monkeypatch):
+    held, done = threading.Event(), threading.Semaphore(0)
+    threads.submit(held.wait, 10)
+
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(4):
+            threads.submit(done.release)
+    held.set()
+    for _ in range(4):
+        assert done.acquire(timeout=10)
+    for _ in range(3):  # and now it has
+        threads.submit(done.release)
+        assert done.acquire(timeout=10)
+
+
+def test_without_any_thread_a_call_is_refused(threads, monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="start"):
+            threads.submit(print)
+    done = threading.Semaphore(0)
+    threads.submit(done.release)
+    assert done.acquire(timeout=10)
+
+
+def test_a_call_is_made_though_its_thread_could_not_be_prepared():
+    def fail():
+        raise OSError("not here")
+
+    done = threading.Semaphore(0)
+    with capture_logs() as lines:
+        threads = Threads(2, NAME, fail)
+        threads.submit(done.release)
+        assert done.acquire(timeout=10)
+    assert [line["event"] for line in lines] == ["internal error"]
+    threads.shutdown()
+    threads.shutdown()
+    eventually(lambda: not ours())
+
+
+AT_WORK = """
+import time, torch
+from lossd_server.rpc.threads import Threads
+threads = Threads(2, "lossd-tried", lambda: None)
+def work():
+    ends = time.monotonic() + 1
+    while time.monotonic() < ends:
+        torch.ones(1000, 100).exp().sum()
+    print("done", flush=True)
+threads.submit(work)
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("end", ["", "threads.shutdown()", "raise SystemExit(0)"])
+def test_the_interpreter_waits_for_calls_that_are_being_made(end):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_WORK + end], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3)])

@@ -64,7 +64,7 @@ def _header(report: Report, earlier: Report | None) -> Iterator[str]:
     else:
         yield "malloc as it is: these times hold page faults"
     yield "time: median of calls in a row, paths in turn; spread: between the quartiles, of the median"
-    yield "first: median of the first call of each row, when other paths have had the caches"
+    yield "first: median of the first of each row, when other paths have had the caches; -: time is of such"
     yield "peak: memory of this process beyond what was in use before, results included"
     yield "errors: relative, in the 2-norm, against float64 (assign: labels and targets against all-pairs)"
     if any(path.gpu_seconds is not None for case in report.cases for path in case.paths):

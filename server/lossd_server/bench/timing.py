@@ -72,8 +72,7 @@ def measure(
         effort: How long.
         device: Awaited before a clock is read.
     """
-    for call in calls.values():
-        _seconds(call, device)
+    most = {name: _most_in_a_row(_seconds(call, device), effort) for name, call in calls.items()}
     rows: dict[str, list[list[float]]] = {name: [] for name in calls}
     began = time.perf_counter()
     for done in range(effort.most_rounds):
@@ -81,17 +80,23 @@ def measure(
         if done and time.perf_counter() - began >= limit:
             break
         for name, call in calls.items():
-            rows[name].append(_row(call, device, effort.most_in_a_row))
+            rows[name].append(_row(call, device, most[name]))
     return {name: summarise(taken) for name, taken in rows.items()}
 
 
+def _most_in_a_row(seconds: float, effort: Effort) -> int:
+    """Returns how often a call of so many seconds is made again in a row."""
+    return 0 if seconds >= _LONG_SECONDS else effort.most_in_a_row
+
+
 def _row(call: Callable[[], object], device: torch.device, most: int) -> list[float]:
-    """Returns what a call took, and then what it took again, at least once unless it takes long."""
+    """Returns what a call took, and then what it took again, so many times at most."""
     seconds = [_seconds(call, device)]
-    while seconds[0] < _LONG_SECONDS and (
-        len(seconds) == 1 or (len(seconds) <= most and sum(seconds) < _ROW_SECONDS)
-    ):
+    ends = time.perf_counter() + _ROW_SECONDS
+    for _ in range(most):
         seconds.append(_seconds(call, device))
+        if time.perf_counter() >= ends:
+            break
     return seconds
 
 

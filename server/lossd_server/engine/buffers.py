@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,16 @@ _SMALLEST = 1 << 20
 _HUGE_PAGE = 2 << 20
 """Sizes are rounded up to whole pages of this size: fewer pages, and more requests that want the same."""
 
-_OWN_REFERENCES = 2
-"""To an idle block: of the pool's list, and of the call that counts them."""
-
 Bytes = NDArray[np.uint8]
+
+
+def _references(blocks: Sequence[object], place: int) -> int:
+    """Returns how many references there are to an entry."""
+    return sys.getrefcount(blocks[place])
+
+
+_OWN_REFERENCES = _references([object()], 0)
+"""To an entry that nobody else refers to."""
 
 
 class BufferPool:
@@ -26,7 +33,7 @@ class BufferPool:
     Memory that comes fresh from the kernel is paid for page by page, which takes longer than writing a
     gradient to it does. All that is handed out refers to its block, so that a block is idle when nobody
     else does: nothing has to be done when a reference is dropped, in whichever thread that is. Threads may
-    share one.
+    share one, under an interpreter with a global lock, which the count of references is exact under.
 
     Args:
         max_idle_bytes: Most memory kept for later; beyond it, what was handed out longest ago is let go at
@@ -82,7 +89,7 @@ class BufferPool:
     def _idle_places(self) -> list[int]:
         """Returns where the blocks stand that nobody else refers to."""
         blocks = self._blocks
-        return [place for place in range(len(blocks)) if sys.getrefcount(blocks[place]) == _OWN_REFERENCES]
+        return [place for place in range(len(blocks)) if _references(blocks, place) == _OWN_REFERENCES]
 
 
 def _new_block(size: int) -> Bytes:

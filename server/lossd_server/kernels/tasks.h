@@ -24,7 +24,7 @@ typedef struct {
     void *work;
     int64_t count;
     atomic_int_fast64_t next;
-    core_set cores; /* that the caller may use; empty where it is not known */
+    core_set cores; /* that the caller may use; empty where helpers begin wherever they do */
 } task_list;
 
 static void take_tasks(task_list *list) {
@@ -43,10 +43,12 @@ static void take_tasks(task_list *list) {
  * as one that answers calls is, on that thread's own core: there they wait for it, and it for them. */
 static void begin_elsewhere(pthread_attr_t *attributes, core_set *cores) {
 #if defined(__GLIBC__)
-    if (sched_getaffinity(0, sizeof *cores, cores)) CPU_ZERO(cores);
-    core_set others = *cores;
+    core_set others;
+    CPU_ZERO(cores);
+    if (sched_getaffinity(0, sizeof others, &others) || CPU_COUNT(&others) < 2) return;
+    *cores = others;
     CPU_CLR(sched_getcpu(), &others);
-    if (CPU_COUNT(&others)) pthread_attr_setaffinity_np(attributes, sizeof others, &others);
+    pthread_attr_setaffinity_np(attributes, sizeof others, &others);
 #else
     (void)attributes, (void)cores;
 #endif
