@@ -10,7 +10,8 @@ Array = NDArray[Any]
 _LEAST_BYTES = 4 << 10
 """Fewer are sent sooner than they are looked at."""
 
-_TYPES = (np.dtype("i1"), np.dtype("<i2"))
+_TYPES = [(dtype, np.iinfo(dtype).min, np.iinfo(dtype).max) for dtype in (np.dtype("i1"), np.dtype("<i2"))]
+"""Smaller types, and what they hold."""
 
 
 def narrowed_integers(array: Array) -> Array:
@@ -18,8 +19,7 @@ def narrowed_integers(array: Array) -> Array:
     if array.dtype.kind != "i" or array.nbytes < _LEAST_BYTES:
         return array
     lowest, highest = array.min(), array.max()
-    for dtype in _TYPES:
-        limits = np.iinfo(dtype)
-        if dtype.itemsize < array.itemsize and limits.min <= lowest and highest <= limits.max:
+    for dtype, least, most in _TYPES:
+        if dtype.itemsize < array.itemsize and least <= lowest and highest <= most:
             return array.astype(dtype)
     return array

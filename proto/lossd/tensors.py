@@ -85,7 +85,7 @@ def put(array: Array, tensor: pb.Tensor, payloads: Payloads | None = None) -> No
         TensorError: The dtype is not one of the contract's, or there are too many dimensions.
     """
     data_type = data_type_of(array.dtype)
-    _check_shape(array.shape)
+    _check_dimensions(array.shape)
     wanted = DTYPES[data_type]
     little_endian = array if array.dtype is wanted else array.astype(wanted, copy=False)
     tensor.dtype = data_type
@@ -131,7 +131,7 @@ def put_shared(array: Array | GpuArray, tensor: pb.Tensor, place: pb.SharedSlice
         TensorError: The dtype is not one of the contract's, or there are too many dimensions.
     """
     tensor.dtype = data_type_of(array.dtype)
-    _check_shape(array.shape)
+    _check_dimensions(array.shape)
     tensor.shape.extend(array.shape)
     tensor.shared.CopyFrom(place)
 
@@ -166,13 +166,17 @@ def data_type_of(dtype: np.dtype[Any]) -> "pb.DataType.ValueType":
     return data_type
 
 
-def _check_shape(shape: Sequence[int]) -> None:
+def _check_dimensions(shape: Sequence[int]) -> None:
     if len(shape) > MAX_DIMENSIONS:
         raise TensorError(
             "INVALID_SHAPE",
             f"shape has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are allowed",
             dimensions=len(shape),
         )
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    _check_dimensions(shape)
     size = 8
     for axis, extent in enumerate(shape):
         if extent < 0:

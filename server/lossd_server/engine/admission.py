@@ -152,12 +152,7 @@ class Admission:
             UnavailableError: There is no room for it.
         """
         with self._lock:
-            more = size - place.size
-            if more > 0 and not self._bytes.take(place.peer, more):
-                raise self._overloaded("bytes", self._bytes)
-            if more < 0:
-                self._bytes.give_back(place.peer, -more)
-            place.size = size
+            self._declare(place, size)
 
     def receive(self, place: Place, size: int) -> None:
         """Counts what the body of a request really came to, and that it is to be answered from now on.
@@ -165,8 +160,8 @@ class Admission:
         Raises:
             UnavailableError: There is no room for it.
         """
-        self.declare(place, size)
         with self._lock:
+            self._declare(place, size)
             place.received = self._clock()
             self._unanswered += 1
 
@@ -243,6 +238,14 @@ class Admission:
         """Waits until all is answered; returns whether that came within so many seconds."""
         with self._lock:
             return self._answered.wait_for(lambda: self._unanswered == 0, timeout)
+
+    def _declare(self, place: Place, size: int) -> None:
+        more = size - place.size
+        if more > 0 and not self._bytes.take(place.peer, more):
+            raise self._overloaded("bytes", self._bytes)
+        if more < 0:
+            self._bytes.give_back(place.peer, -more)
+        place.size = size
 
     def _end(self) -> None:
         self._unanswered -= 1

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.calling import LOOK_SECONDS, Waiting
@@ -34,8 +34,7 @@ class Cores:
         """How many wait for a core."""
         return len(self._queue)
 
-    @contextmanager
-    def turn(self, asker: Asker, cost: int) -> Iterator[None]:
+    def turn(self, asker: Asker, cost: int) -> AbstractContextManager[None]:
         """Waits for a core, where the work is not cheap, and has it until the block ends.
 
         Args:
@@ -46,9 +45,10 @@ class Cores:
             DeadlineError: The deadline passed before.
             CallerGoneError: Nobody waits for the answer any more.
         """
-        if cost <= self._cheap:
-            yield
-            return
+        return nullcontext() if cost <= self._cheap else self._turn(asker, cost)
+
+    @contextmanager
+    def _turn(self, asker: Asker, cost: int) -> Iterator[None]:
         entry = self._enter(asker, cost)
         if entry is not None:
             self._await_call(entry, asker)

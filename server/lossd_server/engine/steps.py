@@ -9,6 +9,8 @@ from lossd.gpu_memory import GpuArray
 from lossd_server.engine.batching import Batching
 from lossd_server.engine.work import LossItem
 
+_ARRAYS = (np.ndarray, GpuArray)
+
 _ITEM_COST = 1 << 19
 """What an item costs beside its bytes: as many as are read and written while the smallest is evaluated."""
 
@@ -50,10 +52,6 @@ def bytes_of(item: LossItem) -> int:
 
 def _bytes_in(values: Iterable[Any]) -> int:
     return sum(
-        value.nbytes
-        if isinstance(value, np.ndarray | GpuArray)
-        else _bytes_in(value)
-        if isinstance(value, list)
-        else 0
+        value.nbytes if isinstance(value, _ARRAYS) else _bytes_in(value) if isinstance(value, list) else 0
         for value in values
     )

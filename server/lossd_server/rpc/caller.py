@@ -28,9 +28,9 @@ class Caller(NamedTuple):
     reserve: Callable[[int], None] = _unlimited
 
     @classmethod
-    def of(cls, call: grpc.ServicerContext, reserve: Callable[[int], None]) -> "Caller":
-        """Returns who makes a call."""
-        remaining, peer = call.time_remaining(), call.peer()
+    def of(cls, call: grpc.ServicerContext, peer: str, reserve: Callable[[int], None]) -> "Caller":
+        """Returns who makes a call, whose peer was asked for before: gRPC makes that name anew each time."""
+        remaining = call.time_remaining()
         return cls(
             asker=Asker(
                 flow=peer,

@@ -264,6 +264,8 @@ def _require_items(count: int) -> None:
 
 def _require_answer_size(items: list[AssignItem], locations: int, target_format: int, max_bytes: int) -> None:
     """Refuses a few bytes that ask for gigabytes."""
+    if locations * _DENSE_BYTES_PER_LOCATION <= max_bytes:
+        return
     crowded = any(image.iscrowd is not None for item in items for image in item.objects)
     sparse = target_format in _SPARSE_FORMATS and not crowded
     per_location = _SPARSE_BYTES_PER_LOCATION if sparse else _DENSE_BYTES_PER_LOCATION

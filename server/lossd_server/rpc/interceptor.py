@@ -135,15 +135,11 @@ class _ObservedMethod:
 
     def _counted(self, request: Any) -> Any:
         """Returns the request, or its stream, with every message counted."""
-        if not isinstance(request, Iterator):
-            self._received.inc()
-            return request
-        return self._counted_stream(request)
+        return map(self._count, request) if isinstance(request, Iterator) else self._count(request)
 
-    def _counted_stream(self, requests: Iterator[Any]) -> Iterator[Any]:
-        for request in requests:
-            self._received.inc()
-            yield request
+    def _count(self, request: Any) -> Any:
+        self._received.inc()
+        return request
 
     def _finish(self, began: float, call: Any, *, failed: bool = False) -> None:
         self._handling.observe(time.monotonic() - began)

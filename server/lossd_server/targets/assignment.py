@@ -1,7 +1,6 @@
 """What an assignment came to, and the two forms in which it is handed out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -57,8 +56,7 @@ class SparseTargets(NamedTuple):
     ignored: NDArray[np.int32]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The positive locations of B images on one pyramid.
 
     Attributes:

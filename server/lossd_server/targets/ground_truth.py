@@ -1,8 +1,7 @@
 """The objects of an image, as a caller has them and as the assigner wants them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,7 @@ _WIDE = ("float64", "int32", "int64", "uint32", "uint64")
 """Types whose values float32 may not hold: their boxes are computed with in float64."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroundTruth:
+class GroundTruth(NamedTuple):
     """The objects of one image.
 
     Attributes:
@@ -50,15 +48,14 @@ class GroundTruth:
             if key not in objects:
                 raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field=f"{field}.{key}")
         for key in objects:
-            if key not in cls.__slots__:
+            if key not in cls._fields:
                 raise InvalidInputError(Reason.UNEXPECTED_FIELD, "is unknown", field=f"{field}.{key}")
         # Lists have neither type nor shape of their own; numpy gives them both.
         arrays = {key: np.asarray(v) if isinstance(v, list) else v for key, v in objects.items()}
         return cls(**arrays)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Objects:
+class Objects(NamedTuple):
     """Checked objects of one image on the host, in contiguous arrays.
 
     Attributes:

@@ -1,7 +1,7 @@
 """The positive locations that boxes of one type came to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ MAX_PAIRS = 2**28
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Positives:
+class Positives(NamedTuple):
     """P positive locations, in the order of images and locations.
 
     Attributes:

@@ -20,22 +20,19 @@ class Pyramid:
         widths: Columns of each level, `[L]` int64.
         starts: Where each level begins in the flat row of locations, `[L + 1]` int64; the last is
             the number of locations.
+        location_count: Number of locations over all levels.
     """
 
     strides: NDArray[np.int64]
     heights: NDArray[np.int64]
     widths: NDArray[np.int64]
     starts: NDArray[np.int64]
+    location_count: int
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of each level."""
         return list(zip(self.heights.tolist(), self.widths.tolist(), strict=True))
-
-    @property
-    def location_count(self) -> int:
-        """Number of locations over all levels."""
-        return int(self.starts[-1])
 
     def level_of(self, location: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the level of each flat location."""
@@ -55,7 +52,13 @@ def pyramid(strides: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Pyramid
     heights = np.array([height for height, _ in sizes], np.int64)
     widths = np.array([width for _, width in sizes], np.int64)
     starts = np.concatenate([[0], np.cumsum(heights * widths)]).astype(np.int64)
-    return Pyramid(strides=np.array(strides, np.int64), heights=heights, widths=widths, starts=starts)
+    return Pyramid(
+        strides=np.array(strides, np.int64),
+        heights=heights,
+        widths=widths,
+        starts=starts,
+        location_count=int(starts[-1]),
+    )
 
 
 def feature_sizes(image_size: tuple[int, int], strides: Sequence[int]) -> list[tuple[int, int]]:
