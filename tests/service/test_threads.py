@@ -162,6 +162,23 @@ def test_the_interpreter_waits_for_calls_that_are_being_made(end):
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+FORKED = """
+import os, sys
+from lossd_server.rpc.threads import Threads
+threads = Threads(2, "lossd-tried", lambda: None)
+threads._lock.acquire()
+child = os.fork()
+if child:
+    threads._lock.release()
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_of_a_fork_ends_though_the_lock_was_held():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3)])
 def test_what_a_call_raises_is_logged_and_costs_no_thread(threads, error):
     def fail():

@@ -78,10 +78,10 @@ class _Observed(AbstractContextManager[Stages]):
         return self._stages
 
     def __exit__(self, *_exception: object) -> None:
+        self._away.__exit__(None, None, None)
         self._metrics.in_flight.dec()
         self._metrics.observe_stages(self._stages.seconds)
         self._stages.close()
-        self._away.__exit__(None, None, None)
 
 
 class Handlers:

@@ -1,6 +1,7 @@
 """Threads for handlers: those of `concurrent.futures`, with less around each call."""
 
 import atexit
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Threads:
         self._threads: set[threading.Thread] = set()
         self._free = 0  # threads less calls, of those that have not come together
         self._is_shut_down = False
+        self._process = os.getpid()
         atexit.register(self._end)
 
     def submit(self, function: Callable[..., object], /, *arguments: Any) -> "Call":
@@ -104,6 +106,10 @@ class Threads:
             atexit.unregister(self._end)
 
     def _end(self) -> None:
+        if (
+            os.getpid() != self._process
+        ):  # in the child of a fork there are no threads, and the lock may be held
+            return
         self.shutdown()
         end = time.monotonic() + _EXIT_SECONDS
         for thread in list(self._threads):
