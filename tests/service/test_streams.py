@@ -291,6 +291,22 @@ def test_a_stopping_server_answers_what_it_read_and_ends_the_stream(device_held)
     eventually(lambda: not readers())
 
 
+def test_a_caller_who_never_stops_sending_does_not_hold_up_the_stop():
+    server = make_server(drain_seconds=600)
+    server.start()
+    with connect(server) as stub:
+        answers = stub.ComputeLossStream(loss_envelope(1, good_loss_request()) for _ in iter(int, 1))
+        assert next(answers).id == 1
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        with pytest.raises(grpc.RpcError) as caught:
+            collections.deque(answers, maxlen=0)
+        stopping.join(60)
+        assert not stopping.is_alive()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    eventually(lambda: not readers())
+
+
 def test_a_cancelled_stream_leaves_nothing_behind(fresh, device_held):
     with connect(fresh) as stub:
         for _ in range(3):

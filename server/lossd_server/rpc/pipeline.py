@@ -1,6 +1,7 @@
 """The requests of one stream, several at a time: the next is read while others are computed or sent."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from queue import SimpleQueue
@@ -10,6 +11,13 @@ from lossd_server.errors import LossdError
 
 WIDTH = 4
 """Requests of a stream that are worked on or sent at a time; no more are read, and so the caller waits."""
+
+QUIET_SECONDS = 0.1
+"""For how long nothing has come when a stream is ended by the server: the end of one whose caller is writing
+would be lost, where the connection ends with it."""
+
+LINGER_SECONDS = 1.0
+"""How long it is waited for at most."""
 
 Task = Callable[[], bytes]
 """Answers one request."""
@@ -33,6 +41,8 @@ class Pipeline:
         self._lock = threading.Lock()
         self._open: set[Future[bytes]] = set()
         self._ended = False
+        self._is_turned_away = False
+        self._dropped = threading.Event()
         self._failure: BaseException | None = None
 
     def answers(self, tasks: Iterator[Task]) -> Iterator[bytes]:
@@ -61,6 +71,8 @@ class Pipeline:
         if failure is None:
             return
         try:
+            if self._is_turned_away:
+                self._linger()
             raise failure
         finally:
             del failure  # whose traceback leads back to here, and to answers that nobody took
@@ -75,6 +87,7 @@ class Pipeline:
             try:
                 self._check()
             except LossdError as error:
+                self._is_turned_away = True
                 self._end(error)
 
     def _end(self, error: BaseException) -> None:
@@ -82,22 +95,37 @@ class Pipeline:
             self._failure = self._failure or error
             self._ended = True
 
+    def _linger(self) -> None:
+        """Waits until the caller seems to have stopped sending."""
+        end = time.monotonic() + LINGER_SECONDS
+        while self._dropped.wait(QUIET_SECONDS) and time.monotonic() < end:
+            self._dropped.clear()
+
     def _read(self, tasks: Iterator[Task]) -> None:
-        """Reads requests as long as there are places; whatever ends that, the answers go on."""
+        """Reads requests as long as there are places; whatever ends that, the answers go on.
+
+        What comes after the server has ended the stream is dropped.
+        """
         try:
             while self._places.acquire():
-                self._check()
-                task = next(tasks, None)
+                self._look_up()
+                task = None if self._ended else next(tasks, None)
                 if task is None or not self._begin(task):
                     break
-        except LossdError as error:
-            self._end(error)
+            del task
+            self._stop()
+            while next(tasks, None) is not None:
+                self._dropped.set()
         except Exception as error:  # noqa: BLE001  # the call is gone, or the server
             # gRPC's own frame refers to what it raised, and that to all that this stream holds.
             error.__traceback__ = None
         finally:
-            self._ended = True
-            self.wake()
+            self._stop()
+
+    def _stop(self) -> None:
+        """Says that no more is read."""
+        self._ended = True
+        self.wake()
 
     def _begin(self, task: Task) -> bool:
         with self._lock:
