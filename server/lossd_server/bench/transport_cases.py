@@ -57,17 +57,20 @@ def stream_cases() -> list[CaseSpec]:
     """Returns the cases of many calls in a row."""
     return [
         CaseSpec(
-            name="stream-M",
-            title=f"{_CALLS} focal losses by call, {list(inputs.SHAPES['M'])}, value and gradient",
-            build=_stream_or_calls,
+            name=f"stream-M{'-shared' if shared else ''}",
+            title=f"{_CALLS} focal losses by call, {list(inputs.SHAPES['M'])}, value and gradient"
+            f"{', in shared memory' if shared else ''}",
+            build=partial(_stream_or_calls, shared=shared),
             large=True,
         )
+        for shared in (False, True)
     ]
 
 
-def _stream_or_calls(bench: Workbench) -> Case:
+def _stream_or_calls(bench: Workbench, *, shared: bool) -> Case:
     logits, labels = (tensor.numpy() for tensor in inputs.logits_and_labels(inputs.SHAPES["M"]))
-    client = bench.resources.enter_context(Client(bench.child().address))
+    child = bench.child()
+    client = bench.resources.enter_context(Client(child.unix_address if shared else child.address))
     loss, items = FocalConfig(), [(logits, labels)] * _CALLS
 
     def calls() -> None:
