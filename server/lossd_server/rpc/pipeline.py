@@ -116,6 +116,8 @@ class Pipeline:
             self._stop()
             while next(tasks, None) is not None:
                 self._dropped.set()
+        except LossdError as error:
+            self._end(error)
         except Exception as error:  # noqa: BLE001  # the call is gone, or the server
             # gRPC's own frame refers to what it raised, and that to all that this stream holds.
             error.__traceback__ = None
