@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-_LEAST_BYTES = 4 << 10
+_LEAST_BYTES = 16 << 10
 """Fewer are sent sooner than they are looked at."""
 
 _TYPES = [(dtype, np.iinfo(dtype).min, np.iinfo(dtype).max) for dtype in (np.dtype("i1"), np.dtype("<i2"))]

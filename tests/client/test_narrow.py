@@ -237,7 +237,7 @@ def test_a_trainer_changes_one_argument(client, dtype):
     ],
 )
 def test_labels_go_in_the_smallest_type(lowest, highest, dtype, narrow):
-    labels = np.full(5000, lowest, dtype)
+    labels = np.full(20_000, lowest, dtype)
     labels[1234] = highest
     found = narrowed_integers(labels)
     assert found.dtype == narrow
