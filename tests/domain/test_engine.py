@@ -17,6 +17,7 @@ from lossd_server.engine import (
     AssignItem,
     AssignJob,
     Batching,
+    BufferPool,
     Engine,
     LossItem,
     LossJob,
@@ -31,7 +32,7 @@ from lossd_server.errors import (
     Reason,
     UnavailableError,
 )
-from lossd_server.losses import EvaluationOptions, FocalLoss
+from lossd_server.losses import EvaluationOptions, FocalLoss, LossModule
 from lossd_server.targets import FCOSAssigner
 from tests.domain.jobs import MAKERS, TYPES, bits_of, cpu_engine, custom_job, random_job
 from tests.domain.regions import wait_until
@@ -145,7 +146,7 @@ def focal_job(rows):
 
 
 def test_what_waits_goes_together_and_is_read_at_once(monkeypatch):
-    jobs = [random_job("rows", [n + 1] * 2, n) for n in range(4)]
+    jobs = [random_job("boxes", [n + 1] * 2, n) for n in range(4)]
     batches, reads, read = [], [], evaluator.read
     monkeypatch.setattr(evaluator, "read", lambda launched: reads.append(len(launched)) or read(launched))
     engine = cpu_engine(batching=TOGETHER, observe=lambda *sizes: batches.append(sizes))
@@ -214,13 +215,17 @@ def test_an_item_too_large_fails_its_request_by_name_and_the_next_is_fine():
 
 
 def test_a_batch_too_large_is_taken_apart_and_fails_where_one_is_too_large_alone(monkeypatch):
-    jobs = [random_job("rows", [2, 3], 1), random_job("rows", [50], 2), random_job("rows", [4], 3)]
+    jobs = [
+        random_job("centerness", [2, 3], 1),
+        random_job("centerness", [50], 2),
+        random_job("centerness", [4], 3),
+    ]
     engine = cpu_engine(batching=TOGETHER)
     launch, held_now = evaluator.Evaluator._launch, []
 
     def meagre(self, job, item):
         """Has memory for a few rows, until what was launched has been read."""
-        rows = len(item.arguments["inputs"]) if "inputs" in item.arguments else 0
+        rows = len(item.arguments["pred"]) if "target" in item.arguments else 0
         held_now.append(rows)
         if sum(held_now) > 8:
             held_now.clear()
@@ -247,7 +252,49 @@ def test_a_host_without_memory_is_no_fault_of_the_server(monkeypatch):
 
     monkeypatch.setattr(evaluator.Evaluator, "_launch", full)
     with closing(cpu_engine()) as engine, pytest.raises(OutOfMemoryError):
-        engine.compute(random_job("rows", [1], 1))
+        engine.compute(random_job("centerness", [1], 1))
+
+
+@pytest.mark.parametrize("has_outputs", [False, True])
+def test_arrays_are_evaluated_to_the_bit_as_tensors_are(monkeypatch, has_outputs):
+    job = random_job("rows", [1, 300, 70_000], 1, has_outputs=has_outputs)
+    with closing(cpu_engine()) as engine:
+        found = engine.compute(job)[0]
+        bits = bits_of(found)
+        monkeypatch.setattr(FocalLoss, "evaluate_arrays", LossModule.evaluate_arrays)
+        assert bits == bits_of(engine.compute(job)[0])
+    if has_outputs:
+        for outcome, item in zip(found, job.items, strict=True):
+            assert outcome.gradients["inputs"][0] is item.outputs["inputs"][0]
+
+
+def test_a_step_of_which_one_item_needs_tensors_goes_by_tensors_whole():
+    job = random_job("rows", [3, 4], 7)
+    logits = job.items[1].arguments["inputs"].copy()
+    logits[2, 1] = np.inf
+    job.items[1] = job.items[1]._replace(arguments={**job.items[1].arguments, "inputs": logits})
+    with closing(cpu_engine()) as engine:
+        first, second = engine.compute(job)[0]
+    assert not first.non_finite
+    assert [(found.input, found.count, found.first_index) for found in second.non_finite] == [
+        ("inputs", 1, (2, 1))
+    ]
+
+
+def test_room_is_made_where_there_is_none_for_a_gradient(monkeypatch):
+    allocate, calls = BufferPool.allocate, []
+
+    def meagre(self, size):
+        calls.append(size)
+        if len(calls) == 1:
+            raise MemoryError
+        return allocate(self, size)
+
+    job = random_job("rows", [9], 1)
+    with closing(cpu_engine()) as engine:
+        expected = bits_of(engine.compute(job)[0])
+        monkeypatch.setattr(BufferPool, "allocate", meagre)
+        assert bits_of(engine.compute(job)[0]) == expected
 
 
 class Leaves(nn.Module):

@@ -6,8 +6,10 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 
 from lossd.gpu_memory import GpuArray
 from lossd_server.engine.buffers import BufferPool
@@ -15,8 +17,8 @@ from lossd_server.engine.outcome import Launched, Reading, read
 from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
 from lossd_server.engine.work import LossItem, LossJob, LossOutcome
-from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
-from lossd_server.losses import EvaluationOptions
+from lossd_server.errors import InvalidInputError, LossdError, OutOfMemoryError, Reason, errors_within
+from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
 T = TypeVar("T")
@@ -56,6 +58,53 @@ class Evaluator:
 
         Where the memory does not suffice for all together, each item is tried alone.
         """
+        if self._device.type == "cpu":
+            tasks = [task for task in tasks if not self._goes_by_arrays(task)]
+        if tasks:
+            self._by_tensors(tasks)
+
+    def _goes_by_arrays(self, task: Task) -> bool:
+        """Takes the step of a task without a tensor, and returns whether that was possible."""
+        try:
+            found = self._by_arrays(task)
+        except LossdError as error:
+            task.error = error
+            return True
+        except MemoryError:
+            return False
+        task.outcomes += found or []
+        return found is not None
+
+    def _by_arrays(self, task: Task) -> list[LossOutcome] | None:
+        loss, outcomes = task.job.loss, []
+        if not isinstance(loss, LossModule):
+            return None
+        for item in task.steps[0].items:
+            task.asker.check()
+            found = loss.evaluate_arrays(item.arguments, item.options, partial(self._place, item))
+            if found is None:
+                return None
+            outcomes.append(
+                LossOutcome(
+                    loss=found.loss,
+                    gradients={name: [gradient] for name, gradient in found.gradients.items()},
+                    raw_sums=[found.raw_sums],
+                    preset=found.preset,
+                )
+            )
+        return outcomes
+
+    def _place(self, item: LossItem, name: str) -> NDArray[np.float32]:
+        """Returns the array that the gradient of a float32 array is written to."""
+        if name in item.outputs:
+            given: Any = item.outputs[name]
+            place: NDArray[np.float32] = given[0]
+            return place
+        like = item.arguments[name]
+        memory = self.buffers.allocate(like.nbytes)
+        return np.empty_like(like) if memory is None else memory.view(like.dtype).reshape(like.shape)
+
+    def _by_tensors(self, tasks: Sequence[Task]) -> None:
         found = self._together(tasks)
         if found is None:
             self._make_room()

@@ -91,6 +91,22 @@ class Evaluation(NamedTuple):
     nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
 
 
+class ArrayEvaluation(NamedTuple):
+    """An `Evaluation` of arrays on the host whose inputs are finite: numpy alone.
+
+    Attributes:
+        loss: 0-d float32.
+        gradients: By input name.
+        raw_sums: By the contract's name.
+        preset: Whose numbers these are.
+    """
+
+    loss: NDArray[np.float32]
+    gradients: Mapping[str, NDArray[np.float32]]
+    raw_sums: Mapping[str, float]
+    preset: LossPreset
+
+
 def fixed_order_sum(values: Tensor) -> Tensor:
     """Returns the sum of all values, 0-d float64, with the same bits whatever the number of threads."""
     if values.is_cuda:

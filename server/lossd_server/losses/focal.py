@@ -1,24 +1,31 @@
 """Focal loss for dense classification."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, as_tensor
+from lossd_server.losses.evaluation import ArrayEvaluation, Evaluation, EvaluationOptions, as_tensor
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import count_objects_natively
+from lossd_server.losses.native import are_plain, count_objects_natively, focal_sum_of_arrays
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
 _COUNTED = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
 _LOGITS = frozenset({"inputs"})
+
+_FLOAT32 = {None, torch.float32}
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class FocalLoss(LossModule):
@@ -140,6 +147,25 @@ class FocalLoss(LossModule):
             preset=LossPreset.AUTOTIMM,
             kept_rows=None if rows is None else (labels >= 0).flatten().nonzero().flatten(),
             finite_inputs=_LOGITS if sums.finite else frozenset(),
+        )
+
+    def evaluate_arrays(
+        self, arguments: Arguments, options: EvaluationOptions, place: Callable[[str], NDArray[np.float32]]
+    ) -> ArrayEvaluation | None:
+        """Evaluates prepared logits and labels in numpy; see `LossModule.evaluate_arrays`."""
+        logits, labels, valid = arguments["inputs"], arguments["targets"], arguments["valid_count"]
+        if not (self.has_kernels and options.gradient_dtype in _FLOAT32 and are_plain(logits, labels)):
+            return None
+        divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
+        gradients = {name: place(name) for name in options.gradients}
+        total = focal_sum_of_arrays(logits, labels, gradients.get("inputs"), 1 / divisor, self.constants)
+        if total is None or not total / divisor <= _LARGEST:
+            return None
+        return ArrayEvaluation(
+            loss=np.array(total / divisor, np.float32),
+            gradients=gradients,
+            raw_sums={"cls_loss": total, "valid_count": float(valid), "positive_count": float(valid)},
+            preset=LossPreset.AUTOTIMM,
         )
 
 

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions
+from lossd_server.losses.evaluation import ArrayEvaluation, Evaluation, EvaluationOptions
 from lossd_server.losses.reduction import Reduction
 
 Arguments = Mapping[str, Any]
@@ -69,6 +71,27 @@ class LossModule(nn.Module):
     @abstractmethod
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared arguments: tensors on one device, ground truth on any."""
+
+    def evaluate_arrays(
+        self,
+        arguments: Arguments,  # noqa: ARG002  # of those that do more
+        options: EvaluationOptions,  # noqa: ARG002
+        place: Callable[[str], NDArray[np.float32]],  # noqa: ARG002
+    ) -> ArrayEvaluation | None:
+        """Evaluates prepared numpy arrays by compiled code alone: to the bit what `evaluate` makes of them.
+
+        To make tensors of a small input, and arrays of what comes of it, takes longer than its evaluation.
+
+        Args:
+            arguments: Prepared arguments.
+            options: What is wanted; `outputs` and `allocate` are not looked at.
+            place: Returns the dense array, in the shape of an input, that its gradient is written to.
+
+        Returns:
+            None where that is not possible, as for most losses, types and layouts, or where it is not all
+            that there is to say: an input that is not finite.
+        """
+        return None
 
     def evaluate_for_autograd(self, arguments: Arguments) -> Evaluation:
         """Checks and evaluates, with the gradients that autograd will want.

@@ -1,12 +1,14 @@
-"""The compiled focal kernel, called with tensors."""
+"""The compiled focal kernel, called with tensors, or with arrays where they are plain ones."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.kernels import address_of, loaded_library
@@ -27,6 +29,11 @@ _LABEL_TYPES = {
     torch.uint64: 5,
 }
 """Types of labels, by their numbers in focal.c."""
+
+_ARRAY_LABEL_TYPES = {np.dtype(str(dtype).removeprefix("torch.")): n for dtype, n in _LABEL_TYPES.items()}
+
+_FLOAT32 = np.dtype(np.float32)
+_MATRIX = 2
 
 
 class _Grid(ctypes.Structure):
@@ -68,6 +75,66 @@ def focal_sums_natively(grids: Sequence[FocalGrid], constants: FocalConstants) -
     if stray < 0:
         raise MemoryError
     return FocalSums(losses=losses, finite=not stray)
+
+
+def are_plain(logits: Any, labels: Any) -> bool:
+    """Whether `focal_sum_of_arrays` takes logits and labels: float32 and integers of numpy, without gaps."""
+    return (
+        isinstance(logits, np.ndarray)
+        and isinstance(labels, np.ndarray)
+        and logits.dtype == _FLOAT32
+        and labels.dtype in _ARRAY_LABEL_TYPES
+        and logits.flags.c_contiguous
+        and labels.flags.c_contiguous
+        and logits.size > 0
+    )
+
+
+def focal_sum_of_arrays(
+    logits: NDArray[np.float32],
+    labels: NDArray[Any],
+    gradient: NDArray[np.float32] | None,
+    scale: float,
+    constants: FocalConstants,
+) -> float | None:
+    """Returns the summed focal loss of plain arrays, and writes its gradient.
+
+    Args:
+        logits: `[N, C]` or `[N, C, H, W]`.
+        labels: `[N]` or `[N, H, W]`, 0..C-1, or negative for a row that takes no part.
+        gradient: As the logits, written with `scale · ∂loss/∂logit`; None if not wanted.
+        scale: What the gradient is multiplied by.
+        constants: The constants of the loss.
+
+    Returns:
+        None where a logit is not finite, or there is no kernel.
+    """
+    library, weights = loaded_library(), _weights(constants)
+    if library is None or weights is None:
+        return None
+    layout = _dense_layout(logits.shape)
+    grid = _Grid(
+        address_of(logits),
+        None if gradient is None else address_of(gradient),
+        address_of(labels),
+        None,
+        None,
+        *layout.extents,
+        *layout.strides,
+        *layout.strides,
+        layout.extents[2],
+        0,
+        scale,
+        FLOAT_TYPES[torch.float32],
+        FLOAT_TYPES[torch.float32],
+        _ARRAY_LABEL_TYPES[labels.dtype],
+    )
+    total = ctypes.c_double()
+    threads = thread_count(logits.size, _SMALL)
+    stray = library.lossd_focal(ctypes.byref(grid), 1, weights, threads, ctypes.addressof(total))
+    if stray < 0:
+        raise MemoryError
+    return None if stray else total.value
 
 
 @lru_cache
@@ -137,6 +204,15 @@ class _Layout(NamedTuple):
 def _layout_of(tensor: Tensor) -> Any:
     """Returns the `_Layout` of a tensor, or None: see `_layout`, which knows those that it has met."""
     return _layout(tensor.shape, tensor.stride())
+
+
+@lru_cache(maxsize=1024)
+def _dense_layout(shape: tuple[int, ...]) -> _Layout:
+    """Returns the layout of logits without gaps, `[N, C]` or `[N, C, H, W]`."""
+    if len(shape) == _MATRIX:
+        return _Layout((1, shape[1], shape[0]), (0, 1, shape[1]))
+    batch, classes, cells = shape[0], shape[1], math.prod(shape[2:])
+    return _Layout((batch, classes, cells), (classes * cells, cells, 1))
 
 
 @lru_cache(maxsize=1024)

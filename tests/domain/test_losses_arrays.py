@@ -1,0 +1,101 @@
+"""Focal losses evaluated as arrays: to the bit what tensors give, and only where that is all there is."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lossd_server.kernels import load_library
+from lossd_server.losses import EvaluationOptions, FocalLoss
+from tests.domain.support import needs_a_compiler
+
+LABEL_TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+pytestmark = needs_a_compiler
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernel():
+    assert load_library() is not None
+
+
+def inputs_of(shape, seed=0, label_type="int64"):
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal(shape, np.float32) * 3
+    lowest = -1 if label_type.startswith("int") else 0
+    labels = rng.integers(lowest, shape[1], (shape[0], *shape[2:])).astype(label_type)
+    return {"inputs": logits, "targets": labels}
+
+
+def by_arrays(loss, arguments, *, gradients=("inputs",), **options):
+    prepared = loss.prepare(arguments)
+    places = {"inputs": np.full_like(arguments["inputs"], np.nan)}
+    return loss.evaluate_arrays(prepared, EvaluationOptions(gradients=gradients, **options), places.get)
+
+
+def by_tensors(loss, arguments, *, gradients=("inputs",), **options):
+    tensors = {name: torch.from_numpy(array) for name, array in arguments.items()}
+    return loss.evaluate(loss.prepare(tensors), EvaluationOptions(gradients=gradients, **options))
+
+
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(1, 300), st.integers(1, 90)),
+        st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 40), st.integers(1, 40)),
+    ),
+    label_type=st.sampled_from(LABEL_TYPES),
+    gradients=st.sampled_from([(), ("inputs",)]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    gamma=st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.0]),
+    normalizer=st.sampled_from([None, 0.25, 37.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_bits_are_those_of_tensors(shape, label_type, gradients, reduction, gamma, normalizer, seed):
+    loss = FocalLoss(gamma=gamma, reduction=reduction)
+    arguments = inputs_of(shape, seed, label_type)
+    options = {"gradients": gradients, "normalizer": normalizer if reduction == "mean" else None}
+    found, expected = by_arrays(loss, arguments, **options), by_tensors(loss, arguments, **options)
+    assert found.loss.shape == ()
+    assert found.loss.tobytes() == expected.loss.numpy().tobytes()
+    assert found.raw_sums == {name: float(numbers[0]) for name, numbers in expected.raw_sums.items()}
+    assert found.preset is expected.preset
+    assert set(found.gradients) == set(gradients)
+    for name, gradient in found.gradients.items():
+        assert gradient.tobytes() == expected.gradients[name].numpy().tobytes()
+
+
+def stray(value):
+    arguments = inputs_of((2, 5, 3, 4))
+    arguments["inputs"][1, 2, 0, 3] = value
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "options"),
+    [
+        (FocalLoss(reduction="none"), inputs_of((7, 5)), {}),
+        (FocalLoss(gamma=2.5), inputs_of((7, 5)), {}),
+        (FocalLoss(), inputs_of((7, 5)), {"gradient_dtype": torch.bfloat16}),
+        (FocalLoss(), {**inputs_of((7, 5)), "inputs": np.zeros((7, 5))}, {}),
+        (FocalLoss(), {**inputs_of((7, 5)), "inputs": np.zeros((7, 5), np.float16)}, {}),
+        (FocalLoss(), {**inputs_of((7, 5)), "inputs": np.zeros((5, 7), np.float32).T}, {}),
+        (FocalLoss(), {**inputs_of((7, 5)), "targets": np.zeros(14, np.int64)[::2]}, {}),
+        (FocalLoss(), inputs_of((0, 5)), {}),
+        (FocalLoss(), stray(np.nan), {}),
+        (FocalLoss(), stray(-np.inf), {}),
+        (FocalLoss(reduction="sum"), {**inputs_of((7, 5)), "inputs": np.full((7, 5), 3e38, np.float32)}, {}),
+    ],
+    ids=[
+        *("one number a row", "a gamma that is not whole", "another type of gradient", "float64", "float16"),
+        *("gaps between logits", "gaps between labels", "no rows", "NaN", "infinity", "beyond float32"),
+    ],
+)
+def test_what_needs_more_than_the_kernel_is_left_to_tensors(loss, arguments, options):
+    assert by_arrays(loss, arguments, **options) is None
+
+
+def test_tensors_are_left_to_tensors():
+    loss = FocalLoss()
+    tensors = {name: torch.from_numpy(array) for name, array in inputs_of((7, 5)).items()}
+    assert loss.evaluate_arrays(loss.prepare(tensors), EvaluationOptions(), None) is None
