@@ -85,6 +85,7 @@ def test_answers_count_among_the_bytes_in_flight(form):
     ):
         large = whole_image(140, form=form)
         assert len(stub.AssignTargets(large).results) == 1
+        eventually(lambda: server._admission.bytes == 0)
         calls.call(path_of("ComputeLoss"), **{REQUEST_BYTES: str(LIMIT // 2)})
         eventually(lambda: server._admission.bytes == LIMIT // 2)
         found = refusal(stub.AssignTargets, large)
