@@ -17,7 +17,7 @@ from lossd_server.engine.outcome import Launched, Reading, read
 from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
 from lossd_server.engine.work import LossItem, LossJob, LossOutcome
-from lossd_server.errors import InvalidInputError, LossdError, OutOfMemoryError, Reason, errors_within
+from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
@@ -67,11 +67,11 @@ class Evaluator:
         """Takes the step of a task without a tensor, and returns whether that was possible."""
         try:
             found = self._by_arrays(task)
-        except LossdError as error:
-            task.error = error
-            return True
         except MemoryError:
             return False
+        except Exception as error:  # noqa: BLE001  # it is the error of this task alone
+            task.error = error
+            return True
         task.outcomes += found or []
         return found is not None
 

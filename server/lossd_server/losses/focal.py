@@ -23,7 +23,8 @@ _COUNTED = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.u
 
 _LOGITS = frozenset({"inputs"})
 
-_FLOAT32 = {None, torch.float32}
+_PLAIN_GRADIENTS = {None, torch.float32}
+"""Types that the gradients of float32 logits may be wanted in where no tensor is made."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -154,7 +155,9 @@ class FocalLoss(LossModule):
     ) -> ArrayEvaluation | None:
         """Evaluates prepared logits and labels in numpy; see `LossModule.evaluate_arrays`."""
         logits, labels, valid = arguments["inputs"], arguments["targets"], arguments["valid_count"]
-        if not (self.has_kernels and options.gradient_dtype in _FLOAT32 and are_plain(logits, labels)):
+        if not (self.has_kernels and are_plain(logits, labels)):
+            return None
+        if options.gradient_dtype not in _PLAIN_GRADIENTS:
             return None
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
