@@ -281,6 +281,35 @@ def test_a_step_of_which_one_item_needs_tensors_goes_by_tensors_whole():
     ]
 
 
+def with_a_nan(job):
+    """The job with a logit of its one item that is not finite."""
+    (item,) = job.items
+    logits = item.arguments["inputs"].copy()
+    logits[0, 1] = np.nan
+    job.items[:] = [item._replace(arguments={**item.arguments, "inputs": logits})]
+    return job
+
+
+def test_what_is_refused_is_not_written_to_its_callers_memory():
+    job = with_a_nan(random_job("rows", [4], 1, has_outputs=True, strict=True))
+    with closing(cpu_engine()) as engine, pytest.raises(InvalidInputError):
+        engine.compute(job)
+    assert not job.items[0].outputs["inputs"][0].any()
+
+
+def test_jobs_of_one_owner_write_in_their_order_in_a_batch_too():
+    first = with_a_nan(random_job("rows", [4], 1, has_outputs=True, owner="me"))
+    last = random_job("rows", [4], 2, has_outputs=True, owner="me")
+    last.items[:] = [last.items[0]._replace(outputs=first.items[0].outputs)]
+    engine = cpu_engine(batching=TOGETHER)
+    with closing(engine), ThreadPoolExecutor(2) as pool:
+        for future in asked_together(engine, [first, last], pool):
+            future.result(30)
+        written = last.items[0].outputs["inputs"][0].copy()
+        assert bits_of(engine.compute(last)[0])
+    assert written.tobytes() == last.items[0].outputs["inputs"][0].tobytes()
+
+
 def test_room_is_made_where_there_is_none_for_a_gradient(monkeypatch):
     allocate, calls = BufferPool.allocate, []
 

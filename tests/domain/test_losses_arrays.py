@@ -95,6 +95,21 @@ def test_what_needs_more_than_the_kernel_is_left_to_tensors(loss, arguments, opt
     assert by_arrays(loss, arguments, **options) is None
 
 
+def test_a_gradient_that_lies_otherwise_is_left_to_tensors():
+    loss, arguments = FocalLoss(), inputs_of((7, 5))
+    prepared, options = loss.prepare(arguments), EvaluationOptions(gradients=("inputs",))
+    for place in (np.zeros((7, 5), np.float32, order="F"), np.zeros((7, 5))):
+        assert loss.evaluate_arrays(prepared, options, {"inputs": place}.get) is None
+
+
+def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_looked_at():
+    loss, column = FocalLoss(), np.random.default_rng(0).standard_normal((77, 1), np.float32)
+    arguments = {"inputs": column.T, "targets": np.zeros(1, np.int64)}
+    assert arguments["inputs"].flags.c_contiguous
+    assert by_arrays(loss, arguments) is None
+    assert by_arrays(loss, {**arguments, "inputs": column.T.copy()}) is not None
+
+
 def test_tensors_are_left_to_tensors():
     loss = FocalLoss()
     tensors = {name: torch.from_numpy(array) for name, array in inputs_of((7, 5)).items()}

@@ -1,6 +1,7 @@
 """The pipeline of one stream by itself: what ends it, and what becomes of requests that come too late."""
 
 import collections
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,8 +17,8 @@ def pool():
         yield pool
 
 
-def make_pipeline(pool, check=lambda: None):
-    return Pipeline(pool, Admission(max_requests=8, max_bytes=1 << 20), check)
+def make_pipeline(pool, check=lambda: None, **settings):
+    return Pipeline(pool, Admission(max_requests=8, max_bytes=1 << 20), check, **settings)
 
 
 def answered(answers):
@@ -60,3 +61,26 @@ def test_what_comes_once_the_server_stops_is_dropped_and_the_caller_is_told_why(
     assert found == [b"\x00", b"\x01"]
     assert error.reason is Reason.DRAINING
     assert read == list(range(9)), "or else the caller would still be sending when the connection ends"
+
+
+def test_where_there_is_no_time_left_a_stream_ends_at_once(pool):
+    silent = threading.Event()
+
+    def tasks():
+        yield lambda: b"answer"
+        silent.wait(60)
+        yield lambda: b"never"
+
+    def check():
+        if began.is_set():
+            raise UnavailableError(Reason.DRAINING, "the server is stopping")
+
+    began = threading.Event()
+    pipeline = make_pipeline(pool, check, linger_until=lambda: 0.0)
+    answers = pipeline.answers(tasks())
+    assert next(answers) == b"answer"
+    began.set()
+    pipeline.wake()
+    found, error = answered(answers)
+    silent.set()
+    assert (found, error.reason) == ([], Reason.DRAINING)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,7 +59,7 @@ class Evaluator:
         Where the memory does not suffice for all together, each item is tried alone.
         """
         if self._device.type == "cpu":
-            tasks = [task for task in tasks if not self._goes_by_arrays(task)]
+            tasks = [*dropwhile(self._goes_by_arrays, tasks)]  # in their order: two may be of one owner
         if tasks:
             self._by_tensors(tasks)
 
@@ -81,6 +81,8 @@ class Evaluator:
             return None
         for item in task.steps[0].items:
             task.asker.check()
+            if task.job.strict and item.outputs:
+                return None  # what may be refused is not written to a caller's memory
             found = loss.evaluate_arrays(item.arguments, item.options, partial(self._place, item))
             if found is None:
                 return None

@@ -15,7 +15,7 @@ from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import are_plain, count_objects_natively, focal_sum_of_arrays
+from lossd_server.losses.native import are_alike, are_plain, count_objects_natively, focal_sum_of_arrays
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
@@ -161,6 +161,8 @@ class FocalLoss(LossModule):
             return None
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
+        if not all(are_alike(gradient, logits) for gradient in gradients.values()):
+            return None
         total = focal_sum_of_arrays(logits, labels, gradients.get("inputs"), 1 / divisor, self.constants)
         if total is None or not total / divisor <= _LARGEST:
             return None

@@ -5,7 +5,9 @@ error and not the server's. They take those out of what gRPC holds until the cal
 large request is gone before its answer is there.
 """
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -35,6 +37,9 @@ from lossd_server.rpc.standard import too_many
 from lossd_server.rpc.status import stream_error
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
+
+_END_SECONDS = 0.25
+"""What is left of a drain for the end of a stream to reach its caller."""
 
 _log = structlog.get_logger()
 
@@ -126,6 +131,7 @@ class Handlers:
         )
         self._pipelines: set[Pipeline] = set()
         self._draining = threading.Event()
+        self._linger_until = math.inf
         compute = _Method(name="ComputeLoss", request=pb.ComputeLossRequest, answer=service.compute_loss)
         assign = _Method(name="AssignTargets", request=pb.AssignTargetsRequest, answer=service.assign_targets)
         info = _Method(name="GetServerInfo", request=pb.GetServerInfoRequest, answer=service.get_server_info)
@@ -149,8 +155,13 @@ class Handlers:
         """Returns what a `grpc.Server` takes."""
         return grpc.method_handlers_generic_handler(SERVICE_NAME, self._handlers)
 
-    def drain(self) -> None:
-        """Reads no further request from any stream; those that were read are answered, then it ends."""
+    def drain(self, seconds: float) -> None:
+        """Takes no further request from any stream; those that were read are answered, then it ends.
+
+        Args:
+            seconds: How long that may take.
+        """
+        self._linger_until = time.monotonic() + seconds - _END_SECONDS
         self._draining.set()
         for pipeline in list(self._pipelines):
             pipeline.wake()
@@ -199,7 +210,9 @@ class Handlers:
             if not self._streams.take(peer):
                 self._abort(stream.method, too_many(self._streams, "streams"), call)
             tasks = (partial(self._answer_on_stream, stream, body, call, peer) for body in bodies)
-            pipeline = Pipeline(self._stream_pool, self._admission, self._refuse_when_draining)
+            pipeline = Pipeline(
+                self._stream_pool, self._admission, self._refuse_when_draining, lambda: self._linger_until
+            )
             self._pipelines.add(pipeline)
             try:
                 yield from pipeline.answers(tasks)

@@ -1,5 +1,6 @@
 """The requests of one stream, several at a time: the next is read while others are computed or sent."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,11 @@ WIDTH = 4
 """Requests of a stream that are worked on or sent at a time; no more are read, and so the caller waits."""
 
 QUIET_SECONDS = 0.1
-"""For how long nothing has come when a stream is ended by the server: the end of one whose caller is writing
+"""For how long no request has come when the server ends a stream: the end of one whose caller is writing
 would be lost, where the connection ends with it."""
 
 LINGER_SECONDS = 1.0
-"""How long it is waited for at most."""
+"""How long that is waited for at most."""
 
 Task = Callable[[], bytes]
 """Answers one request."""
@@ -30,18 +31,27 @@ class Pipeline:
         pool: Works on them.
         admission: Counts each until its work is done.
         check: Called before a request is read; raises a `LossdError` where none is to be.
+        linger_until: Says until when the stream may be open after that, in seconds of the monotonic clock.
     """
 
-    def __init__(self, pool: Executor, admission: Admission, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        pool: Executor,
+        admission: Admission,
+        check: Callable[[], None],
+        linger_until: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self._pool = pool
         self._admission = admission
         self._check = check
+        self._linger_until = linger_until
         self._places = threading.Semaphore(WIDTH)
         self._done: SimpleQueue[Future[bytes] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Future[bytes]] = set()
         self._ended = False
         self._is_turned_away = False
+        self._answered = threading.Event()
         self._dropped = threading.Event()
         self._failure: BaseException | None = None
 
@@ -97,14 +107,14 @@ class Pipeline:
 
     def _linger(self) -> None:
         """Waits until the caller seems to have stopped sending."""
-        end = time.monotonic() + LINGER_SECONDS
-        while self._dropped.wait(QUIET_SECONDS) and time.monotonic() < end:
+        end = min(time.monotonic() + LINGER_SECONDS, self._linger_until())
+        while (left := end - time.monotonic()) > 0 and self._dropped.wait(min(QUIET_SECONDS, left)):
             self._dropped.clear()
 
     def _read(self, tasks: Iterator[Task]) -> None:
         """Reads requests as long as there are places; whatever ends that, the answers go on.
 
-        What comes after the server has ended the stream is dropped.
+        Where it was the server, what comes once all is answered is dropped.
         """
         try:
             while self._places.acquire():
@@ -114,7 +124,8 @@ class Pipeline:
                     break
             del task
             self._stop()
-            while next(tasks, None) is not None:
+            self._answered.wait()
+            while self._is_turned_away and next(tasks, None) is not None:
                 self._dropped.set()
         except LossdError as error:
             self._end(error)
@@ -150,5 +161,6 @@ class Pipeline:
         with self._lock:
             self._ended = True
         self._places.release()
+        self._answered.set()
         for future in self._open:
             future.cancel()

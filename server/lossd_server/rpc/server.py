@@ -160,7 +160,7 @@ class Server:
         self._metrics.set_state(State.DRAINING)
         self._admission.drain()
         self._engine.drain()
-        self._handlers.drain()
+        self._handlers.drain(grace)
         drained = self._shut_down(grace)
         _log.info("stopped", drained=drained)
 

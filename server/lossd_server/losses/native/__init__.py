@@ -1,10 +1,16 @@
 """The compiled kernels of the losses, called with tensors or arrays."""
 
-from lossd_server.losses.native.focal import are_plain, focal_sum_of_arrays, focal_sums_natively
+from lossd_server.losses.native.focal import (
+    are_alike,
+    are_plain,
+    focal_sum_of_arrays,
+    focal_sums_natively,
+)
 from lossd_server.losses.native.labels import count_objects_natively
 from lossd_server.losses.native.rows import row_sums_natively
 
 __all__ = [
+    "are_alike",
     "are_plain",
     "count_objects_natively",
     "focal_sum_of_arrays",

@@ -84,10 +84,16 @@ def are_plain(logits: Any, labels: Any) -> bool:
         and isinstance(labels, np.ndarray)
         and logits.dtype == _FLOAT32
         and labels.dtype in _ARRAY_LABEL_TYPES
-        and logits.flags.c_contiguous
+        # Those of an extent of 1 as well: by them the kernel decides in which order it adds.
+        and logits.strides == _dense_layout(logits.shape).byte_strides
         and labels.flags.c_contiguous
         and logits.size > 0
     )
+
+
+def are_alike(gradient: NDArray[Any], logits: NDArray[np.float32]) -> bool:
+    """Whether an array lies as the logits do, whose gradient it is to hold."""
+    return gradient.dtype == logits.dtype and gradient.strides == logits.strides
 
 
 def focal_sum_of_arrays(
@@ -112,7 +118,7 @@ def focal_sum_of_arrays(
     library, weights = loaded_library(), _weights(constants)
     if library is None or weights is None:
         return None
-    layout = _dense_layout(logits.shape)
+    layout = _dense_layout(logits.shape).layout
     grid = _Grid(
         address_of(logits),
         None if gradient is None else address_of(gradient),
@@ -206,13 +212,23 @@ def _layout_of(tensor: Tensor) -> Any:
     return _layout(tensor.shape, tensor.stride())
 
 
+class _DenseLayout(NamedTuple):
+    """The `_Layout` of float32 logits without gaps, and their strides in bytes, as numpy has them."""
+
+    layout: _Layout
+    byte_strides: tuple[int, ...]
+
+
 @lru_cache(maxsize=1024)
-def _dense_layout(shape: tuple[int, ...]) -> _Layout:
-    """Returns the layout of logits without gaps, `[N, C]` or `[N, C, H, W]`."""
+def _dense_layout(shape: tuple[int, ...]) -> _DenseLayout:
+    """Returns the layout of logits `[N, C]` or `[N, C, H, W]`."""
     if len(shape) == _MATRIX:
-        return _Layout((1, shape[1], shape[0]), (0, 1, shape[1]))
-    batch, classes, cells = shape[0], shape[1], math.prod(shape[2:])
-    return _Layout((batch, classes, cells), (classes * cells, cells, 1))
+        layout = _Layout((1, shape[1], shape[0]), (0, 1, shape[1]))
+    else:
+        batch, classes, cells = shape[0], shape[1], math.prod(shape[2:])
+        layout = _Layout((batch, classes, cells), (classes * cells, cells, 1))
+    strides = (_FLOAT32.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return _DenseLayout(layout, tuple(strides))
 
 
 @lru_cache(maxsize=1024)
