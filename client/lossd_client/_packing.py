@@ -54,8 +54,10 @@ def put_prediction(
 
 def put_labels(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
     """Does the same for labels: in the smallest type that holds them, unless they lie in shared memory."""
-    array = as_array(value)
-    put_tensor(field, array if storage.holds(array) else narrowed_integers(array), tensor, storage)
+    try:
+        storage.put(as_array(value), tensor, narrowed_integers)
+    except TensorError as error:
+        raise _refused(field, error) from error
 
 
 def put_ground_truth(images: Sequence[Mapping[str, Any]], path: str, item: Any, storage: Storage) -> None:

@@ -1,7 +1,7 @@
 """Where the tensors of a call lie: in memory that the server shares, or in the messages."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -111,8 +111,18 @@ class Storage(Payloads):
             return Storage(None)
         return Storage(pool, tries)
 
-    def put(self, array: AnyArray, tensor: tensor_pb2.Tensor) -> None:
+    def put(
+        self,
+        array: AnyArray,
+        tensor: tensor_pb2.Tensor,
+        form: Callable[[Array], Array] = lambda array: array,
+    ) -> None:
         """Makes an empty message that of an array, which is left as it is until the call has ended.
+
+        Args:
+            array: The array.
+            tensor: The message.
+            form: Returns what goes in place of an array that does not lie in shared memory already.
 
         Raises:
             TensorError: The contract has no such type, or the array too many dimensions.
@@ -121,7 +131,10 @@ class Storage(Payloads):
             if self._put_on_gpu(array, tensor):
                 return
             array = array.numpy()
-        place = self._place(array)
+        place = self._found(array)
+        if place is None:
+            array = form(array)
+            place = self._copied(array)
         if place is None:
             put(array, tensor, self)
         else:
@@ -167,23 +180,28 @@ class Storage(Payloads):
         view.flags.writeable = False
         return view
 
-    def holds(self, array: AnyArray) -> bool:
-        """Returns whether an array lies in shared memory already."""
-        return self._pool is not None and self._pool.find(array) is not None
-
-    def _place(self, array: Array) -> "Slice | None":
-        """Returns where an array lies in shared memory, or its copy; None where it is not worth it."""
+    def _found(self, array: Array) -> "Slice | None":
+        """Returns where an array lies in shared memory, if it does."""
         if self._pool is None or not LEAST_BYTES <= array.nbytes <= self._room:
             return None
-        dtype = DTYPES[data_type_of(array.dtype)]
-        place = self._pool.find(array) if array.dtype == dtype else None
-        if place is None:
-            place = self._pool.allocate(array.shape, dtype)
-            if place is None:
-                return None
+        if array.dtype != DTYPES[data_type_of(array.dtype)]:
+            return None
+        return self._read_at(self._pool.find(array))
+
+    def _copied(self, array: Array) -> "Slice | None":
+        """Returns where a copy of an array lies in shared memory; None where it is not worth it."""
+        if self._pool is None or not LEAST_BYTES <= array.nbytes <= self._room:
+            return None
+        place = self._pool.allocate(array.shape, DTYPES[data_type_of(array.dtype)])
+        if place is not None:
             np.copyto(place.array, array)  # type: ignore[arg-type]  # an array of the host's
-        self._read.append(place.array)
-        self._note(place)
+        return self._read_at(place)
+
+    def _read_at(self, place: "Slice | None") -> "Slice | None":
+        """Takes in where the server reads an array, if anywhere."""
+        if place is not None:
+            self._read.append(place.array)
+            self._note(place)
         return place
 
     def _add_output(

@@ -43,6 +43,8 @@ class Connection:
             self._socket.close()
             raise
         weakref.finalize(self, self._socket.close)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
 
     def pass_region(self, descriptor: int, size: int, request: Request = Request.PASS) -> bytes:
         """Passes a region and returns its id.
@@ -66,9 +68,7 @@ class Connection:
 
     def has_ended(self) -> bool:
         """Whether the server ended it, which is all that it says unasked."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(self._poll.poll(0))
 
     def close(self) -> None:
         """Ends the connection; so does the end of this object."""
