@@ -96,10 +96,10 @@ def bits_of(outcomes: list[Any]) -> list[Any]:
     return [
         (
             outcome.loss.tobytes(),
-            outcome.components,
+            list(outcome.components),
             {name: [array.tobytes() for array in arrays] for name, arrays in outcome.gradients.items()},
             outcome.raw_sums,
-            outcome.non_finite,
+            list(outcome.non_finite),
             None if outcome.kept_rows is None else outcome.kept_rows.tobytes(),
         )
         for outcome in outcomes

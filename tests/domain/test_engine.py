@@ -32,12 +32,18 @@ from lossd_server.errors import (
     Reason,
     UnavailableError,
 )
+from lossd_server.kernels import load_library
 from lossd_server.losses import EvaluationOptions, FocalLoss, LossModule
 from lossd_server.targets import FCOSAssigner
 from tests.domain.jobs import MAKERS, TYPES, bits_of, cpu_engine, custom_job, random_job
 from tests.domain.regions import wait_until
 
 TOGETHER = Batching(together=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels():
+    load_library()  # or else all goes by tensors, until something has
 
 
 class Held(nn.Module):

@@ -1,5 +1,6 @@
 """How a unary call comes in: judged before its body is read, and its place is free when it is over."""
 
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,7 +12,7 @@ from lossd.chunks import Assembly, ChunkError
 from lossd.headers import REQUEST_BYTES
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import Admission, BufferPool, Place
-from lossd_server.errors import InvalidInputError, Reason, UnavailableError
+from lossd_server.errors import CallerGoneError, InvalidInputError, Reason, UnavailableError
 from lossd_server.rpc.bodies import Body, BodyReader
 from lossd_server.rpc.decode import parse
 
@@ -19,6 +20,9 @@ _log = structlog.get_logger()
 
 _PATIENCE = 1.0
 """Seconds for which more of a body is waited for even where others want its place."""
+
+_TOLD_SECONDS = 0.02
+"""In which gRPC tells, after the end of a body, that its call has ended too."""
 
 _MOST_DIGITS = 12
 """Of a size that could be so; Python takes long over numbers of very many."""
@@ -66,10 +70,11 @@ class Door:
             SlowBodyError: It did not come in time.
             InvalidInputError: There is none.
             UnavailableError: It is larger than there is room for.
-            grpc.RpcError: The caller is gone.
+            CallerGoneError, grpc.RpcError: The caller is gone.
         """
         body = self._reader.read(lambda _came: next(bodies, None), call)
         if body is None:
+            _require_caller(call)
             raise InvalidInputError(Reason.MALFORMED_REQUEST, "the call ended without a message", length=0)
         try:
             self._admission.receive(place, len(body))
@@ -85,10 +90,10 @@ class Door:
             SlowBodyError: All of it did not come in time.
             InvalidInputError: They are no message, or one that is larger than any may be.
             UnavailableError: It is larger than there is room for.
-            grpc.RpcError: The caller is gone.
+            CallerGoneError, grpc.RpcError: The caller is gone.
         """
         try:
-            body = Body(self._reader.read(partial(self._put_together, chunks, place), call))
+            body = Body(self._reader.read(partial(self._put_together, chunks, call, place), call))
             self._admission.receive(place, len(body))
         except UnavailableError:
             self._make_room()
@@ -96,7 +101,11 @@ class Door:
         return body
 
     def _put_together(
-        self, chunks: Iterator[Body], place: Place, note_progress: Callable[[], None]
+        self,
+        chunks: Iterator[Body],
+        call: grpc.ServicerContext,
+        place: Place,
+        note_progress: Callable[[], None],
     ) -> memoryview:
         assembly = Assembly(partial(self._allocate, place))
         try:
@@ -104,8 +113,9 @@ class Door:
                 assembly.add(parse(pb.ComputeLossInChunksRequest, chunk.take()))
                 note_progress()
                 if assembly.is_whole:
-                    break
-            return assembly.whole()
+                    return assembly.whole()
+            _require_caller(call)
+            return assembly.whole()  # which says what is missing
         except ChunkError as error:
             raise InvalidInputError(
                 Reason.MALFORMED_REQUEST,
@@ -145,6 +155,16 @@ class Door:
     def close(self) -> None:
         """Lets its thread go."""
         self._reader.close()
+
+
+def _require_caller(call: grpc.ServicerContext) -> None:
+    """Raises `CallerGoneError` where a body ended since its caller ended the call.
+
+    Of that gRPC tells the end of the body first.
+    """
+    ended = threading.Event()
+    if not call.add_callback(ended.set) or ended.wait(_TOLD_SECONDS):
+        raise CallerGoneError(Reason.CANCELLED, "the caller is gone")
 
 
 def _declared_size(call: grpc.ServicerContext) -> int:
