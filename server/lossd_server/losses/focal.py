@@ -155,7 +155,8 @@ class FocalLoss(LossModule):
     ) -> ArrayEvaluation | None:
         """Evaluates prepared logits and labels in numpy; see `LossModule.evaluate_arrays`."""
         logits, labels, valid = arguments["inputs"], arguments["targets"], arguments["valid_count"]
-        if not (self.has_kernels and are_plain(logits, labels)):
+        constants = self.constants
+        if self.reduction is Reduction.NONE or not (constants.has_kernel and are_plain(logits, labels)):
             return None
         if options.gradient_dtype not in _PLAIN_GRADIENTS:
             return None
@@ -163,7 +164,7 @@ class FocalLoss(LossModule):
         gradients = {name: place(name) for name in options.gradients}
         if not all(are_alike(gradient, logits) for gradient in gradients.values()):
             return None
-        total = focal_sum_of_arrays(logits, labels, gradients.get("inputs"), 1 / divisor, self.constants)
+        total = focal_sum_of_arrays(logits, labels, gradients.get("inputs"), 1 / divisor, constants)
         if total is None or not total / divisor <= _LARGEST:
             return None
         return ArrayEvaluation(

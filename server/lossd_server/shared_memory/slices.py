@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +17,9 @@ AnyArray = Array | GpuArray
 """An array of the host's memory, or of a GPU's."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Interval:
+class _Interval(NamedTuple):
+    """A slice of a region; they are ordered by where they begin."""
+
     region_id: bytes
     start: int
     stop: int
@@ -83,7 +82,7 @@ class Slices:
     def check_overlaps(self) -> None:
         """Raises `INVALID_SLICE` where a slice that is written to overlaps any other."""
         reach: dict[bytes, tuple[int, int]] = {}
-        for used in sorted(self._used, key=attrgetter("region_id", "start", "stop")):
+        for used in sorted(self._used):
             any_stop, written_stop = reach.get(used.region_id, (0, 0))
             if used.start < (any_stop if used.written else written_stop):
                 raise self._overlap(used)
