@@ -122,6 +122,8 @@ class Pipeline:
                 task = None if self._ended else next(tasks, None)
                 if task is None or not self._begin(task):
                     break
+            if task is not None:
+                self._dropped.set()
             del task
             self._stop()
             self._answered.wait()
