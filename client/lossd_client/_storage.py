@@ -182,7 +182,7 @@ class Storage(Payloads):
 
     def _found(self, array: Array) -> "Slice | None":
         """Returns where an array lies in shared memory, if it does."""
-        if self._pool is None or not LEAST_BYTES <= array.nbytes <= self._room:
+        if self._pool is None or not self._is_worth_it(array):
             return None
         if array.dtype != DTYPES[data_type_of(array.dtype)]:
             return None
@@ -190,12 +190,15 @@ class Storage(Payloads):
 
     def _copied(self, array: Array) -> "Slice | None":
         """Returns where a copy of an array lies in shared memory; None where it is not worth it."""
-        if self._pool is None or not LEAST_BYTES <= array.nbytes <= self._room:
+        if self._pool is None or not self._is_worth_it(array):
             return None
         place = self._pool.allocate(array.shape, DTYPES[data_type_of(array.dtype)])
         if place is not None:
             np.copyto(place.array, array)  # type: ignore[arg-type]  # an array of the host's
         return self._read_at(place)
+
+    def _is_worth_it(self, array: Array) -> bool:
+        return LEAST_BYTES <= array.nbytes <= self._room
 
     def _read_at(self, place: "Slice | None") -> "Slice | None":
         """Takes in where the server reads an array, if anywhere."""

@@ -19,18 +19,14 @@ _SMALL = 1 << 16
 """Logits below which another thread costs more than it saves."""
 
 _LABEL_TYPES = {
-    torch.int8: 0,
-    torch.uint8: 1,
-    torch.int16: 2,
-    torch.uint16: 3,
-    torch.int32: 4,
-    torch.uint32: 4,
-    torch.int64: 5,
-    torch.uint64: 5,
+    dtype: number
+    for number, names in enumerate(
+        (("int8",), ("uint8",), ("int16",), ("uint16",), ("int32", "uint32"), ("int64", "uint64"))
+    )
+    for name in names
+    for dtype in (np.dtype(name), getattr(torch, name))
 }
-"""Types of labels, by their numbers in focal.c."""
-
-_ARRAY_LABEL_TYPES = {np.dtype(str(dtype).removeprefix("torch.")): n for dtype, n in _LABEL_TYPES.items()}
+"""Types of labels, numpy's and torch's, by their numbers in focal.c."""
 
 _FLOAT32 = np.dtype(np.float32)
 _MATRIX = 2
@@ -83,7 +79,7 @@ def are_plain(logits: Any, labels: Any) -> bool:
         isinstance(logits, np.ndarray)
         and isinstance(labels, np.ndarray)
         and logits.dtype == _FLOAT32
-        and labels.dtype in _ARRAY_LABEL_TYPES
+        and labels.dtype in _LABEL_TYPES
         # Those of an extent of 1 as well: by them the kernel decides in which order it adds.
         and logits.strides == _dense_layout(logits.shape).byte_strides
         and labels.flags.c_contiguous
@@ -133,7 +129,7 @@ def focal_sum_of_arrays(
         scale,
         FLOAT_TYPES[torch.float32],
         FLOAT_TYPES[torch.float32],
-        _ARRAY_LABEL_TYPES[labels.dtype],
+        _LABEL_TYPES[labels.dtype],
     )
     total = ctypes.c_double()
     threads = thread_count(logits.size, _SMALL)
