@@ -247,6 +247,16 @@ def test_empty_grids_are_zero(shape):
     assert not given.rows.any()
 
 
+def test_means_are_the_sums_over_their_divisors_rounded_once():
+    shapes = [(1, 3, 2, 2), (2, 8, 8, 9), (1, 40, 1, 3)]
+    grids = [
+        problem(*logits_and_labels(s), divisor=d) for s, d in zip(shapes, (1.0, 7.0, 1e-30), strict=True)
+    ]
+    found = focal_sums_on_gpu(grids, FocalConstants(alpha=0.25, gamma=2.0))
+    divisors = torch.tensor([grid.divisor for grid in grids], dtype=torch.float64)
+    assert torch.equal(found.means.cpu(), (found.losses.cpu() / divisors).to(torch.float32))
+
+
 def launches(monkeypatch, call):
     """Returns how often programs were launched."""
     from lossd_server.losses.gpu import programs

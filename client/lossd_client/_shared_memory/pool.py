@@ -204,9 +204,13 @@ class Pool:
                 self._release([region])
 
     def _notice_end(self) -> None:
-        """Connects anew where the server has ended the connection, most likely by a restart."""
+        """Connects anew where the server has ended the connection, most likely by a restart.
+
+        Where it was not back yet when that was noticed, what there is to pass to it still waits.
+        """
         if self._connection is not None and self._connection.has_ended():
             self._disconnect()
+        if self._connection is None and self._regions:
             self._connect()
 
     def _connect(self) -> bool:

@@ -136,13 +136,14 @@ class FocalLoss(LossModule):
             labels=labels,
             gradient=None if gradients is None else gradients[0],
             scale=1 / divisor,
+            divisor=divisor,
             rows=rows,
         )
         sums = focal_sums([problem], self.constants)
-        total = sums.losses[0] / divisor
+        mean = sums.losses[0] / divisor if sums.means is None else sums.means[0]
         count = np.array([float(valid)])
         return Evaluation(
-            loss=as_tensor(total, inputs, dtype) if rows is None else _kept(rows, labels),
+            loss=as_tensor(mean, inputs, dtype) if rows is None else _kept(rows, labels),
             gradients={} if gradients is None else {"inputs": gradients[0]},
             raw_sums={"cls_loss": sums.losses, "valid_count": count, "positive_count": count},
             preset=LossPreset.AUTOTIMM,

@@ -48,6 +48,7 @@ class FocalGrid(NamedTuple):
         gradient: `[B, C, S]`, written with `scale · ∂loss/∂logit`, exact zeros where a location takes
             no part; None if not wanted.
         scale: What the gradient is multiplied by.
+        divisor: What the loss is divided by, where a kernel does that.
         rows: `[B, S]`, float64 for float64 logits, otherwise float32: written with the loss of each
             location, summed over classes; None if not wanted.
     """
@@ -58,6 +59,7 @@ class FocalGrid(NamedTuple):
     ignored: Tensor | None = None
     gradient: Tensor | None = None
     scale: float = 1.0
+    divisor: float = 1.0
     rows: Tensor | None = None
 
     def flat(self) -> "FocalGrid":
@@ -85,10 +87,12 @@ class FocalSums(NamedTuple):
     Attributes:
         losses: Summed loss of each grid, `[G]`.
         finite: Whether every logit is; None where nobody looked.
+        means: Each loss over its grid's divisor, `[G]` float32; None where no kernel has divided.
     """
 
     losses: Numbers
     finite: bool | None
+    means: Tensor | None = None
 
 
 def grid(tensor: Tensor) -> Tensor:

@@ -227,6 +227,16 @@ def test_a_restart_is_noticed_before_the_next_call(shared, listening, held):
     again.stop()
 
 
+def test_a_server_that_was_missed_for_a_while_is_found_by_the_next_call(shared, listening, held):
+    array = allocate(shared, 100)
+    listening.stop()
+    assert shared.find(array) is None
+    again = started(listening.path, held)
+    assert len(held.find(shared.find(array).region_id)) == MEBIBYTE
+    shared.close()
+    again.stop()
+
+
 def test_a_closed_pool_leaves_its_arrays(shared, held):
     array = allocate(shared, 100)
     array[:] = 3

@@ -94,8 +94,10 @@ def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> 
     programs = loaded_programs()
     if programs is None or not grids or not all(applies(grid, constants) for grid in grids):
         return None
-    launches = focal_launches(grids, constants, programs)
-    return FocalSums(losses=run(launches, len(grids), grids[0].logits.device, programs), finite=None)
+    launches = focal_launches(grids, constants, programs, len(grids))
+    totals = run(launches, 2 * len(grids), grids[0].logits.device, programs)
+    losses, means = totals[: len(grids)], totals[len(grids) :].view(torch.float32)[::2]
+    return FocalSums(losses=losses, finite=None, means=means)
 
 
 def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
@@ -120,15 +122,15 @@ def variant_of(grid: FocalGrid, constants: FocalConstants) -> FocalVariant:
 
 
 def focal_launches(
-    grids: Sequence[FocalGrid], constants: FocalConstants, programs: ModuleType
+    grids: Sequence[FocalGrid], constants: FocalConstants, programs: ModuleType, first_mean: int
 ) -> list[Launch]:
-    """Returns the launches, with their totals in the order of grids.
+    """Returns the launches: grids of one variant go together, up to `MOST_GRIDS`.
 
-    Grids of one variant go together, up to `MOST_GRIDS`.
+    Totals are losses in the order of grids, and means, from `first_mean` on: float32 in the room of float64.
     """
     variants = [variant_of(grid, constants) for grid in grids]
     return [
-        _launch(grids, numbers, constants, variant, programs)
+        _launch(grids, numbers, constants, variant, programs, first_mean)
         for variant, numbers in alike(variants, MOST_GRIDS)
     ]
 
@@ -139,6 +141,7 @@ def _launch(
     constants: FocalConstants,
     variant: FocalVariant,
     programs: ModuleType,
+    first_mean: int,
 ) -> Launch:
     labels = [_labels(grids[i]) for i in numbers]
     shares = [_shares(grids[i], variant.tile) for i in numbers]
@@ -147,7 +150,7 @@ def _launch(
     header = [*map(bits_of, weights), 0]
     firsts = [*accumulate(counts[:-1], initial=0), *[FREE] * (MOST_GRIDS - len(numbers))]
     fields = [
-        [*_fields(grids[i], mine, variant, share), 0, i]
+        [*_fields(grids[i], mine, variant, share), 0, i, first_mean + i, bits_of(grids[i].divisor)]
         for i, mine, share in zip(numbers, labels, shares, strict=True)
     ]
     return Launch(
@@ -193,7 +196,7 @@ def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
 
 
 def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: _Shares) -> Words:
-    """Returns the grid's words but the last two; the program knows them by their places."""
+    """Returns the grid's words but the last four; the program knows them by their places."""
     gradient = grid.logits if grid.gradient is None else grid.gradient
     ignored = labels if grid.ignored is None else grid.ignored
     rows = labels if grid.rows is None else grid.rows

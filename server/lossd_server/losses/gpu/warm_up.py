@@ -52,7 +52,7 @@ def _compile_focal(variant: FocalVariant, device: torch.device, programs: Module
     labels = torch.zeros(1, 4, dtype=torch.int64, device=device)
     problem = FocalGrid(logits=grid(logits), labels=labels, gradient=gradient)
     constants = FocalConstants(alpha=None, gamma=2.0 if variant.square else 1.0)
-    run(focal_launches([problem], constants, programs), 1, device, programs)
+    run(focal_launches([problem], constants, programs, 1), 2, device, programs)
 
 
 def _compile_rows(variant: RowsVariant, device: torch.device, programs: ModuleType) -> None:

@@ -11,15 +11,15 @@ HEADER = tl.constexpr(4)
 """Words before the first tile of each grid: gamma, the negative weight, the positive weight, nothing."""
 MOST_GRIDS = tl.constexpr(32)
 """Grids of a launch; a table has room for so many."""
-FIELDS = tl.constexpr(29)
+FIELDS = tl.constexpr(31)
 """Words of the table for a grid.
 
 Addresses: 0 logits, 1 gradient, 2 labels, 3 ignored, 4 rows; 0 where there is none. 5 the scale. Sizes: 6
 classes, 7 cells. Strides of images, classes and cells: 8 of the logits, 11 of the gradient. Strides of
 images and cells: 14 of the labels, 16 of ignored, 18 of the rows. Then 20 whether labels are int64,
 21 whether there is background, 22 whether lines of numbers begin and end on 16 bytes, 23 classes of a
-tile, 24 blocks of cells, 25 parts of classes, 26 its tiles, 27 how many of them are done: 0, 28 the place of
-its total.
+tile, 24 blocks of cells, 25 parts of classes, 26 its tiles, 27 how many of them are done: 0. Places of 28 its
+loss and 29 its mean, and 30 what that is divided by.
 """
 
 _NONE = tl.constexpr(-200.0)
@@ -44,7 +44,7 @@ def focal_program(
 
     Args:
         table: The header, the first tile of each grid, and the grids' fields; see `FIELDS`.
-        totals: The losses of grids, float64, each at its place.
+        totals: The losses of grids, float64, and their means, float32 in as much room, each at its place.
         sums: The loss of each tile, float64.
         LOGITS: Type of the logits.
         GRADIENT: Type of the gradients; None if there are none.
@@ -87,7 +87,10 @@ def focal_program(
     tl.store(sums + tile, tl.sum(loss.to(tl.float64), axis=0))
     count = tl.load(grid + 26)
     if is_last(grid + 27, count):
-        tl.store(totals + tl.load(grid + 28), sum_of(sums + first_tile, count))
+        total = sum_of(sums + first_tile, count)
+        tl.store(totals + tl.load(grid + 28), total)
+        mean = (totals + tl.load(grid + 29)).to(tl.pointer_type(tl.float32))
+        tl.store(mean, (total / float64_of(tl.load(grid + 30))).to(tl.float32))
 
 
 @triton.jit
