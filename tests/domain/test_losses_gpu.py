@@ -21,6 +21,7 @@ from lossd_server.losses.gpu import (
     compile_programs,
     focal_sums_on_gpu,
     head_sums_on_gpu,
+    launch,
     library,
     load_programs,
     row_sums_on_gpu,
@@ -308,6 +309,32 @@ def test_same_bits_every_time():
     for _ in range(2):
         assert torch.equal(solve(given), first)
         assert torch.equal(given[0].gradient, gradient)
+
+
+def test_who_comes_again_with_the_same_uploads_nothing():
+    given = [problem(*logits_and_labels((2, 17, 9, 9), seed=i)) for i in range(2)]
+    first = solve(given)
+    uploads = launch._table.cache_info().misses
+    given[0].logits.neg_()
+    changed = solve(given)
+    assert launch._table.cache_info().misses == uploads
+    assert changed[0] != first[0]
+    assert changed[1] == first[1]
+
+
+@needs_gpu
+def test_streams_at_a_time_do_not_count_for_each_other():
+    given = [problem(*logits_and_labels((4, 80, 60, 60), seed=i)) for i in range(3)]
+    expected = solve(given)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(focal_sums_on_gpu(given, FocalConstants(alpha=0.25, gamma=2.0)).losses)
+        torch.cuda.synchronize()
+        assert all(torch.equal(losses.cpu(), expected) for losses in found)
 
 
 def test_float64_and_odd_types_are_left_to_torch():

@@ -1,8 +1,9 @@
-"""Launches programs over tables of addresses: one upload, no wait."""
+"""Launches programs over tables of addresses: one upload at most, no wait."""
 
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from itertools import accumulate, chain
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +16,9 @@ T = TypeVar("T", bound=Hashable)
 
 Words = list[int]
 """Part of a table: int64, as a list until all of it is there, which is quicker than arrays of a few."""
+
+_KEPT_TABLES = 256
+"""Of what was launched last: a few kB each."""
 
 FREE = (1 << 63) - 1
 """Where the first program of a grid or group that is not there would be."""
@@ -49,10 +53,11 @@ def run(launches: Sequence[Launch], total_count: int, device: torch.device, prog
     """Runs launches, and returns the totals that they write: float64 on the device.
 
     Addresses, sizes and strides go by a table and never as arguments, for which Triton would compile
-    again: where they are 1, or multiples of 16.
+    again: where they are 1, or multiples of 16. Whoever comes again with the same, as the next step of a
+    training does, finds its table there.
     """
     padded = [launch.words + [0] * (len(launch.words) % 2) for launch in launches]
-    tables = _upload(list(chain(*padded)), device)
+    tables = _table(tuple(chain(*padded)), device, _stream(device))
     numbers = torch.empty(
         _even(total_count) + sum(_even(launch.sum_count) for launch in launches),
         dtype=torch.float64,
@@ -91,9 +96,18 @@ def _even(count: int) -> int:
     return count + count % 2
 
 
-def _upload(words: Words, device: torch.device) -> Tensor:
-    """Copies words to the device; so few go with the command itself, and have been read when this returns."""
+@lru_cache(_KEPT_TABLES)
+def _table(words: tuple[int, ...], device: torch.device, _stream: int) -> Tensor:
+    """Returns words on the device; so few go with the command itself, and have been read when this returns.
+
+    A table is of one stream, whose launches come one after another: programs count there what is done, and
+    the last of them puts the count back.
+    """
     return torch.from_numpy(np.array(words, np.int64)).to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -8,8 +8,14 @@ _WIDTH = tl.constexpr(1024)
 
 @triton.jit
 def is_last(done, count):
-    """Counts a program as done; whether all `count` are now, and what others have stored can be read."""
-    return tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == count - 1
+    """Counts a program as done; whether all `count` are now, and what others have stored can be read.
+
+    Nothing is counted then any more, for who comes with this table next.
+    """
+    last = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(done, 0)
+    return last
 
 
 @triton.jit
