@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from itertools import product
 from threading import Event
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from lossd_server.errors import InvalidInputError
 from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, fcos_terms
@@ -26,6 +28,7 @@ from lossd_server.losses.gpu import (
     load_programs,
     row_sums_on_gpu,
 )
+from lossd_server.losses.gpu.focal import _steps_each as steps_each
 from lossd_server.losses.row_group import RowGroup
 from tests.domain import oracle_losses as oracle
 
@@ -335,6 +338,19 @@ def test_streams_at_a_time_do_not_count_for_each_other():
                 found.append(focal_sums_on_gpu(given, FocalConstants(alpha=0.25, gamma=2.0)).losses)
         torch.cuda.synchronize()
         assert all(torch.equal(losses.cpu(), expected) for losses in found)
+
+
+@pytest.mark.parametrize("blocks", [320, 340, 400, 480, 640, 1280, 1320])
+def test_no_program_is_left_over_where_all_find_room(blocks):
+    programs = blocks * -(-80 // steps_each(blocks, 80, room=1320))
+    assert 900 <= programs <= 1320
+
+
+@hypothesis.given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 3000))
+def test_a_program_is_given_what_there_is_and_many_take_as_long_as_can_be(blocks, steps, room):
+    assert 1 <= steps_each(blocks, steps, room) <= steps
+    assert steps_each(blocks * steps * room, 1, room) == 1
+    assert steps_each(room, steps, room) == steps
 
 
 def test_float64_and_odd_types_are_left_to_torch():

@@ -1,6 +1,7 @@
 """The focal program, called with tensors."""
 
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from itertools import accumulate, chain
 from types import ModuleType
 from typing import NamedTuple
@@ -15,8 +16,17 @@ from lossd_server.losses.gpu.library import loaded_programs
 MOST_GRIDS = 32
 """As in programs/focal.py."""
 
-_TILES = 1024
-"""A grid is divided until it has so many tiles, if it can be: about what a large GPU works on at once."""
+_ROOM_IN_TESTS = 1024
+"""Programs at a time, where there is no GPU to be asked."""
+
+_REGISTERS = 1 << 16
+"""Of a multiprocessor, on every GPU that Triton compiles for."""
+
+_STEPS_TO_BEGIN = 2
+"""What a program takes to begin and to end, in steps, measured on an H100."""
+
+_DIVISIONS = 1024
+"""That are remembered."""
 
 
 class _Tile(NamedTuple):
@@ -188,11 +198,47 @@ def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
     """Returns how a grid is divided. Rows are written whole."""
     images, classes, cells = grid.logits.shape
     blocks = -(-cells // tile.cells)
-    steps = max(-(-classes // tile.classes), 1)
-    wanted = 1 if grid.rows is not None else -(-_TILES // max(images * blocks, 1))
-    steps_each = max(steps // wanted, 1)
+    steps_each = steps = max(-(-classes // tile.classes), 1)
+    if grid.rows is None:
+        steps_each = _steps_each(max(images * blocks, 1), steps, _room(grid.logits.device, tile))
     parts = -(-steps // steps_each)
     return _Shares(steps_each * tile.classes, max(blocks, 1), parts, max(images * blocks * parts, 1))
+
+
+@cache
+def _room(device: torch.device, tile: _Tile) -> int:
+    """Returns how many programs a GPU works on at a time: those that it has registers and threads for."""
+    if device.type != "cuda":
+        return _ROOM_IN_TESTS
+    gpu = torch.cuda.get_device_properties(device)
+    threads = 32 * tile.warps
+    by_registers = _REGISTERS // (threads * tile.registers)
+    by_threads = gpu.max_threads_per_multi_processor // threads
+    return int(gpu.multi_processor_count * max(min(by_registers, by_threads), 1))
+
+
+@lru_cache(_DIVISIONS)
+def _steps_each(blocks: int, steps: int, room: int) -> int:
+    """Returns how many steps a program is given, so that all are done soonest, to all that is known.
+
+    Where there is one program more than there is room for, it runs alone when all others are done.
+
+    Args:
+        blocks: Blocks of cells of all images.
+        steps: Steps that each of them takes.
+        room: Programs that run at a time.
+    """
+
+    def time_of(steps_each: int) -> float:
+        rounds, rest = divmod(blocks * -(-steps // steps_each), room)
+        time = float(rounds) * (steps_each + _STEPS_TO_BEGIN)
+        if rest:
+            # Memory answers one program hardly sooner than half of them.
+            time += (1 + (rest / room) ** 2) / 2 * steps_each + _STEPS_TO_BEGIN
+        return time
+
+    # Longer ones first: of those that are done at the same time, few long programs are better.
+    return min(sorted({-(-steps // parts) for parts in range(1, steps + 1)}, reverse=True), key=time_of)
 
 
 def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: _Shares) -> Words:
