@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from lossd.v1 import loss_service_pb2 as pb
@@ -289,7 +290,12 @@ def _reduction(kind: str, name: str) -> Any:
 
 def _enum(wire: Any, prefix: str, field: str, name: str) -> Any:
     """Returns the contract's number for a name; raises `InvalidInputError` when there is none."""
-    if (key := f"{prefix}{str(name).upper()}") not in wire.keys():  # noqa: SIM118  # no mapping, but it has keys()
+    return _number(wire, prefix, field, str(name))
+
+
+@lru_cache(maxsize=256)
+def _number(wire: Any, prefix: str, field: str, name: str) -> Any:
+    if (key := f"{prefix}{name.upper()}") not in wire.keys():  # noqa: SIM118  # no mapping, but it has keys()
         names = [k.removeprefix(prefix).lower() for k in wire.keys()[1:]]
         reason = pb.ERROR_REASON_INVALID_OPTION
         raise refused_here(reason, f"is {name!r}, want one of {', '.join(names)}", field=field, value=name)

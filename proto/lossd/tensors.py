@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lossd.gpu_memory import GpuArray
 from lossd.v1 import tensor_pb2 as pb
-from lossd.wire import Payloads
+from lossd.wire import Buffer, Payloads
 
 Array = NDArray[Any]
 
@@ -93,7 +93,7 @@ def put(array: Array, tensor: pb.Tensor, payloads: Payloads | None = None) -> No
     if payloads is None:
         tensor.inline = little_endian.tobytes()
     else:
-        tensor.inline = payloads.hold(np.ascontiguousarray(little_endian))
+        tensor.inline = payloads.hold(little_endian)
 
 
 def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
@@ -107,9 +107,12 @@ def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
         TensorError: The type is unknown, an extent is negative, the storage is not exactly as long
             as shape and type say, or a bool is neither 0 nor 1.
     """
-    dtype, shape = layout(tensor)
+    return array_of(tensor.inline if payloads is None else payloads.get(tensor.inline), *layout(tensor))
+
+
+def array_of(data: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """Returns the array of a type and shape that bytes hold; see `unpack`."""
     expected = math.prod(shape) * dtype.itemsize
-    data = tensor.inline if payloads is None else payloads.get(tensor.inline)
     if len(data) != expected:
         raise TensorError(
             "INVALID_TENSOR",
@@ -177,6 +180,8 @@ def _check_dimensions(shape: Sequence[int]) -> None:
 
 def _check_shape(shape: Sequence[int]) -> None:
     _check_dimensions(shape)
+    if min(shape, default=1) > 0 and math.prod(shape) <= _MAX_BYTES // 8:
+        return
     size = 8
     for axis, extent in enumerate(shape):
         if extent < 0:
@@ -205,7 +210,7 @@ def _aligned(array: Array) -> Array:
 
 def check_bools(array: Array) -> None:
     """Raises `TensorError` where an array of bools holds a byte that is neither 0 nor 1."""
-    if array.dtype != np.bool_:
+    if array.dtype.kind != "b":
         return
     flat = array.reshape(-1).view(np.uint8)
     stray = flat > 1

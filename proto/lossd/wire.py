@@ -8,13 +8,13 @@ has each begin where a reader can use it as it lies: the number in front, `Tenso
 up to three bytes more than it needs, as protobuf allows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from lossd.v1 import loss_service_pb2
@@ -59,9 +59,9 @@ class Payloads:
         size: Bytes of all payloads, and of what aligns them, at most.
     """
 
-    def __init__(self) -> None:
-        self._buffers: list[Buffer] = []
-        self.size = 0
+    def __init__(self, buffers: Sequence[Buffer] = ()) -> None:
+        self._buffers = list(buffers)
+        self.size = sum(map(len, buffers)) + _ALIGNMENT * len(buffers)
 
     def __len__(self) -> int:
         return len(self._buffers)
@@ -72,7 +72,7 @@ class Payloads:
         self.size = 0
 
     def hold(self, array: NDArray[Any]) -> bytes:
-        """Returns what stands for a contiguous array in `Tensor.inline`.
+        """Returns what stands for an array in `Tensor.inline`.
 
         A small array stands for itself, unless it looks like a stand-in.
         """
@@ -80,7 +80,7 @@ class Payloads:
             inline = array.tobytes()
             if not inline.startswith(_MARKER):
                 return inline
-        return self.add(array.reshape(-1).view(np.uint8).data)
+        return self.add(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def add(self, buffer: Buffer) -> bytes:
         """Returns the stand-in of bytes."""
@@ -159,6 +159,21 @@ class Parcel(Generic[M]):
         return walk.rewritten(_fields_with_payloads(self.message.DESCRIPTOR), 0, len(skeleton))
 
 
+def cut_out(message_type: type[M], data: bytes, most_fields: int) -> tuple[M, list[tuple[int, int]]] | None:
+    """Returns a message with a stand-in for the bytes of each of its tensors, and where these lie, in order.
+
+    None where it is better left to protobuf: malformed, unusual, or of more fields than are looked at.
+    """
+    payloads = Payloads()
+    walk = _Walk(data, wanted=lambda _start, _stop: True, replace=payloads.add, steps=most_fields)
+    try:
+        skeleton = b"".join(walk.rewritten(_fields_with_payloads(message_type.DESCRIPTOR), 0, len(data)))
+        message = message_type.FromString(skeleton)
+    except (_NotUnderstoodError, DecodeError):
+        return None
+    return (message, walk.places) if skeleton.count(_MARKER) == len(payloads) else None
+
+
 class _NotUnderstoodError(Exception):
     """Bytes that are better left to protobuf: malformed, padded, or too many small fields."""
 
@@ -186,6 +201,9 @@ class _Walk:
     It descends only into the fields that may hold one. Whatever it passes over it copies as it lies,
     and so need not judge.
 
+    Attributes:
+        places: Where each payload lay, start and stop.
+
     Args:
         data: The message.
         wanted: Whether the field between two places is to be looked into.
@@ -209,6 +227,7 @@ class _Walk:
         self._replace = replace
         self._steps = steps
         self._padding = iter(padding)
+        self.places: list[tuple[int, int]] = []
 
     def rewritten(self, fields: _Fields, at: int, end: int) -> list[Buffer]:
         """Returns the message between two places, in pieces.
@@ -227,6 +246,7 @@ class _Walk:
             if inner is _PAYLOAD:
                 given = self._view[start:stop]
                 content = [self._replace(given)]
+                self.places.append((start, stop))
                 padding = next(self._padding) if content[0] is not given else 0
                 if padding and copied == at and self._data[at] == _DTYPE_TAG and self._data[at + 1] < 0x80:
                     pieces.append(_lengthened(self._data[at + 1], padding))

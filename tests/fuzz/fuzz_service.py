@@ -13,7 +13,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["lossd", "lossd_server.rpc", "lossd_server.checks"]):
-    from lossd_server.rpc import decode
+    from lossd_server.rpc.forms import Forms
     from lossd_server.rpc.service import LossService
 
 import torch
@@ -33,6 +33,7 @@ METHODS = (
     ("ComputeLoss", pb.ComputeLossRequest, SERVICE.compute_loss),
     ("AssignTargets", pb.AssignTargetsRequest, SERVICE.assign_targets),
 )
+FORMS = {name: Forms(kind) for name, kind, _ in METHODS}
 VALID = valid_requests()
 
 
@@ -44,9 +45,9 @@ def main() -> None:
 def _one_input(data: bytes) -> None:
     if not data:
         return
-    _, kind, answer = METHODS[data[0] % len(METHODS)]
+    name, _, answer = METHODS[data[0] % len(METHODS)]
     try:
-        answer(decode.parse(kind, data[1:]), Stages(), Caller())
+        answer(FORMS[name].read(data[1:]), Stages(), Caller())
     except LossdError as error:
         if error.reason is Reason.INTERNAL:
             raise

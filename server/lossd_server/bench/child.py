@@ -13,11 +13,12 @@ import structlog
 from lossd.channel_options import server_options
 from lossd.tensors import Array
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel, Payloads
+from lossd.wire import Payloads
 from lossd_server.bench import process
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, keep_freed_memory, resolve_device
 from lossd_server.rpc import Server, decode, encode
+from lossd_server.rpc.forms import Request
 
 ECHO = "/lossd.bench.Bare/Echo"
 """Answers with the bytes that it was sent."""
@@ -98,7 +99,7 @@ class _Bare(grpc.GenericRpcHandler):
 
     def _stock(self, data: bytes, _call: grpc.ServicerContext) -> bytes:
         request = pb.ComputeLossRequest.FromString(data)
-        job = decode.read_loss_job(Parcel(request), self._engine.custom_losses)
+        job = decode.read_loss_job(Request(request), self._engine.custom_losses)
         outcomes, _timing = self._engine.compute(job)
         response = pb.ComputeLossResponse()
         for outcome in outcomes:

@@ -14,7 +14,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import Admission, BufferPool, Place
 from lossd_server.errors import CallerGoneError, InvalidInputError, Reason, UnavailableError
 from lossd_server.rpc.bodies import Body, BodyReader
-from lossd_server.rpc.decode import parse
+from lossd_server.rpc.forms import parse
 
 _log = structlog.get_logger()
 

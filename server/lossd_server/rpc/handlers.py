@@ -25,8 +25,8 @@ from lossd_server.engine import Admission, Home, LockedBudget, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.bodies import Body
 from lossd_server.rpc.caller import Caller
-from lossd_server.rpc.decode import parse
 from lossd_server.rpc.door import Door
+from lossd_server.rpc.forms import Forms, Request, parse
 from lossd_server.rpc.method_names import IN_CHUNKS, STREAM
 from lossd_server.rpc.metrics import MethodMetrics, Metrics
 from lossd_server.rpc.pipeline import WIDTH, Pipeline
@@ -51,10 +51,10 @@ _Form = Callable[[Sequence[Buffer]], T]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Method:
-    """A method: the name that metrics and logs use, its request type, and what answers it."""
+    """A method: the name that metrics and logs use, what reads its requests, and what answers them."""
 
     name: str
-    request: type[Any]
+    forms: Forms[Any]
     answer: Callable[[Any, Stages, Caller], Any]
 
 
@@ -132,9 +132,13 @@ class Handlers:
         self._pipelines: set[Pipeline] = set()
         self._draining = threading.Event()
         self._linger_until = math.inf
-        compute = _Method(name="ComputeLoss", request=pb.ComputeLossRequest, answer=service.compute_loss)
-        assign = _Method(name="AssignTargets", request=pb.AssignTargetsRequest, answer=service.assign_targets)
-        info = _Method(name="GetServerInfo", request=pb.GetServerInfoRequest, answer=service.get_server_info)
+        compute = _Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=service.compute_loss)
+        assign = _Method(
+            name="AssignTargets", forms=Forms(pb.AssignTargetsRequest), answer=service.assign_targets
+        )
+        info = _Method(
+            name="GetServerInfo", forms=Forms(pb.GetServerInfoRequest), answer=service.get_server_info
+        )
         compute_stream = _StreamMethod(
             method=compute,
             request=pb.ComputeLossStreamRequest,
@@ -234,7 +238,7 @@ class Handlers:
     ) -> T:
         with self._observed(method, len(body), call) as stages:
             with stages.timed("decode"):
-                requests = [parse(method.request, body.take())]
+                requests = [method.forms.read(body.take())]
             caller = Caller.of(call, place.peer, partial(self._admission.grow, place))
             # Handed over, so that the service can let go of it while it waits.
             response = method.answer(requests.pop(), stages, caller)
@@ -281,10 +285,10 @@ class Handlers:
             raise UnavailableError(Reason.DRAINING, "the server is stopping")
 
 
-def _request_in(envelope: Parcel[Any]) -> Parcel[Any]:
+def _request_in(envelope: Parcel[Any]) -> Request[Any]:
     if not envelope.message.HasField("request"):
         raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="request")
-    return Parcel(envelope.message.request, envelope.payloads)
+    return Request(envelope.message.request, envelope.payloads)
 
 
 def _as_lossd_error(error: Exception) -> LossdError:

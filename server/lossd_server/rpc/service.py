@@ -11,6 +11,7 @@ from lossd_server.engine import Engine, describe_device
 from lossd_server.rpc import decode, encode
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, numbers_of
+from lossd_server.rpc.forms import Request
 from lossd_server.rpc.losses import LOSS_KINDS
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.stages import Stages
@@ -31,7 +32,7 @@ class LossService:
         self._began = time.monotonic()
 
     def compute_loss(
-        self, request: Parcel[pb.ComputeLossRequest], stages: Stages, caller: Caller
+        self, request: Request[pb.ComputeLossRequest], stages: Stages, caller: Caller
     ) -> Parcel[pb.ComputeLossResponse]:
         """Evaluates a batch of items."""
         with stages.timed("decode"):
@@ -51,7 +52,7 @@ class LossService:
         return answer
 
     def assign_targets(
-        self, request: Parcel[pb.AssignTargetsRequest], stages: Stages, caller: Caller
+        self, request: Request[pb.AssignTargetsRequest], stages: Stages, caller: Caller
     ) -> Parcel[pb.AssignTargetsResponse]:
         """Assigns targets to a batch of items."""
         with stages.timed("decode"):
@@ -79,7 +80,7 @@ class LossService:
         return answer
 
     def get_server_info(
-        self, _request: Parcel[pb.GetServerInfoRequest], _stages: Stages, caller: Caller
+        self, _request: Request[pb.GetServerInfoRequest], _stages: Stages, caller: Caller
     ) -> Parcel[pb.GetServerInfoResponse]:
         """Says what this server is and offers."""
         info = pb.GetServerInfoResponse(

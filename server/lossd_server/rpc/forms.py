@@ -1,0 +1,152 @@
+"""Requests that have come before, but for the bytes of their tensors: they are known again, and not parsed.
+
+Whoever trains asks for the same again and again. What such requests have in common is their form: all
+bytes but those of tensors, each in its place. Protobuf would make the same message of every one, with other
+bytes in its tensors; so that message is kept, and what is read of it as well.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from lossd.wire import LARGE_BYTES, Buffer, Parcel, Payloads, cut_out
+from lossd_server.errors import InvalidInputError, Reason
+
+M = TypeVar("M", bound=Message)
+P = TypeVar("P")
+
+_MOST_FORMS = 128
+"""That are kept, those of the requests that came first are forgotten first."""
+
+_MOST_FIXED_BYTES = 4 << 10
+"""Of a form: what has more of them has many tensors, and gains little."""
+
+_MOST_FIELDS = 256
+"""Likewise, so that learning a form is no long work."""
+
+_BEGINNING = 12
+"""Bytes by which forms are told apart at first sight, with their length: no tensor's are among them."""
+
+_MOST_TRIES = 8
+"""To learn a form of one beginning: where others take turns with it, none is learned any more."""
+
+
+class Form(Generic[M]):
+    """What some requests have in common.
+
+    Attributes:
+        message: A message with stand-ins for the bytes of its tensors; nobody may change it.
+        plan: What was made of it; None before.
+    """
+
+    __slots__ = ("_fixed", "_places", "message", "plan")
+
+    def __init__(self, message: M, data: bytes, places: list[tuple[int, int]]) -> None:
+        self.message = message
+        self.plan: Any = None
+        self._places = places
+        starts = [0, *(stop for _, stop in places)]
+        stops = [*(start for start, _ in places), len(data)]
+        self._fixed = [(start, data[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """How many bytes are the same in each request."""
+        return sum(len(fixed) for _, fixed in self._fixed)
+
+    def payloads_of(self, data: bytes) -> Payloads | None:
+        """Returns what stand-ins stand for in a request as long as this; None where its form is another."""
+        for start, fixed in self._fixed:
+            if not data.startswith(fixed, start):
+                return None
+        return Payloads([data[start:stop] for start, stop in self._places])
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[M]):
+    """A request: its message, what the message's stand-ins stand for, and its form if that is known."""
+
+    message: M
+    payloads: Payloads = field(default_factory=Payloads)
+    form: Form[M] | None = None
+
+    def planned(self, make: Callable[[M], P]) -> P:
+        """Returns what is made of the message alone, once for all requests of a form."""
+        if self.form is None:
+            return make(self.message)
+        if self.form.plan is None:
+            self.form.plan = make(self.message)
+        plan: P = self.form.plan
+        return plan
+
+
+class _Try:
+    """What came of requests of one length and beginning: the latest form, and how often one was learned."""
+
+    __slots__ = ("count", "form")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.form: Form[Any] | None = None
+
+
+class Forms(Generic[M]):
+    """Reads the requests of a method. Threads may share it.
+
+    Args:
+        message_type: Their type.
+    """
+
+    def __init__(self, message_type: type[M]) -> None:
+        self._type = message_type
+        self._tries: dict[tuple[int, bytes], _Try] = {}
+        self._lock = threading.Lock()
+
+    def read(self, data: Buffer) -> Request[M]:
+        """Returns the request that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
+        if isinstance(data, bytes) and len(data) < LARGE_BYTES:
+            key = len(data), data[:_BEGINNING]
+            known = self._tries.get(key)
+            if known is None:
+                self._remember(key)  # one that comes once need not be learned
+            elif (found := self._cast(data, known.form) or self._learn(data, known)) is not None:
+                return found
+        parcel = parse(self._type, data)
+        return Request(parcel.message, parcel.payloads)
+
+    def _cast(self, data: bytes, form: Form[M] | None) -> Request[M] | None:
+        payloads = None if form is None else form.payloads_of(data)
+        return None if form is None or payloads is None else Request(form.message, payloads, form)
+
+    def _learn(self, data: bytes, known: _Try) -> Request[M] | None:
+        """Takes a form from a request whose length and beginning were seen before."""
+        if known.count >= _MOST_TRIES:
+            return None
+        known.count += 1
+        parts = cut_out(self._type, data, _MOST_FIELDS)
+        form = None if parts is None else Form(parts[0], data, parts[1])
+        if form is None or form.fixed_bytes > _MOST_FIXED_BYTES:
+            known.count = _MOST_TRIES
+            return None
+        known.form = form
+        return self._cast(data, form)
+
+    def _remember(self, key: tuple[int, bytes]) -> None:
+        with self._lock:
+            while len(self._tries) >= _MOST_FORMS:
+                del self._tries[next(iter(self._tries))]
+            self._tries[key] = _Try()
+
+
+def parse(message_type: type[M], data: Buffer) -> Parcel[M]:
+    """Returns the message that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
+    try:
+        return Parcel.read(message_type, data)
+    except DecodeError as error:
+        name = message_type.DESCRIPTOR.full_name
+        raise InvalidInputError(
+            Reason.MALFORMED_REQUEST, f"{len(data)} bytes are no {name}", length=len(data), type=name
+        ) from error
