@@ -122,25 +122,34 @@ def test_stand_ins_of_a_senders_own_making_stand_for_nothing(rng, at):
         assert_reads_as_protobuf(forms, pb.ComputeLossRequest, data)
 
 
-def test_forms_that_take_turns_are_not_learned_for_ever(rng, monkeypatch):
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (4, 4), (5, 8 + 100 // 8), (12, 8 + 240 // 8)])
+def test_a_few_forms_may_take_turns_and_more_are_seldom_learned(rng, monkeypatch, count, most):
     learned = []
     cut_out = module.cut_out
     monkeypatch.setattr(module, "cut_out", lambda *given: learned.append(1) or cut_out(*given))
     forms = Forms(pb.ComputeLossRequest)
-    strict, lenient = focal(rng), focal(rng)
-    strict.strict, lenient.component_gradients = True, True  # of one length and beginning
-    for _ in range(20):
-        for request in (strict, lenient):
-            assert_reads_as_protobuf(forms, pb.ComputeLossRequest, request.SerializeToString())
-    assert len(learned) == module._MOST_TRIES
+    for turn in range(20 * count):
+        request = focal(rng)
+        request.gradient_dtype = turn % count + 1  # of one length and beginning
+        assert_reads_as_protobuf(forms, pb.ComputeLossRequest, request.SerializeToString())
+    assert count <= len(learned) <= most or len(learned) == 8
+
+
+def test_what_is_known_again_earns_new_forms(rng):
+    forms = Forms(pb.ComputeLossRequest)
+    for dtype in range(1, 12):
+        request = focal(rng)
+        request.gradient_dtype = dtype
+        known = [forms.read(request.SerializeToString()).form is not None for _ in range(9)]
+        assert known[-1]
 
 
 def test_what_is_kept_is_bounded(rng):
     forms = Forms(pb.AssignTargetsRequest)
     for _ in range(2):
-        for boxes in range(2 * module._MOST_FORMS):
+        for boxes in range(2 * module._MOST_KEPT):
             forms.read(assign_request([scene(rng, (64, 96), boxes)]).SerializeToString())
-    assert len(forms._tries) == module._MOST_FORMS
+    assert len(forms._known) == module._MOST_KEPT
     items = focal(rng)
     items.items.extend([items.items[0]] * 200)
     large = Forms(pb.ComputeLossRequest)

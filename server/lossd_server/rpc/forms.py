@@ -18,8 +18,8 @@ from lossd_server.errors import InvalidInputError, Reason
 M = TypeVar("M", bound=Message)
 P = TypeVar("P")
 
-_MOST_FORMS = 128
-"""That are kept, those of the requests that came first are forgotten first."""
+_MOST_KEPT = 128
+"""Lengths and beginnings; those that came first are forgotten first."""
 
 _MOST_FIXED_BYTES = 4 << 10
 """Of a form: what has more of them has many tensors, and gains little."""
@@ -30,8 +30,12 @@ _MOST_FIELDS = 256
 _BEGINNING = 12
 """Bytes by which forms are told apart at first sight, with their length: no tensor's are among them."""
 
-_MOST_TRIES = 8
-"""To learn a form of one beginning: where others take turns with it, none is learned any more."""
+_MOST_ALIKE = 4
+"""Forms of one length and beginning: a gradient in shared memory lies now here, now there."""
+
+_CREDIT, _PRICE = 64, 8
+"""A form that is learned costs so much of what there is for a length and beginning, and each request that is
+known again brings 1: where too many forms take turns, none is learned any more."""
 
 
 class Form(Generic[M]):
@@ -83,14 +87,14 @@ class Request(Generic[M]):
         return plan
 
 
-class _Try:
-    """What came of requests of one length and beginning: the latest form, and how often one was learned."""
+class _Alike:
+    """Requests of one length and beginning: their forms, the latest first, and whether to learn more."""
 
-    __slots__ = ("count", "form")
+    __slots__ = ("credit", "forms")
 
     def __init__(self) -> None:
-        self.count = 0
-        self.form: Form[Any] | None = None
+        self.credit = _CREDIT
+        self.forms: list[Form[Any]] = []
 
 
 class Forms(Generic[M]):
@@ -102,43 +106,47 @@ class Forms(Generic[M]):
 
     def __init__(self, message_type: type[M]) -> None:
         self._type = message_type
-        self._tries: dict[tuple[int, bytes], _Try] = {}
+        self._known: dict[tuple[int, bytes], _Alike] = {}
         self._lock = threading.Lock()
 
     def read(self, data: Buffer) -> Request[M]:
         """Returns the request that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
         if isinstance(data, bytes) and len(data) < LARGE_BYTES:
             key = len(data), data[:_BEGINNING]
-            known = self._tries.get(key)
-            if known is None:
+            alike = self._known.get(key)
+            if alike is None:
                 self._remember(key)  # one that comes once need not be learned
-            elif (found := self._cast(data, known.form) or self._learn(data, known)) is not None:
+            elif (found := self._again(data, alike)) is not None:
                 return found
         parcel = parse(self._type, data)
         return Request(parcel.message, parcel.payloads)
 
-    def _cast(self, data: bytes, form: Form[M] | None) -> Request[M] | None:
-        payloads = None if form is None else form.payloads_of(data)
-        return None if form is None or payloads is None else Request(form.message, payloads, form)
+    def _again(self, data: bytes, alike: _Alike) -> Request[M] | None:
+        """Returns a request of a form that is known, or is now; None where that is not to be."""
+        for form in alike.forms:
+            payloads = form.payloads_of(data)
+            if payloads is not None:
+                alike.credit = min(alike.credit + 1, _CREDIT)
+                return Request(form.message, payloads, form)
+        learned = self._learn(data, alike) if alike.credit >= _PRICE else None
+        payloads = None if learned is None else learned.payloads_of(data)
+        return None if learned is None or payloads is None else Request(learned.message, payloads, learned)
 
-    def _learn(self, data: bytes, known: _Try) -> Request[M] | None:
-        """Takes a form from a request whose length and beginning were seen before."""
-        if known.count >= _MOST_TRIES:
-            return None
-        known.count += 1
+    def _learn(self, data: bytes, alike: _Alike) -> Form[M] | None:
+        alike.credit -= _PRICE
         parts = cut_out(self._type, data, _MOST_FIELDS)
         form = None if parts is None else Form(parts[0], data, parts[1])
         if form is None or form.fixed_bytes > _MOST_FIXED_BYTES:
-            known.count = _MOST_TRIES
+            alike.credit = 0
             return None
-        known.form = form
-        return self._cast(data, form)
+        alike.forms = [form, *alike.forms[: _MOST_ALIKE - 1]]
+        return form
 
     def _remember(self, key: tuple[int, bytes]) -> None:
         with self._lock:
-            while len(self._tries) >= _MOST_FORMS:
-                del self._tries[next(iter(self._tries))]
-            self._tries[key] = _Try()
+            while len(self._known) >= _MOST_KEPT:
+                del self._known[next(iter(self._known))]
+            self._known[key] = _Alike()
 
 
 def parse(message_type: type[M], data: Buffer) -> Parcel[M]:
