@@ -290,13 +290,14 @@ def _reduction(kind: str, name: str) -> Any:
 
 def _enum(wire: Any, prefix: str, field: str, name: str) -> Any:
     """Returns the contract's number for a name; raises `InvalidInputError` when there is none."""
-    return _number(wire, prefix, field, str(name))
-
-
-@lru_cache(maxsize=256)
-def _number(wire: Any, prefix: str, field: str, name: str) -> Any:
-    if (key := f"{prefix}{name.upper()}") not in wire.keys():  # noqa: SIM118  # no mapping, but it has keys()
+    number = _number(wire, f"{prefix}{str(name).upper()}")
+    if number is None:
         names = [k.removeprefix(prefix).lower() for k in wire.keys()[1:]]
         reason = pb.ERROR_REASON_INVALID_OPTION
         raise refused_here(reason, f"is {name!r}, want one of {', '.join(names)}", field=field, value=name)
-    return wire.Value(key)
+    return number
+
+
+@lru_cache(maxsize=256)
+def _number(wire: Any, key: str) -> Any:
+    return wire.Value(key) if key in wire.keys() else None  # noqa: SIM118  # no mapping, but it has keys()

@@ -1,6 +1,6 @@
 """Requests that are known again: what they hold is what protobuf says, and all is checked every time."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from lossd.wire import _MARKER, Parcel
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.rpc import forms as module
 from lossd_server.rpc.forms import Forms
-from tests.domain.oracle_wire import whole
+from tests.domain.oracle_wire import assert_is
 from tests.domain.wire_bytes import message_bytes, varint
 from tests.service.support import (
     CASES,
@@ -49,9 +49,7 @@ def assert_reads_as_protobuf(forms, kind, data):
         assert caught.value.reason is Reason.MALFORMED_REQUEST
         return
     request = forms.read(data)
-    found = whole(Parcel(request.message, request.payloads))
-    # Bytes, not messages: NaN is not equal to itself, and unknown fields count.
-    assert found.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
+    assert_is(Parcel(request.message, request.payloads), expected)
 
 
 @every_kind
@@ -144,16 +142,47 @@ def test_what_is_known_again_earns_new_forms(rng):
         assert known[-1]
 
 
-def test_what_is_kept_is_bounded(rng):
+def test_of_what_comes_once_the_oldest_is_forgotten(rng):
     forms = Forms(pb.AssignTargetsRequest)
-    for _ in range(2):
-        for boxes in range(2 * module._MOST_KEPT):
-            forms.read(assign_request([scene(rng, (64, 96), boxes)]).SerializeToString())
+    again = assign_request([scene(rng, (64, 96), 1)]).SerializeToString()
+    is_known = []
+    for boxes in range(2, 5 * module._MOST_KEPT):
+        forms.read(assign_request([scene(rng, (64, 96), boxes)]).SerializeToString())
+        if boxes % 50 == 0:
+            is_known.append(forms.read(again).form is not None)
+    assert is_known == [False, *[True] * (len(is_known) - 1)]
     assert len(forms._known) == module._MOST_KEPT
-    items = focal(rng)
-    items.items.extend([items.items[0]] * 200)
-    large = Forms(pb.ComputeLossRequest)
-    assert [large.read(items.SerializeToString()).form for _ in range(3)] == [None] * 3
+
+
+def test_the_forms_of_one_length_and_beginning_are_few(rng):
+    forms = Forms(pb.ComputeLossRequest)
+    for dtype in [1, *range(1, 9)]:
+        request = focal(rng)
+        request.gradient_dtype = dtype
+        forms.read(request.SerializeToString())
+    (alike,) = forms._known.values()
+    assert len(alike.forms) == module._MOST_ALIKE
+
+
+FINE = pb.ComputeLossRequest(gradients=[""] * (module._MOST_FIELDS + 1))
+LONG = pb.ComputeLossRequest(gradients=["x" * module._MOST_FIXED_BYTES])
+LARGE = loss_request(
+    CASES["focal"].config, [{"inputs": np.zeros((1 << 16, 1), np.float32), "targets": np.zeros(1 << 16, int)}]
+)
+
+
+@pytest.mark.parametrize("request_", [FINE, LONG, LARGE], ids=["fine", "long", "large"])
+def test_what_is_better_parsed_is_parsed(request_):
+    forms, data = Forms(pb.ComputeLossRequest), request_.SerializeToString()
+    assert [forms.read(data).form for _ in range(3)] == [None] * 3
+
+
+def test_threads_forget_together(rng, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_KEPT", 3)
+    forms = Forms(pb.AssignTargetsRequest)
+    several = [assign_request([scene(rng, (64, 96), n)]).SerializeToString() for n in range(1, 9)]
+    run_together(lambda: [forms.read(data) for data in several * 300])
+    assert len(forms._known) <= 3
 
 
 def test_values_are_checked_in_every_request_of_a_form(stub, rng):
@@ -192,19 +221,13 @@ def test_each_loss_has_its_numbers_whenever_it_comes(stub, rng, name):
 def test_threads_learn_a_form_together(rng):
     forms = Forms(pb.ComputeLossRequest)
     every = [focal(rng).SerializeToString() for _ in range(8)]
-    start, failed = threading.Barrier(4), []
+    run_together(
+        lambda: [assert_reads_as_protobuf(forms, pb.ComputeLossRequest, data) for data in every * 20]
+    )
 
-    def read():
-        start.wait()
-        try:
-            for data in every * 20:
-                assert_reads_as_protobuf(forms, pb.ComputeLossRequest, data)
-        except BaseException as error:  # noqa: BLE001  # looked at below
-            failed.append(error)
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not failed
+def run_together(work):
+    """Has four threads do the same at the same time; what one of them raises is raised."""
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result(60)

@@ -3,6 +3,7 @@
 import math
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
@@ -20,6 +21,9 @@ from lossd_client._shared_memory.gpu_region import GpuRegion
 from lossd_client._shared_memory.region import Region
 
 AnyRegion = Region | GpuRegion
+
+PAUSE_SECONDS = 1.0
+"""After which a server that was missed is looked for again, when its memory is asked for."""
 
 _pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
 
@@ -54,6 +58,7 @@ class Pool:
         self._gpu_uuid = gpu_uuid
         self._regions: list[AnyRegion] = []
         self._connection: Connection | None = None
+        self._next_try = 0.0
         # Arrays die in any thread and in the middle of any line: what happens there takes no lock.
         self._dead: deque[tuple[AnyRegion, int]] = deque()
         self._lock = threading.Lock()
@@ -206,12 +211,14 @@ class Pool:
     def _notice_end(self) -> None:
         """Connects anew where the server has ended the connection, most likely by a restart.
 
-        Where it was not back yet when that was noticed, what there is to pass to it still waits.
+        Where it is not back yet, what there is to pass to it waits for a later call.
         """
         if self._connection is not None and self._connection.has_ended():
             self._disconnect()
-        if self._connection is None and self._regions:
+            self._next_try = 0.0
+        if self._connection is None and self._regions and time.monotonic() >= self._next_try:
             self._connect()
+            self._next_try = time.monotonic() + PAUSE_SECONDS
 
     def _connect(self) -> bool:
         """Connects and passes every region there is; returns whether there is a connection."""

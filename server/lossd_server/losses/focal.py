@@ -140,7 +140,7 @@ class FocalLoss(LossModule):
             rows=rows,
         )
         sums = focal_sums([problem], self.constants)
-        mean = sums.losses[0] / divisor if sums.means is None else sums.means[0]
+        mean = sums.losses[0] / divisor if sums.means is None else sums.means[0].detach()
         count = np.array([float(valid)])
         return Evaluation(
             loss=as_tensor(mean, inputs, dtype) if rows is None else _kept(rows, labels),

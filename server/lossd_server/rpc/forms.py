@@ -19,9 +19,9 @@ M = TypeVar("M", bound=Message)
 P = TypeVar("P")
 
 _MOST_KEPT = 128
-"""Lengths and beginnings; those that came first are forgotten first."""
+"""Lengths and beginnings; of those that have not come again, the oldest is forgotten first."""
 
-_MOST_FIXED_BYTES = 4 << 10
+_MOST_FIXED_BYTES = 2 << 10
 """Of a form: what has more of them has many tensors, and gains little."""
 
 _MOST_FIELDS = 256
@@ -90,11 +90,12 @@ class Request(Generic[M]):
 class _Alike:
     """Requests of one length and beginning: their forms, the latest first, and whether to learn more."""
 
-    __slots__ = ("credit", "forms")
+    __slots__ = ("credit", "forms", "is_wanted")
 
     def __init__(self) -> None:
         self.credit = _CREDIT
         self.forms: list[Form[Any]] = []
+        self.is_wanted = False
 
 
 class Forms(Generic[M]):
@@ -127,17 +128,18 @@ class Forms(Generic[M]):
             payloads = form.payloads_of(data)
             if payloads is not None:
                 alike.credit = min(alike.credit + 1, _CREDIT)
+                alike.is_wanted = True
                 return Request(form.message, payloads, form)
         learned = self._learn(data, alike) if alike.credit >= _PRICE else None
-        payloads = None if learned is None else learned.payloads_of(data)
-        return None if learned is None or payloads is None else Request(learned.message, payloads, learned)
+        if learned is None or (payloads := learned.payloads_of(data)) is None:
+            return None
+        return Request(learned.message, payloads, learned)
 
     def _learn(self, data: bytes, alike: _Alike) -> Form[M] | None:
         alike.credit -= _PRICE
         parts = cut_out(self._type, data, _MOST_FIELDS)
         form = None if parts is None else Form(parts[0], data, parts[1])
         if form is None or form.fixed_bytes > _MOST_FIXED_BYTES:
-            alike.credit = 0
             return None
         alike.forms = [form, *alike.forms[: _MOST_ALIKE - 1]]
         return form
@@ -145,8 +147,12 @@ class Forms(Generic[M]):
     def _remember(self, key: tuple[int, bytes]) -> None:
         with self._lock:
             while len(self._known) >= _MOST_KEPT:
-                del self._known[next(iter(self._known))]
-            self._known[key] = _Alike()
+                oldest = next(iter(self._known))
+                alike = self._known.pop(oldest)
+                if alike.is_wanted:  # since it was last looked at
+                    alike.is_wanted = False
+                    self._known[oldest] = alike
+            self._known.setdefault(key, _Alike())
 
 
 def parse(message_type: type[M], data: Buffer) -> Parcel[M]:

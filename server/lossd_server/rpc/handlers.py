@@ -45,7 +45,7 @@ _log = structlog.get_logger()
 
 T = TypeVar("T")
 
-_Form = Callable[[Sequence[Buffer]], T]
+_Packing = Callable[[Sequence[Buffer]], T]
 """Makes what gRPC sends of an answer in pieces."""
 
 
@@ -191,13 +191,13 @@ class Handlers:
         method: _Method,
         call: grpc.ServicerContext,
         receive: Callable[[grpc.ServicerContext, Place], Body],
-        form: _Form[T],
+        pack: _Packing[T],
     ) -> T:
         """Answers a call of one request; what keeps it from being answered is its status."""
         place = None
         try:
             place = self._door.enter(call)
-            return self._answer(method, receive(call, place), call, place, form)
+            return self._answer(method, receive(call, place), call, place, pack)
         except grpc.RpcError as error:  # its caller is gone
             error.__traceback__ = None  # which leads to what of the body has come; gRPC keeps the error
             raise
@@ -234,7 +234,7 @@ class Handlers:
             self._admission.end()  # at once, where the caller is gone
 
     def _answer(
-        self, method: _Method, body: Body, call: grpc.ServicerContext, place: Place, form: _Form[T]
+        self, method: _Method, body: Body, call: grpc.ServicerContext, place: Place, pack: _Packing[T]
     ) -> T:
         with self._observed(method, len(body), call) as stages:
             with stages.timed("decode"):
@@ -242,7 +242,7 @@ class Handlers:
             caller = Caller.of(call, place.peer, partial(self._admission.grow, place))
             # Handed over, so that the service can let go of it while it waits.
             response = method.answer(requests.pop(), stages, caller)
-            return self._serialize(method, response, stages, form)
+            return self._serialize(method, response, stages, pack)
 
     def _answer_on_stream(
         self, stream: _StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
@@ -263,10 +263,10 @@ class Handlers:
                 answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
             return self._serialize(method, answer, stages, b"".join)
 
-    def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages, form: _Form[T]) -> T:
+    def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages, pack: _Packing[T]) -> T:
         with stages.timed("encode"):
             pieces = response.pieces()
-            answer = form(pieces)
+            answer = pack(pieces)
         self._metrics.of(method.name).response_bytes.observe(sum(map(len, pieces)))
         return answer
 

@@ -20,19 +20,19 @@ class Source(NamedTuple):
 
     Attributes:
         field: Where it stands, for errors.
+        tensor: The tensor.
         name: The argument that it is, or part of.
         dtype: Its type.
         shape: Its shape.
-        inline: Its bytes, or what stands for them.
-        shared: Where in shared memory it lies; None where it does not.
+        is_shared: Whether it lies in shared memory.
     """
 
     field: str
+    tensor: tensor_pb2.Tensor
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    inline: bytes
-    shared: tensor_pb2.SharedSlice | None
+    is_shared: bool
 
 
 def source_of(field: str, tensor: tensor_pb2.Tensor, name: str = "") -> Source:
@@ -50,8 +50,7 @@ def source_of(field: str, tensor: tensor_pb2.Tensor, name: str = "") -> Source:
         dtype, shape = layout(tensor)
     except TensorError as error:
         raise _refused(field, error) from error
-    shared = tensor.shared if tensor.HasField("shared") else None
-    return Source(field, name, dtype, shape, tensor.inline, shared)
+    return Source(field, tensor, name, dtype, shape, tensor.HasField("shared"))
 
 
 def sources_of_inputs(inputs: Message) -> dict[str, Any]:
@@ -123,18 +122,17 @@ class SourceReader:
 
     def _array(self, source: Source) -> AnyArray:
         try:
-            if source.shared is not None:
-                return self._shared(source, source.shared)
-            return array_of(self._payloads.get(source.inline), source.dtype, source.shape)
+            if source.is_shared:
+                return self._shared(source)
+            return array_of(self._payloads.get(source.tensor.inline), source.dtype, source.shape)
         except TensorError as error:
             raise _refused(source.field, error) from error
 
-    def _shared(self, source: Source, place: tensor_pb2.SharedSlice) -> AnyArray:
+    def _shared(self, source: Source) -> AnyArray:
         in_place = source.name in self._predictions and source.dtype.name in checks.FLOATS
+        place, dtype, shape = source.tensor.shared, source.dtype, source.shape
         with errors_within(source.field):
-            array = self._slices.read(
-                place.region_id, place.offset, source.dtype, source.shape, in_place=in_place
-            )
+            array = self._slices.read(place.region_id, place.offset, dtype, shape, in_place=in_place)
         if isinstance(array, np.ndarray):
             check_bools(array)
         return array

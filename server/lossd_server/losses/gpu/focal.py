@@ -25,8 +25,10 @@ _REGISTERS = 1 << 16
 _STEPS_TO_BEGIN = 2
 """What a program takes to begin and to end, in steps, measured on an H100."""
 
-_DIVISIONS = 1024
-"""That are remembered."""
+_MOST_ROUNDS = 8
+"""In which the programs of a grid run: with more, what begins and ends is more than what is left over."""
+
+_REMEMBERED_DIVISIONS = 1024
 
 
 class _Tile(NamedTuple):
@@ -217,11 +219,12 @@ def _room(device: torch.device, tile: _Tile) -> int:
     return int(gpu.multi_processor_count * max(min(by_registers, by_threads), 1))
 
 
-@lru_cache(_DIVISIONS)
+@lru_cache(_REMEMBERED_DIVISIONS)
 def _steps_each(blocks: int, steps: int, room: int) -> int:
-    """Returns how many steps a program is given, so that all are done soonest, to all that is known.
+    """Returns how many steps a program is given, so that those of a grid are done soonest.
 
-    Where there is one program more than there is room for, it runs alone when all others are done.
+    Where there is one program more than there is room for, it runs alone when all others are done. So what
+    fills the room is looked at, once or several times.
 
     Args:
         blocks: Blocks of cells of all images.
@@ -237,8 +240,8 @@ def _steps_each(blocks: int, steps: int, room: int) -> int:
             time += (1 + (rest / room) ** 2) / 2 * steps_each + _STEPS_TO_BEGIN
         return time
 
-    # Longer ones first: of those that are done at the same time, few long programs are better.
-    return min(sorted({-(-steps // parts) for parts in range(1, steps + 1)}, reverse=True), key=time_of)
+    parts = (min(max(rounds * room // blocks, 1), steps) for rounds in range(1, _MOST_ROUNDS + 1))
+    return min((-(-steps // some) for some in parts), key=time_of)
 
 
 def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: _Shares) -> Words:

@@ -57,19 +57,18 @@ def run(launches: Sequence[Launch], total_count: int, device: torch.device, prog
     training does, finds its table there.
     """
     padded = [launch.words + [0] * (len(launch.words) % 2) for launch in launches]
-    tables = _table(tuple(chain(*padded)), device, _stream(device))
-    numbers = torch.empty(
-        _even(total_count) + sum(_even(launch.sum_count) for launch in launches),
-        dtype=torch.float64,
-        device=device,
-    )
+    tables = _tables(tuple(chain(*padded)), device)
+    sizes = [_even(launch.sum_count) for launch in launches]
+    # Apart from each other: whoever keeps a loss keeps few numbers with it.
+    totals = torch.empty(total_count, dtype=torch.float64, device=device)
+    sums = torch.empty(sum(sizes), dtype=torch.float64, device=device)
     table_places = accumulate(map(len, padded), initial=0)
-    sum_places = accumulate((_even(launch.sum_count) for launch in launches), initial=_even(total_count))
+    sum_places = accumulate(sizes, initial=0)
     with _on(device):
-        for launch, table, sums in zip(launches, table_places, sum_places, strict=False):
+        for launch, table, place in zip(launches, table_places, sum_places, strict=False):
             program = getattr(programs, launch.program)[launch.program_count,]
-            program(tables[table:], numbers, numbers[sums:], **launch.constants, **_OPTIONS)
-    return numbers[:total_count]
+            program(tables[table:], totals, sums[place:], **launch.constants, **_OPTIONS)
+    return totals
 
 
 def bits_of(value: float) -> int:
@@ -96,18 +95,23 @@ def _even(count: int) -> int:
     return count + count % 2
 
 
+def _tables(words: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns words on the device, where they may be already."""
+    if device.type != "cuda":
+        return _uploaded(words, device, 0)
+    # What a graph uploads is not there before it is replayed.
+    upload = _uploaded.__wrapped__ if torch.cuda.is_current_stream_capturing() else _uploaded
+    return upload(words, device, torch.cuda.current_stream(device).cuda_stream)
+
+
 @lru_cache(_KEPT_TABLES)
-def _table(words: tuple[int, ...], device: torch.device, _stream: int) -> Tensor:
+def _uploaded(words: tuple[int, ...], device: torch.device, _stream: int) -> Tensor:
     """Returns words on the device; so few go with the command itself, and have been read when this returns.
 
     A table is of one stream, whose launches come one after another: programs count there what is done, and
     the last of them puts the count back.
     """
     return torch.from_numpy(np.array(words, np.int64)).to(device, non_blocking=True)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
