@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _INTERVAL_SECONDS = 0.5
+_PARTS = 12
 _MEBIBYTE = 1 << 20
 
 
@@ -42,7 +43,8 @@ class Footprint:
         rss_last: Mean over the last sixth.
         rss_peak: The most of it.
         rss_slope: How it grew from there to the end, by least squares, MiB a minute.
-        rss_slope_error: Standard error of that, as if samples were independent.
+        rss_slope_error: Standard error of that, by the means of twelve parts of that time: one sample is much
+            like the one before it.
         threads: Before, at most, and at the end.
         descriptors: The same, of open files and sockets.
         cores: Processor time a second.
@@ -106,7 +108,7 @@ def footprint(samples: Sequence[Sample]) -> Footprint:
     minutes = [one.when / 60 for one in warm]
     memory = [one.rss_bytes / _MEBIBYTE for one in warm]
     sixth = max(len(samples) // 6, 1)
-    slope, error = _line(minutes, memory)
+    slope, error = _line(_means(minutes), _means(memory))
     return Footprint(
         rss_before=samples[0].rss_bytes / _MEBIBYTE,
         rss_first=statistics.fmean(memory[:sixth]),
@@ -126,6 +128,12 @@ def _ends(numbers: Sequence[int]) -> tuple[int, int, int]:
 
 def _cores(first: Sample, last: Sample) -> float:
     return (last.cpu_seconds - first.cpu_seconds) / max(last.when - first.when, 1e-9)
+
+
+def _means(numbers: Sequence[float]) -> list[float]:
+    """Returns the means of so many parts in a row."""
+    size = max(len(numbers) // _PARTS, 1)
+    return [statistics.fmean(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
