@@ -1,5 +1,6 @@
 """Requests that are known again: what they hold is what protobuf says, and all is checked every time."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -227,7 +228,12 @@ def test_threads_learn_a_form_together(rng):
 
 
 def run_together(work):
-    """Has four threads do the same at the same time; what one of them raises is raised."""
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(work) for _ in range(4)]:
-            done.result(60)
+    """Has four threads do the same at the same time, and change often; what one of them raises is raised."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(work) for _ in range(4)]:
+                done.result(60)
+    finally:
+        sys.setswitchinterval(usual)

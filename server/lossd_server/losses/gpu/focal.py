@@ -16,7 +16,7 @@ from lossd_server.losses.gpu.library import loaded_programs
 MOST_GRIDS = 32
 """As in programs/focal.py."""
 
-_ROOM_IN_TESTS = 1024
+_ROOM_WITHOUT_GPU = 1024
 """Programs at a time, where there is no GPU to be asked."""
 
 _REGISTERS = 1 << 16
@@ -211,7 +211,7 @@ def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
 def _room(device: torch.device, tile: _Tile) -> int:
     """Returns how many programs a GPU works on at a time: those that it has registers and threads for."""
     if device.type != "cuda":
-        return _ROOM_IN_TESTS
+        return _ROOM_WITHOUT_GPU
     gpu = torch.cuda.get_device_properties(device)
     threads = 32 * tile.warps
     by_registers = _REGISTERS // (threads * tile.registers)
