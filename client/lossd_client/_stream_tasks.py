@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
-from lossd.wire import Parcel
+from lossd.envelopes import Envelope
 from lossd_client._errors import LossdError, error_of_call
 from lossd_client._requests import SMALL_BYTES
 from lossd_client._retries import Attempts
@@ -140,11 +140,11 @@ class StreamOfTasks(Generic[R]):
             return None
         return request.write() if self._way.will_send(call, index, storage) else None
 
-    async def _packed(self, index: int, item: Any) -> tuple[Storage, Parcel[Any]]:
+    async def _packed(self, index: int, item: Any) -> tuple[Storage, Envelope]:
         """Returns an item as a request, and what that was packed into."""
         pool = await self._pool()
 
-        def pack() -> tuple[Storage, Parcel[Any]]:
+        def pack() -> tuple[Storage, Envelope]:
             storage = self._way.storage(index, pool)
             return storage, self._stream.request(index, item, storage)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
-from lossd.v1 import loss_service_pb2 as pb
+from lossd.envelopes import Envelope
 from lossd.wire import Parcel
 from lossd_client._calls import method_path, read_answer, read_result
 from lossd_client._errors import (
@@ -55,14 +55,12 @@ class Stream(Generic[R]):
         """What gRPC calls the method."""
         return method_path(f"{self.method}Stream")
 
-    def request(self, index: int, item: Any, storage: Storage) -> Parcel[Any]:
+    def request(self, index: int, item: Any, storage: Storage) -> Envelope:
         """Returns the request for an item; raises `LossdError` for one that cannot be sent."""
         try:
-            request = self.make(item, storage)
+            return Envelope(index, self.make(item, storage))
         except LossdError as error:
             raise at_item(error, index) from None
-        envelope = getattr(pb, f"{self.method}StreamRequest")
-        return Parcel(envelope(id=index, request=request.message), request.payloads)
 
     def answer(self, data: bytes) -> Parcel[Any]:
         """Returns what the bytes of an answer hold."""
@@ -208,7 +206,7 @@ class OnTheirWay(Generic[R]):
         self._storages.clear()
 
 
-def require_size(index: int, request: Parcel[Any], max_bytes: int) -> None:
+def require_size(index: int, request: Envelope, max_bytes: int) -> None:
     """Raises `TooLargeError` for a request that the server does not read: it would end the stream."""
     if request.size > max_bytes:
         raise too_large(f"items[{index}]", request.size, max_bytes)

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import numpy as np
 
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Buffer, Parcel, varint
+from lossd.varints import varint
+from lossd.wire import Buffer, Parcel
 
 CHUNK_BYTES = 1 << 20
 """What a chunk holds: of 0.5, 1, 1.5 and 2 MiB that in which a call with 51 MB each way was fastest."""

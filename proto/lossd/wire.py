@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lossd.v1 import loss_service_pb2
 from lossd.v1 import tensor_pb2 as pb
+from lossd.varints import NoVarintError, read_varint, varint
 
 M = TypeVar("M", bound=Message)
 Buffer: TypeAlias = bytes | memoryview
@@ -49,7 +50,6 @@ _PAYLOAD: _Fields = {}
 
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _GROUP, _END_OF_GROUP, _FIXED32 = range(6)
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4, _GROUP: 0, _END_OF_GROUP: 0}
-_LONGEST_VARINT = 10
 
 
 class Payloads:
@@ -88,13 +88,17 @@ class Payloads:
         self.size += len(buffer) + _ALIGNMENT
         return _MARKER + (len(self._buffers) - 1).to_bytes(_INDEX_BYTES, "little")
 
-    def padding(self, pieces: Iterable[Buffer]) -> list[int]:
+    def padding(self, pieces: Iterable[Buffer], at: int) -> list[int]:
         """Returns by how much each payload has to move to be aligned, given a message in pieces.
 
         A length before it that takes a byte more then puts it out again, which costs a reader a copy.
+
+        Args:
+            pieces: The message.
+            at: How many bytes come before it.
         """
         own = set(map(id, self._buffers))
-        place, padding = 0, []
+        place, padding = at, []
         for piece in pieces:
             if id(piece) in own:
                 padding.append(-place % _ALIGNMENT)
@@ -139,13 +143,17 @@ class Parcel(Generic[M]):
         """Returns the bytes of the message, payloads in place."""
         return b"".join(self.pieces())
 
-    def pieces(self) -> list[Buffer]:
-        """Returns the bytes of the message in pieces; payloads are those that it holds, and not copied."""
+    def pieces(self, at: int = 0) -> list[Buffer]:
+        """Returns the bytes of the message in pieces; payloads are those that it holds, and not copied.
+
+        Args:
+            at: How many bytes come before it, for payloads to be aligned.
+        """
         skeleton = self.message.SerializeToString()
         if not self.payloads:
             return [skeleton]
         pieces = self._with_payloads(skeleton, repeat(0))
-        padding = self.payloads.padding(pieces)
+        padding = self.payloads.padding(pieces, at)
         return self._with_payloads(skeleton, padding) if any(padding) else pieces
 
     def _with_payloads(self, skeleton: bytes, padding: Iterable[int]) -> list[Buffer]:
@@ -169,7 +177,7 @@ def cut_out(message_type: type[M], data: bytes, most_fields: int) -> tuple[M, li
     try:
         skeleton = b"".join(walk.rewritten(_fields_with_payloads(message_type.DESCRIPTOR), 0, len(data)))
         message = message_type.FromString(skeleton)
-    except (_NotUnderstoodError, DecodeError):
+    except (_NotUnderstoodError, NoVarintError, DecodeError):
         return None
     return (message, walk.places) if skeleton.count(_MARKER) == len(payloads) else None
 
@@ -191,7 +199,7 @@ def _without_payloads(descriptor: Any, data: Buffer, payloads: Payloads) -> byte
     )
     try:
         return b"".join(walk.rewritten(fields, 0, len(data)))
-    except _NotUnderstoodError:
+    except (_NotUnderstoodError, NoVarintError):
         return None
 
 
@@ -233,7 +241,7 @@ class _Walk:
         """Returns the message between two places, in pieces.
 
         Raises:
-            _NotUnderstoodError: It is malformed or unusual there.
+            _NotUnderstoodError, NoVarintError: It is malformed or unusual there.
         """
         pieces: list[Buffer] = []
         copied = at
@@ -266,16 +274,16 @@ class _Walk:
         groups = 0
         while at < end:
             self._steps -= 1
-            tag, at = _read_varint(self._data, at)
+            tag, at = read_varint(self._data, at)
             kind = tag & 7
             if kind == _LENGTH_DELIMITED:
                 length_at = at
-                length, start = _read_varint(self._data, at)
+                length, start = read_varint(self._data, at)
                 at = start + length
                 if at <= end and not groups:
                     yield tag, length_at, start, at
             elif kind == _VARINT:
-                _, at = _read_varint(self._data, at)
+                _, at = read_varint(self._data, at)
             elif kind in _FIXED_BYTES:
                 at += _FIXED_BYTES[kind]
                 groups += (kind == _GROUP) - (kind == _END_OF_GROUP)
@@ -285,29 +293,9 @@ class _Walk:
             raise _NotUnderstoodError
 
 
-def _read_varint(data: Buffer, at: int) -> tuple[int, int]:
-    """Returns the number at a place, and the place after it."""
-    value = 0
-    for count, byte in enumerate(data[at : at + _LONGEST_VARINT]):
-        value |= (byte & 0x7F) << 7 * count
-        if byte < 0x80:
-            return value, at + count + 1
-    raise _NotUnderstoodError
-
-
 def _lengthened(dtype: int, padding: int) -> bytes:
     """Returns the field `dtype` in so many bytes more than it needs."""
     return bytes([_DTYPE_TAG, dtype | 0x80, *[0x80] * (padding - 1), 0])
-
-
-def varint(value: int) -> bytes:
-    """Returns a number, at least 0, as protobuf writes it."""
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _fields_with_payloads(descriptor: Any) -> _Fields:

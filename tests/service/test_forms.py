@@ -14,6 +14,7 @@ from lossd.wire import _MARKER, Parcel
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.rpc import forms as module
 from lossd_server.rpc.forms import Forms
+from lossd_server.rpc.handlers import _Method, _StreamMethod
 from tests.domain.oracle_wire import assert_is
 from tests.domain.wire_bytes import message_bytes, varint
 from tests.service.support import (
@@ -163,6 +164,20 @@ def test_the_forms_of_one_length_and_beginning_are_few(rng):
         forms.read(request.SerializeToString())
     (alike,) = forms._known.values()
     assert len(alike.forms) == module._MOST_ALIKE
+
+
+def test_requests_on_a_stream_are_known_again_as_those_of_calls_are(rng):
+    method = _Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=None)
+    stream = _StreamMethod(
+        method=method, request=pb.ComputeLossStreamRequest, response=pb.ComputeLossStreamResponse
+    )
+    for mark in range(4):
+        envelope = pb.ComputeLossStreamRequest(id=mark, request=focal(rng))
+        found, request = stream.read(envelope.SerializeToString())
+        assert found == mark
+        assert_is(Parcel(request.message, request.payloads), envelope.request)
+    assert request.form is not None
+    assert method.forms.read(focal(rng).SerializeToString()).form is request.form
 
 
 FINE = pb.ComputeLossRequest(gradients=[""] * (module._MOST_FIELDS + 1))

@@ -18,7 +18,8 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import structlog
 
-from lossd import chunks
+from lossd import chunks, envelopes
+from lossd.envelopes import Envelope
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Buffer, Parcel
 from lossd_server.engine import Admission, Home, LockedBudget, Place
@@ -65,6 +66,18 @@ class _StreamMethod:
     method: _Method
     request: type[Any]
     response: type[Any]
+
+    def read(self, data: Buffer) -> tuple[int, Request[Any] | None]:
+        """Returns the mark and the request, None where there is none, that the bytes of an envelope hold."""
+        parts = envelopes.opened(data)
+        if parts is not None:
+            mark, content = parts
+            return mark, self.method.forms.read(content)
+        envelope = parse(self.request, data)
+        message, request = envelope.message, None
+        if message.HasField("request"):
+            request = Request(message.request, envelope.payloads)
+        return message.id, request
 
 
 class _Observed(AbstractContextManager[Stages]):
@@ -250,20 +263,22 @@ class Handlers:
         method, size = stream.method, len(body)
         with self._observed(method, size, call) as stages:
             with stages.timed("decode"):
-                envelope = parse(stream.request, body.take())
-            mark = envelope.message.id
+                mark, request = stream.read(body.take())
+            answer: Envelope | Parcel[Any]
             try:
+                _require_request(request)
                 with self._admission.holding(peer, size) as place:
                     caller = Caller.of(call, peer, partial(self._admission.grow, place))
-                    response = method.answer(_request_in(envelope), stages, caller)
-                answer = Parcel(stream.response(id=mark, response=response.message), response.payloads)
+                    answer = Envelope(mark, method.answer(request, stages, caller))
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)
                 self._refusals.record(method.name, refusal, peer)
                 answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
             return self._serialize(method, answer, stages, b"".join)
 
-    def _serialize(self, method: _Method, response: Parcel[Any], stages: Stages, pack: _Packing[T]) -> T:
+    def _serialize(
+        self, method: _Method, response: Parcel[Any] | Envelope, stages: Stages, pack: _Packing[T]
+    ) -> T:
         with stages.timed("encode"):
             pieces = response.pieces()
             answer = pack(pieces)
@@ -285,10 +300,9 @@ class Handlers:
             raise UnavailableError(Reason.DRAINING, "the server is stopping")
 
 
-def _request_in(envelope: Parcel[Any]) -> Request[Any]:
-    if not envelope.message.HasField("request"):
+def _require_request(request: Request[Any] | None) -> None:
+    if request is None:
         raise InvalidInputError(Reason.MISSING_FIELD, "is not set", field="request")
-    return Request(envelope.message.request, envelope.payloads)
 
 
 def _as_lossd_error(error: Exception) -> LossdError:

@@ -1,0 +1,69 @@
+"""Envelopes, the messages of a stream: the mark of a request, and the request or its answer.
+
+They are written and opened by hand, so that what is in them is not copied for it, and is known again where
+it came before. All four of the contract are alike.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.varints import LONGEST, NoVarintError, read_varint, varint
+from lossd.wire import LARGE_BYTES, Buffer, Parcel
+
+_MARK_TAG = varint(pb.ComputeLossStreamRequest.ID_FIELD_NUMBER << 3)
+_CONTENT_TAG = varint(pb.ComputeLossStreamRequest.REQUEST_FIELD_NUMBER << 3 | 2)
+_MOST_HEAD_BYTES = 2 + 2 * LONGEST
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A request or an answer on a stream.
+
+    Attributes:
+        mark: The caller's mark, an int64.
+        content: What is in it.
+    """
+
+    mark: int
+    content: Parcel[Any]
+
+    @property
+    def size(self) -> int:
+        """How long it is on the wire, at most."""
+        return _MOST_HEAD_BYTES + self.content.size
+
+    def pieces(self) -> list[Buffer]:
+        """Returns its bytes in pieces, as those of a `Parcel`."""
+        # By the length at most: if the one that it has takes a byte less, payloads are not aligned.
+        pieces = self.content.pieces(at=len(_head(self.mark, self.content.size)))
+        return [_head(self.mark, sum(map(len, pieces))), *pieces]
+
+    def write(self) -> bytes:
+        """Returns its bytes."""
+        return b"".join(self.pieces())
+
+
+def opened(data: Buffer) -> tuple[int, Buffer] | None:
+    """Returns the mark of an envelope, and the bytes of what is in it.
+
+    None where it is not what `Envelope` writes, and so better left to protobuf.
+    """
+    mark, at = 0, 0
+    try:
+        if data[:1] == _MARK_TAG:
+            mark, at = read_varint(data, 1)
+        length, start = read_varint(data, at + 1)
+    except NoVarintError:
+        return None
+    if mark >= 1 << 63:
+        mark -= 1 << 64
+    if start + length != len(data) or data[:start] != _head(mark, length):
+        return None
+    return mark, data[start:] if len(data) < LARGE_BYTES else memoryview(data)[start:]
+
+
+def _head(mark: int, length: int) -> bytes:
+    """Returns what comes before the content; protobuf writes no 0."""
+    number = _MARK_TAG + varint(mark % (1 << 64)) if mark else b""
+    return number + _CONTENT_TAG + varint(length)
