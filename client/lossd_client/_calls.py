@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -19,7 +20,7 @@ R = TypeVar("R")
 _SERVICE = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Call(Generic[R]):
     """One call.
 
@@ -49,12 +50,16 @@ class Call(Generic[R]):
         """What gRPC calls its twin whose messages come in chunks."""
         return method_path(f"{self.method}InChunks")
 
+    @cached_property
+    def size(self) -> int:
+        """How long the request is."""
+        return sum(map(len, self._pieces))
+
     def outgoing(self) -> bytes | list[Buffer]:
         """Returns the bytes to send: all in one, or the pieces of what goes in chunks."""
-        pieces = self.request.pieces()
-        if self.may_be_cut and sum(map(len, pieces)) >= LEAST_BYTES:
-            return pieces
-        return b"".join(pieces)
+        if self.may_be_cut and self.size >= LEAST_BYTES:
+            return self._pieces
+        return b"".join(self._pieces)
 
     def result(self, data: Buffer) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
@@ -63,6 +68,11 @@ class Call(Generic[R]):
     def error(self, error: grpc.RpcError) -> LossdError:
         """Returns our error for a call that failed."""
         return error_of_call(error, first_item=self.first_item)
+
+    @cached_property
+    def _pieces(self) -> list[Buffer]:
+        # Once: to ask a message how long it is takes as long as to write it.
+        return self.request.pieces()
 
     def leaves_memory_in_use(self, error: grpc.RpcError) -> bool:
         """Returns whether the server may still write to this call's memory after it failed."""

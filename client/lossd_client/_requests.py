@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ _ENVELOPE_BYTES = 16
 """Tag and length of an item in its request, rounded up."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LossBatch:
     """A batch of evaluations, to go out in one message or, where that is too large, in several.
 
@@ -43,18 +43,18 @@ class LossBatch:
         kind: Name of the loss in the contract's `oneof`.
         parcel: All of it.
         storage: Where its tensors lie, and those of its answer.
-        item_bytes: How long each item is on the wire, at most.
+        payload_bytes: What each item has beside the message, at most.
     """
 
     kind: str
     parcel: Parcel[pb.ComputeLossRequest]
     storage: Storage
-    item_bytes: Sequence[int]
+    payload_bytes: Sequence[int]
 
     @property
     def is_small(self) -> bool:
         """Whether any server reads it in one message."""
-        return self.parcel.size <= SMALL_BYTES
+        return self._whole.size <= SMALL_BYTES
 
     def calls(self, max_bytes: int | None) -> list[Call[list[LossResult]]]:
         """Returns the calls that evaluate it, in order.
@@ -65,9 +65,13 @@ class LossBatch:
         Raises:
             TooLargeError: One item alone is too large.
         """
-        if max_bytes is None:
-            return [self._call(self.parcel.message, 0)]
+        if max_bytes is None or self._whole.size <= max_bytes:
+            return [self._whole]
         return [self._call(part, first) for first, part in self._parts(max_bytes)]
+
+    @cached_property
+    def _whole(self) -> Call[list[LossResult]]:
+        return self._call(self.parcel.message, 0)
 
     def _call(self, request: pb.ComputeLossRequest, first_item: int) -> Call[list[LossResult]]:
         return Call(
@@ -87,7 +91,9 @@ class LossBatch:
         del head.items[:]
         room = max_bytes - head.ByteSize()
         part, used, first = pb.ComputeLossRequest(), 0, 0
-        for index, (item, size) in enumerate(zip(request.items, self.item_bytes, strict=True)):
+        for index, (item, beside) in enumerate(zip(request.items, self.payload_bytes, strict=True)):
+            # A stand-in is longer than what its payload adds to the lengths around it.
+            size = item.ByteSize() + beside + _ENVELOPE_BYTES
             if size > room:
                 raise too_large(f"items[{index}]", size, max_bytes)
             if part.items and used + size > room:
@@ -130,11 +136,7 @@ def loss_batch(
         kind=loss.kind,
         parcel=Parcel(request, storage),
         storage=storage,
-        # A stand-in is longer than what its payload adds to the lengths around it.
-        item_bytes=[
-            item.ByteSize() + beside + _ENVELOPE_BYTES
-            for item, beside in zip(request.items, payload_bytes, strict=True)
-        ],
+        payload_bytes=payload_bytes,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
-from lossd.envelopes import Envelope
+from lossd.wire import Buffer
 from lossd_client._errors import LossdError, error_of_call
 from lossd_client._requests import SMALL_BYTES
 from lossd_client._retries import Attempts
@@ -127,9 +127,10 @@ class StreamOfTasks(Generic[R]):
     async def _request(self, call: int, index: int, item: Any) -> bytes | None:
         """Returns the request for an item; None where it is not to be sent, on this call or at all."""
         try:
-            storage, request = await self._packed(index, item)
-            if request.size > SMALL_BYTES:
-                require_size(index, request, await self._message_limit())
+            storage, pieces = await self._packed(index, item)
+            size = sum(map(len, pieces))
+            if size > SMALL_BYTES:
+                require_size(index, size, await self._message_limit())
         except LossdError as error:
             if self._way.drop(call, index):
                 self._outcomes.put_nowait((index, error))
@@ -138,13 +139,13 @@ class StreamOfTasks(Generic[R]):
             self._failure = error
             self._end(before=index)
             return None
-        return request.write() if self._way.will_send(call, index, storage) else None
+        return b"".join(pieces) if self._way.will_send(call, index, storage) else None
 
-    async def _packed(self, index: int, item: Any) -> tuple[Storage, Envelope]:
+    async def _packed(self, index: int, item: Any) -> tuple[Storage, list[Buffer]]:
         """Returns an item as a request, and what that was packed into."""
         pool = await self._pool()
 
-        def pack() -> tuple[Storage, Envelope]:
+        def pack() -> tuple[Storage, list[Buffer]]:
             storage = self._way.storage(index, pool)
             return storage, self._stream.request(index, item, storage)
 

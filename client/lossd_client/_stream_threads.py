@@ -139,9 +139,10 @@ class StreamOfThreads(Generic[R]):
         """Returns the request for an item; None where it is not to be sent, on this call or at all."""
         try:
             storage = self._way.storage(index, self._pool())
-            request = self._stream.request(index, item, storage)
-            if request.size > SMALL_BYTES:
-                require_size(index, request, self._message_limit())
+            pieces = self._stream.request(index, item, storage)
+            size = sum(map(len, pieces))
+            if size > SMALL_BYTES:
+                require_size(index, size, self._message_limit())
         except LossdError as error:
             with self._changed:
                 is_refused = self._way.drop(call, index)
@@ -154,7 +155,7 @@ class StreamOfThreads(Generic[R]):
             return None
         with self._changed:
             will_send = self._way.will_send(call, index, storage)
-        return request.write() if will_send else None
+        return b"".join(pieces) if will_send else None
 
     def _receive(self, call: Any) -> None:
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import grpc
 
 from lossd.envelopes import Envelope
-from lossd.wire import Parcel
+from lossd.wire import Buffer, Parcel
 from lossd_client._calls import method_path, read_answer, read_result
 from lossd_client._errors import (
     LossdError,
@@ -55,10 +55,10 @@ class Stream(Generic[R]):
         """What gRPC calls the method."""
         return method_path(f"{self.method}Stream")
 
-    def request(self, index: int, item: Any, storage: Storage) -> Envelope:
-        """Returns the request for an item; raises `LossdError` for one that cannot be sent."""
+    def request(self, index: int, item: Any, storage: Storage) -> list[Buffer]:
+        """Returns the pieces of an item's request; raises `LossdError` for one that cannot be sent."""
         try:
-            return Envelope(index, self.make(item, storage))
+            return Envelope(index, self.make(item, storage)).pieces()
         except LossdError as error:
             raise at_item(error, index) from None
 
@@ -206,10 +206,10 @@ class OnTheirWay(Generic[R]):
         self._storages.clear()
 
 
-def require_size(index: int, request: Envelope, max_bytes: int) -> None:
+def require_size(index: int, size: int, max_bytes: int) -> None:
     """Raises `TooLargeError` for a request that the server does not read: it would end the stream."""
-    if request.size > max_bytes:
-        raise too_large(f"items[{index}]", request.size, max_bytes)
+    if size > max_bytes:
+        raise too_large(f"items[{index}]", size, max_bytes)
 
 
 class InOrder(Generic[R]):

@@ -102,7 +102,9 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
                 # Passing memory waits for the server, and tensors are copied: not on the loop's time.
                 batch = pack() if pool is None else await asyncio.to_thread(pack)
                 limit = None if batch.is_small else await self._message_limit(attempts.deadline)
-                return [r for call in batch.calls(limit) for r in await self._call(call, attempts)]
+                calls = batch.calls(limit)
+                del batch  # which holds all of it in one piece, however many calls it takes
+                return [result for call in calls for result in await self._call(call, attempts)]
             storage = await asyncio.to_thread(storage.again)
 
     async def allocate(self, shape: int | Sequence[int], dtype: Any = np.float32) -> Array:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.varints import LONGEST, NoVarintError, read_varint, varint
+from lossd.varints import NoVarintError, read_varint, varint
 from lossd.wire import LARGE_BYTES, Buffer, Parcel
 
 _MARK_TAG = varint(pb.ComputeLossStreamRequest.ID_FIELD_NUMBER << 3)
 _CONTENT_TAG = varint(pb.ComputeLossStreamRequest.REQUEST_FIELD_NUMBER << 3 | 2)
-_MOST_HEAD_BYTES = 2 + 2 * LONGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +27,12 @@ class Envelope:
     mark: int
     content: Parcel[Any]
 
-    @property
-    def size(self) -> int:
-        """How long it is on the wire, at most."""
-        return _MOST_HEAD_BYTES + self.content.size
-
     def pieces(self) -> list[Buffer]:
         """Returns its bytes in pieces, as those of a `Parcel`."""
         # By the length at most: if the one that it has takes a byte less, payloads are not aligned.
-        pieces = self.content.pieces(at=len(_head(self.mark, self.content.size)))
+        at = len(_head(self.mark, self.content.size)) if self.content.payloads else 0
+        pieces = self.content.pieces(at)
         return [_head(self.mark, sum(map(len, pieces))), *pieces]
-
-    def write(self) -> bytes:
-        """Returns its bytes."""
-        return b"".join(self.pieces())
 
 
 def opened(data: Buffer) -> tuple[int, Buffer] | None:

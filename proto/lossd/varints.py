@@ -1,6 +1,6 @@
 """Numbers as protobuf writes them."""
 
-LONGEST = 10
+_LONGEST = 10
 """Bytes."""
 
 
@@ -25,7 +25,7 @@ def read_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
         NoVarintError: There is none.
     """
     value = 0
-    for count, byte in enumerate(data[at : at + LONGEST]):
+    for count, byte in enumerate(data[at : at + _LONGEST]):
         value |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
             return value, at + count + 1
