@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_after_a_fork_both_sides_go_on(outside):
         context = multiprocessing.get_context("fork")
         results = context.SimpleQueue()
         for _ in range(3):
+            time.sleep(0.2)  # gRPC takes no notice of a fork while a thread of its own still ends a call
             child = context.Process(target=put_loss, args=(client, results))
             child.start()
             assert evaluate(client) == expected
