@@ -5,9 +5,6 @@ that does without them runs on the thread that brings it, and saves two changes 
 longer than a small evaluation.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -16,6 +13,7 @@ from lossd_server.kernels import loaded_library
 from lossd_server.losses import LossModule
 
 _WIDE = {None, torch.float32}
+_FLOAT32 = np.dtype(np.float32)
 
 
 def leaves_torch_asleep(job: LossJob) -> bool:
@@ -29,13 +27,10 @@ def leaves_torch_asleep(job: LossJob) -> bool:
 
 
 def _is_of_float32(item: LossItem) -> bool:
-    floats = (array.dtype for array in _arrays(item.arguments.values()) if array.dtype.kind not in "iub")
-    return item.options.gradient_dtype in _WIDE and all(dtype == np.float32 for dtype in floats)
-
-
-def _arrays(values: Iterable[Any]) -> Iterable[np.ndarray[Any, Any]]:
-    for value in values:
-        if isinstance(value, np.ndarray):
-            yield value
-        elif isinstance(value, list):
-            yield from _arrays(value)
+    if item.options.gradient_dtype not in _WIDE:
+        return False
+    for value in item.arguments.values():
+        for array in value if isinstance(value, list) else (value,):
+            if isinstance(array, np.ndarray) and array.dtype.kind not in "iub" and array.dtype != _FLOAT32:
+                return False
+    return True

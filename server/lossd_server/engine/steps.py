@@ -51,7 +51,9 @@ def bytes_of(item: LossItem) -> int:
 
 
 def _bytes_in(values: Iterable[Any]) -> int:
-    return sum(
-        value.nbytes if isinstance(value, _ARRAYS) else _bytes_in(value) if isinstance(value, list) else 0
-        for value in values
-    )
+    size = 0
+    for value in values:
+        for array in value if isinstance(value, list) else (value,):
+            if isinstance(array, _ARRAYS):
+                size += array.nbytes
+    return size

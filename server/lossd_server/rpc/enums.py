@@ -32,7 +32,10 @@ REASONS = _counterparts(loss_service_pb2.ErrorReason, "ERROR_REASON_", Reason)
 
 def number_of(table: Mapping[int, E], member: E) -> Any:
     """Returns the contract's number for one of our members; stubs give each enum a type of its own."""
-    return next(number for number, candidate in table.items() if candidate is member)
+    for number, candidate in table.items():
+        if candidate is member:
+            return number
+    raise KeyError(member)
 
 
 def numbers_of(table: Mapping[int, E]) -> list[Any]:

@@ -210,7 +210,9 @@ class MethodMetrics:
         """Counts the items, positives and non-finite inputs of a batch of evaluations."""
         self._items.observe(len(outcomes))
         self._positives.inc(sum(outcome.positive_count for outcome in outcomes))
-        self._non_finite.inc(sum(len(outcome.non_finite) for outcome in outcomes))
+        non_finite = sum(len(outcome.non_finite) for outcome in outcomes)
+        if non_finite:
+            self._non_finite.inc(non_finite)
 
     def count_assignments(self, assignments: Sequence[Assignment]) -> None:
         """Counts the items and positives of a batch of assignments."""

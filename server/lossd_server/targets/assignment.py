@@ -15,6 +15,8 @@ _BYTES_OF_CELL = 4 * 4
 BYTES_OF_POSITIVE = _BYTES_OF_LOCATION + _BYTES_OF_CELL + 4
 """What one positive location takes in the sparse form."""
 
+_NO_CELLS = np.empty((0, 4), np.int32)
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -140,6 +142,6 @@ class Assignment(NamedTuple):
 
     def _ignored_cells(self) -> NDArray[np.int32]:
         if self.ignored is None:
-            return np.zeros((0, 4), np.int32)
+            return _NO_CELLS
         image, location = np.nonzero(self.ignored)
         return np.stack([image, *self.pyramid.cells_of(location)], axis=1).astype(np.int32)

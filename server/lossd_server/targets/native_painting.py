@@ -17,6 +17,8 @@ Ranges = tuple[tuple[float, float], ...]
 
 _NO_MEMORY = -(2**63)
 
+_INT64, _INT32, _FLOAT32 = np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.float32)
+
 
 class _Image(ctypes.Structure):
     """`image_objects` of paint.c."""
@@ -107,19 +109,23 @@ def _image(objects: Objects) -> _Image:
 
 
 def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
-    """Returns arrays for so many positives, their elements not set, and where they lie."""
-    longs = np.empty(count + levels, np.int64)
-    words, floats = np.empty((5, count), np.int32), np.empty((5, count), np.float32)
-    long, word, number = address_of(longs), address_of(words), address_of(floats)
+    """Returns arrays for so many positives, their elements not set, and where they lie: all in one piece."""
+    counts = 8 * count
+    cells = counts + 8 * levels
+    matched = cells + 16 * count
+    ltrb = matched + 4 * count
+    centerness = ltrb + 16 * count
+    memory = np.empty(centerness + 4 * count, np.uint8)
+    at = address_of(memory)
     found = Positives(
-        labels=longs[:count],
-        cells=words[:4].reshape(count, 4),
-        matched=words[4],
-        ltrb=floats[:4].reshape(count, 4),
-        centerness=floats[4],
-        level_counts=longs[count:],
+        labels=np.ndarray((count,), _INT64, memory),
+        cells=np.ndarray((count, 4), _INT32, memory, cells),
+        matched=np.ndarray((count,), _INT32, memory, matched),
+        ltrb=np.ndarray((count, 4), _FLOAT32, memory, ltrb),
+        centerness=np.ndarray((count,), _FLOAT32, memory, centerness),
+        level_counts=np.ndarray((levels,), _INT64, memory, counts),
     )
-    places = _Positives(long, word, word + 16 * count, number, number + 16 * count, long + 8 * count)
+    places = _Positives(at, at + cells, at + matched, at + ltrb, at + centerness, at + counts)
     return found, places
 
 
