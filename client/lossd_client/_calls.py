@@ -1,8 +1,7 @@
 """A call of a method: what goes out and what its answer means, whoever waits for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -12,21 +11,26 @@ from lossd.chunks import LEAST_BYTES
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Buffer, Parcel
+from lossd.writing import Piece, placed, size_of
 from lossd_client._errors import LossdError, ServerError, error_of_call
+from lossd_client._results import ServerInfo, read_server_info
 from lossd_client._storage import Storage
 
 R = TypeVar("R")
 
+SMALL_BYTES = 1 << 20
+"""Every server reads at least this: smaller requests need not ask for its limit."""
+
 _SERVICE = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call(Generic[R]):
     """One call.
 
     Attributes:
         method: Name of the method.
-        request: What is sent.
+        request: What is sent, as `lossd.writing` has it.
         read: Makes the result of the answer.
         storage: What the request is packed into.
         first_item: Place of the request's first item in the caller's batch, when that was split.
@@ -34,7 +38,7 @@ class Call(Generic[R]):
     """
 
     method: str
-    request: Parcel[Any]
+    request: Sequence[Piece]
     read: Callable[[Parcel[Any]], R]
     storage: Storage
     first_item: int = 0
@@ -50,16 +54,15 @@ class Call(Generic[R]):
         """What gRPC calls its twin whose messages come in chunks."""
         return method_path(f"{self.method}InChunks")
 
-    @cached_property
+    @property
     def size(self) -> int:
         """How long the request is."""
-        return sum(map(len, self._pieces))
+        return size_of(self.request)
 
     def outgoing(self) -> bytes | list[Buffer]:
         """Returns the bytes to send: all in one, or the pieces of what goes in chunks."""
-        if self.may_be_cut and self.size >= LEAST_BYTES:
-            return self._pieces
-        return b"".join(self._pieces)
+        pieces = placed(self.request)
+        return pieces if self.may_be_cut and self.size >= LEAST_BYTES else b"".join(pieces)
 
     def result(self, data: Buffer) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
@@ -68,11 +71,6 @@ class Call(Generic[R]):
     def error(self, error: grpc.RpcError) -> LossdError:
         """Returns our error for a call that failed."""
         return error_of_call(error, first_item=self.first_item)
-
-    @cached_property
-    def _pieces(self) -> list[Buffer]:
-        # Once: to ask a message how long it is takes as long as to write it.
-        return self.request.pieces()
 
     def leaves_memory_in_use(self, error: grpc.RpcError) -> bool:
         """Returns whether the server may still write to this call's memory after it failed."""
@@ -101,3 +99,13 @@ def read_answer(method: str, data: Buffer) -> Parcel[Any]:
     except DecodeError:
         message = f"the server's answer of {len(data)} bytes is no {name}"
         raise ServerError(grpc.StatusCode.INTERNAL, message) from None
+
+
+def info_call() -> Call[ServerInfo]:
+    """Returns the call that asks a server what it is."""
+    return Call(
+        method="GetServerInfo",
+        request=[pb.GetServerInfoRequest().SerializeToString()],
+        read=read_server_info,
+        storage=Storage(None),
+    )

@@ -6,10 +6,13 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.v1 import losses_pb2
+from lossd.writing import Piece, message_field, tags_of
 from lossd_client._errors import refused_here
-from lossd_client._packing import put_ground_truth, put_labels, put_prediction, put_tensor
+from lossd_client._packing import pack_ground_truth, pack_labels, pack_prediction, pack_tensor
 from lossd_client._storage import Storage
+
+_ITEM = tags_of(pb.LossItem.DESCRIPTOR)
 
 
 class LossConfig:
@@ -33,11 +36,10 @@ class LossConfig:
         """Returns the configuration as the contract's message."""
         raise NotImplementedError
 
-    def write(self, item: pb.LossItem, arguments: Sequence[Any], path: str, storage: Storage) -> None:
-        """Writes the arguments of one evaluation.
+    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> list[Piece]:
+        """Returns the `LossItem` of one evaluation.
 
         Args:
-            item: An empty item of the request.
             arguments: In the order of `inputs`.
             path: Where the arguments stand in the request, for errors: `items[3].focal`.
             storage: What the request is packed into.
@@ -48,20 +50,24 @@ class LossConfig:
         """
         if len(arguments) > len(self.inputs):
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.inputs)}: got {len(arguments)}")
-        inputs = getattr(item, self.kind)
-        inputs.SetInParent()
+        tags = _tags_of_inputs(self.kind)
+        pieces: list[Piece] = []
         for name, value in zip(self.inputs, arguments, strict=False):
             if value is not None:
-                self._put(name, f"{path}.{name}", value, getattr(inputs, name), storage)
+                pieces += self._field(name, f"{path}.{name}", tags[name], value, storage)
+        return message_field(_ITEM[self.kind], pieces)
 
-    def _put(self, name: str, path: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
-        """Writes an argument, or a level of one."""
+    def input_path(self, path: str, name: str) -> str:
+        """Returns where an input stands in the request, given where the arguments do."""
+        return f"{path}.{name}"
+
+    def _field(self, name: str, path: str, tag: bytes, value: Any, storage: Storage) -> list[Piece]:
+        """Returns an argument, or a level of one, as a field."""
         if name in self.labels:
-            put_labels(path, value, tensor, storage)
-        elif name in self.differentiable:
-            put_prediction(path, value, tensor, storage, keep=name in self.coordinates)
-        else:
-            put_tensor(path, value, tensor, storage)
+            return pack_labels(path, tag, value, storage)
+        if name in self.differentiable:
+            return pack_prediction(path, tag, value, storage, keep=name in self.coordinates)
+        return pack_tensor(path, tag, value, storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +155,12 @@ class FCOSAssigner:
     preset: str = "autotimm"
     box_format: str = "xyxy"
 
+    def __post_init__(self) -> None:
+        """Makes tuples of strides and ranges, so that assigners are told apart by what is in them."""
+        object.__setattr__(self, "strides", tuple(self.strides))
+        if self.regress_ranges is not None:
+            object.__setattr__(self, "regress_ranges", tuple(map(tuple, self.regress_ranges)))
+
     def message(self, path: str = "assigner") -> losses_pb2.FCOSAssigner:
         """Returns the configuration as the contract's message; `path` is where it stands, for errors."""
         return losses_pb2.FCOSAssigner(
@@ -235,20 +247,22 @@ class FCOSLoss(LossConfig):
             assigner=assigner.message("fcos.assigner"),
         )
 
-    def write(self, item: pb.LossItem, arguments: Sequence[Any], path: str, storage: Storage) -> None:
-        """Writes the arguments of one evaluation; see `LossConfig.write`."""
+    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> list[Piece]:
+        """Returns the `LossItem` of one evaluation; see `LossConfig.item`."""
         if len(arguments) not in {4, 6, 7}:
             raise TypeError(
                 "FCOSLoss takes cls_preds, reg_preds, centerness_preds and then three lists of targets "
                 f"or the ground truth: got {len(arguments)} arguments"
             )
-        item.fcos.SetInParent()
         lists = arguments[:3] if len(arguments) == 4 else arguments
+        tags = _tags_of_inputs(self.kind)
+        pieces: list[Piece] = []
         for name, levels in zip(self.inputs, lists, strict=False):
             for i, level in enumerate(levels):
-                self._put(name, f"{path}.{name}[{i}]", level, getattr(item.fcos, name).add(), storage)
+                pieces += self._field(name, f"{path}.{name}[{i}]", tags[name], level, storage)
         if len(arguments) == 4:
-            put_ground_truth(arguments[3], path, item.fcos, storage)
+            pieces += pack_ground_truth(f"{path}.ground_truth", tags["ground_truth"], arguments[3], storage)
+        return message_field(_ITEM[self.kind], pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,15 +283,25 @@ class CustomLoss(LossConfig):
         """Returns the configuration as the contract's message."""
         return losses_pb2.CustomLoss(name=self.name)
 
-    def write(self, item: pb.LossItem, arguments: Sequence[Any], path: str, storage: Storage) -> None:
-        """Writes the arguments of one evaluation; see `LossConfig.write`."""
+    def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> list[Piece]:
+        """Returns the `LossItem` of one evaluation; see `LossConfig.item`."""
         if len(arguments) != 1 or not isinstance(arguments[0], Mapping):
             raise TypeError(f"{self.name} takes one mapping of its inputs by name")
-        (tensors,) = arguments
-        item.custom.SetInParent()
-        for name, value in tensors.items():
-            tensor = item.custom.tensors[name]
-            put_tensor(f"{path}.tensors[{name}]", value, tensor, storage, on_gpu=True)
+        entry = losses_pb2.CustomInputs.TensorsEntry
+        tag, value_tag = _tags_of_inputs(self.kind)["tensors"], tags_of(entry.DESCRIPTOR)["value"]
+        pieces: list[Piece] = []
+        for name, value in arguments[0].items():
+            field = pack_tensor(self.input_path(path, name), value_tag, value, storage, on_gpu=True)
+            pieces += message_field(tag, [entry(key=name).SerializeToString(), *field])
+        return message_field(_ITEM[self.kind], pieces)
+
+    def input_path(self, path: str, name: str) -> str:
+        """Returns where an input stands in the request; see `LossConfig.input_path`."""
+        return f"{path}.tensors[{name}]"
+
+
+def _tags_of_inputs(kind: str) -> dict[str, bytes]:
+    return tags_of(pb.LossItem.DESCRIPTOR.fields_by_name[kind].message_type)
 
 
 def _given(weight: float | None, documented: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Whatever a caller holds, as messages of the contract: each is written in its place, and so not copied."""
+"""Whatever a caller holds, as fields of a request: pieces that refer to it, as `lossd.writing` has them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,63 +7,68 @@ from lossd.gpu_memory import GpuArray
 from lossd.narrow import narrowed_integers
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.v1 import losses_pb2
+from lossd.writing import Piece, message_field, tags_of
 from lossd_client._arrays import as_array
 from lossd_client._errors import refused_here
 from lossd_client._storage import Storage
 
+_OBJECTS = tags_of(losses_pb2.GroundTruth.DESCRIPTOR)
 
-def put_tensor(
-    field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage, *, on_gpu: bool = False
-) -> None:
-    """Makes an empty message that of a value; raises `InvalidInputError` by field.
+
+def pack_tensor(field: str, tag: bytes, value: Any, storage: Storage, *, on_gpu: bool = False) -> list[Piece]:
+    """Returns the tensor of a value; raises `InvalidInputError` by field.
 
     Args:
         field: Where it stands in the request.
+        tag: The tag of the field.
         value: The value.
-        tensor: The message.
         storage: Where it is to lie.
         on_gpu: Whether a shared array of a GPU is taken where it lies; if not, a copy is sent.
     """
     is_there = on_gpu and isinstance(value, GpuArray)
     try:
-        storage.put(value if is_there else as_array(value), tensor)
+        return storage.pack(field, tag, value if is_there else as_array(value))
     except TensorError as error:
         raise _refused(field, error) from error
 
 
-def put_prediction(
-    field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage, *, keep: bool = False
-) -> None:
+def pack_prediction(
+    field: str, tag: bytes, value: Any, storage: Storage, *, keep: bool = False
+) -> list[Piece]:
     """Does the same for a prediction, in the form in which predictions travel.
 
     Args:
         field: As above, like the next three.
+        tag: The tag of the field.
         value: The prediction.
-        tensor: The message.
         storage: Where it is to lie.
         keep: Whether it is sent in its own type whatever the form.
     """
     try:
         is_there = isinstance(value, GpuArray) and not storage.form.is_narrow
         array = value if is_there else as_array(value)
-        storage.put(storage.form.prediction(field, array, keep=keep), tensor)
+        return storage.pack(field, tag, storage.form.prediction(field, array, keep=keep))
     except TensorError as error:
         raise _refused(field, error) from error
 
 
-def put_labels(field: str, value: Any, tensor: tensor_pb2.Tensor, storage: Storage) -> None:
+def pack_labels(field: str, tag: bytes, value: Any, storage: Storage) -> list[Piece]:
     """Does the same for labels: in the smallest type that holds them, unless they lie in shared memory."""
     try:
-        storage.put(as_array(value), tensor, narrowed_integers)
+        return storage.pack(field, tag, as_array(value), narrowed_integers)
     except TensorError as error:
         raise _refused(field, error) from error
 
 
-def put_ground_truth(images: Sequence[Mapping[str, Any]], path: str, item: Any, storage: Storage) -> None:
-    """Adds the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
+def pack_ground_truth(
+    field: str, tag: bytes, images: Sequence[Mapping[str, Any]], storage: Storage
+) -> list[Piece]:
+    """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
+    pieces: list[Piece] = []
     for index, image in enumerate(images):
-        _put_objects(f"{path}.ground_truth[{index}]", image, item.ground_truth.add(), storage)
+        pieces += message_field(tag, _objects(f"{field}[{index}]", image, storage))
+    return pieces
 
 
 def _refused(field: str, error: TensorError) -> Exception:
@@ -71,22 +76,21 @@ def _refused(field: str, error: TensorError) -> Exception:
     return refused_here(reason, str(error), field=field, **error.values)
 
 
-def _put_objects(
-    field: str, image: Mapping[str, Any], objects: losses_pb2.GroundTruth, storage: Storage
-) -> None:
-    known = objects.DESCRIPTOR.fields_by_name
+def _objects(field: str, image: Mapping[str, Any], storage: Storage) -> list[Piece]:
     for key in image:
-        if key not in known:
+        if key not in _OBJECTS:
             reason = pb.ERROR_REASON_UNEXPECTED_FIELD
-            raise refused_here(reason, f"is unknown, want {', '.join(known)}", field=f"{field}.{key}")
+            raise refused_here(reason, f"is unknown, want {', '.join(_OBJECTS)}", field=f"{field}.{key}")
     for key in ("boxes", "labels"):
         if key not in image:
             raise refused_here(pb.ERROR_REASON_MISSING_FIELD, "is not set", field=f"{field}.{key}")
+    pieces: list[Piece] = []
     for key, value in image.items():
-        if value is not None:
-            array = as_array(value)
+        if key == "labels" and value is not None:
+            labels = as_array(value)
             # An empty list has no type of its own; numpy makes it float64.
-            if not array.size and key == "labels":
-                array = array.astype("int64")
-            put = put_labels if key == "labels" else put_tensor
-            put(f"{field}.{key}", array, getattr(objects, key), storage)
+            given = labels if labels.size else labels.astype("int64")
+            pieces += pack_labels(f"{field}.{key}", _OBJECTS[key], given, storage)
+        elif value is not None:
+            pieces += pack_tensor(f"{field}.{key}", _OBJECTS[key], value, storage)
+    return pieces

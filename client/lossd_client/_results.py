@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from lossd.tensors import unpack
 from lossd.v1 import loss_service_pb2 as pb
@@ -15,6 +16,8 @@ from lossd_client._storage import Storage
 TOTAL_NAMES = ("loss", "total_loss")
 COMPONENT_SUMS = ("cls_loss", "reg_loss", "centerness_loss", "centerness_target", "weight")
 COUNTS = ("valid_count", "positive_count")
+_SUMS = (*COMPONENT_SUMS, *COUNTS)
+_read_sums = attrgetter(*_SUMS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,8 +180,8 @@ def _read_loss_result(
 
 
 def _added(level_sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(level[name] for level in level_sums) for name in (*COMPONENT_SUMS, *COUNTS)}
+    return {name: sum(level[name] for level in level_sums) for name in _SUMS}
 
 
 def _sums(level: pb.RawSums) -> dict[str, float]:
-    return {name: getattr(level, name) for name in (*COMPONENT_SUMS, *COUNTS)}
+    return dict(zip(_SUMS, _read_sums(level), strict=True))

@@ -1,7 +1,8 @@
 """Where the tensors of a call lie: in memory that the server shares, or in the messages."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count, takewhile
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,10 +11,11 @@ import ml_dtypes
 import numpy as np
 
 from lossd.gpu_memory import GpuArray
-from lossd.tensors import DTYPES, data_type_of, layout, put, put_shared, unpack
+from lossd.tensors import DTYPES, data_type_of, layout, unpack
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import losses_pb2, tensor_pb2
+from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
+from lossd.writing import Piece, shared_tensor_field, tensor_field
 from lossd_client._arrays import AnyArray, Array
 from lossd_client._errors import LossdError, ServerError
 from lossd_client._wire_form import WireForm
@@ -38,7 +40,7 @@ class MemoryInUseError(Exception):
     """A call that nobody said is over, and that is to be made again with other memory for its answer."""
 
 
-class Storage(Payloads):
+class Storage:
     """What a request is packed into, and its answer read from.
 
     A context manager around one try at a call. Where the memory is of no more use, because the server
@@ -55,14 +57,12 @@ class Storage(Payloads):
     """
 
     def __init__(self, pool: "Pool | None", tries: int = 2) -> None:
-        super().__init__()
         self._pool = pool
         self._tries = tries
         self._room = 0 if pool is None else pool.max_bytes
         self._regions: set[bytes] = set()
-        self._read: list[AnyArray] = []
+        self._inputs: dict[str, AnyArray] = {}
         self._written: dict[tuple[bytes, int], AnyArray] = {}
-        self._gpu_regions: set[bytes] = set()
         self._is_known = True
         self.form = WireForm()
         self.dense_form: DenseForm | None = None
@@ -111,52 +111,58 @@ class Storage(Payloads):
             return Storage(None)
         return Storage(pool, tries)
 
-    def put(
+    def pack(
         self,
+        path: str,
+        tag: bytes,
         array: AnyArray,
-        tensor: tensor_pb2.Tensor,
         form: Callable[[Array], Array] = lambda array: array,
-    ) -> None:
-        """Makes an empty message that of an array, which is left as it is until the call has ended.
+    ) -> list[Piece]:
+        """Returns the tensor of an array as a field; the array is left as it is until the call has ended.
 
         Args:
+            path: Where it stands in the request.
+            tag: The tag of the field.
             array: The array.
-            tensor: The message.
             form: Returns what goes in place of an array that does not lie in shared memory already.
 
         Raises:
             TensorError: The contract has no such type, or the array too many dimensions.
         """
-        if isinstance(array, GpuArray):
-            if self._put_on_gpu(array, tensor):
-                return
-            array = array.numpy()
         place = self._found(array)
         if place is None:
-            array = form(array)
-            place = self._copied(array)
-        if place is None:
-            put(array, tensor, self)
-        else:
-            put_shared(place.array, tensor, _message(place))
+            sent = form(array.numpy() if isinstance(array, GpuArray) else array)
+            place = self._copied(sent)
+            if place is None:
+                self._inputs[path] = sent
+                return tensor_field(tag, sent)
+        self._inputs[path] = place.array
+        self._note(place)
+        return shared_tensor_field(tag, place.array, _message(place))
 
-    def add_outputs(self, request: pb.ComputeLossRequest, kind: str, differentiable: Sequence[str]) -> None:
-        """Gives every gradient that is worth it a place in shared memory; the request may go then.
+    def floats_at(self, path: str) -> list[AnyArray]:
+        """Returns an input as it is sent, one array or one a level; none where it is no input of floats."""
+        levels = takewhile(self._inputs.__contains__, (f"{path}[{level}]" for level in count()))
+        paths = [path] if path in self._inputs else levels
+        arrays = [self._inputs[each] for each in paths]
+        return arrays if all(data_type_of(array.dtype) in FLOAT_TYPES for array in arrays) else []
+
+    def outputs(self, wanted: Iterable[tuple[str, str]], gradient_dtype: Any) -> list[pb.GradientOutput]:
+        """Gives the gradients of an item that are worth it a place in shared memory.
 
         Args:
-            request: The request, whole but for that.
-            kind: Name of its loss.
-            differentiable: Names of the inputs that have gradients; empty for a custom loss.
+            wanted: The inputs whose gradients are wanted: the name of each, and where it stands.
+            gradient_dtype: A `DataType`, or 0 for that of each input.
         """
         if self._pool is None:
-            return
-        for item in request.items:
-            inputs = getattr(item, kind)
-            for name in dict.fromkeys(request.gradients):
-                if tensors := _float_tensors(inputs, name, differentiable):
-                    self._add_output(item, name, tensors, request.gradient_dtype)
-        if self._gpu_regions:
-            # What is read has to be there, and what is written to has to be read by nobody any more.
+            return []
+        paths = dict(wanted)
+        found = (self._output(name, self.floats_at(path), gradient_dtype) for name, path in paths.items())
+        return [output for output in found if output is not None]
+
+    def wait_for_gpu(self) -> None:
+        """Waits until memory of the GPU that the request names may be read, and is read by nobody else."""
+        if self._pool is not None and any(isinstance(array, GpuArray) for array in self._inputs.values()):
             self._pool.wait_for_gpu()
 
     def read(self, tensor: tensor_pb2.Tensor, payloads: Payloads) -> AnyArray:
@@ -180,13 +186,13 @@ class Storage(Payloads):
         view.flags.writeable = False
         return view
 
-    def _found(self, array: Array) -> "Slice | None":
+    def _found(self, array: AnyArray) -> "Slice | None":
         """Returns where an array lies in shared memory, if it does."""
-        if self._pool is None or not self._is_worth_it(array):
+        if self._pool is None or array.nbytes > self._room:
             return None
-        if array.dtype != DTYPES[data_type_of(array.dtype)]:
+        if not isinstance(array, GpuArray) and not (self._is_worth_it(array) and _is_as_sent(array)):
             return None
-        return self._read_at(self._pool.find(array))
+        return self._pool.find(array)
 
     def _copied(self, array: Array) -> "Slice | None":
         """Returns where a copy of an array lies in shared memory; None where it is not worth it."""
@@ -195,48 +201,27 @@ class Storage(Payloads):
         place = self._pool.allocate(array.shape, DTYPES[data_type_of(array.dtype)])
         if place is not None:
             np.copyto(place.array, array)  # type: ignore[arg-type]  # an array of the host's
-        return self._read_at(place)
+        return place
 
     def _is_worth_it(self, array: Array) -> bool:
         return LEAST_BYTES <= array.nbytes <= self._room
 
-    def _read_at(self, place: "Slice | None") -> "Slice | None":
-        """Takes in where the server reads an array, if anywhere."""
-        if place is not None:
-            self._read.append(place.array)
-            self._note(place)
-        return place
-
-    def _add_output(
-        self, item: pb.LossItem, name: str, tensors: Sequence[tensor_pb2.Tensor], gradient_dtype: Any
-    ) -> None:
-        layouts = [(DTYPES[gradient_dtype or tensor.dtype], tuple(tensor.shape)) for tensor in tensors]
+    def _output(self, name: str, inputs: Sequence[AnyArray], gradient_dtype: Any) -> pb.GradientOutput | None:
+        layouts = [(DTYPES[gradient_dtype or data_type_of(array.dtype)], array.shape) for array in inputs]
         length = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
-        on_gpu = any(tensor.shared.region_id in self._gpu_regions for tensor in tensors)
+        on_gpu = any(isinstance(array, GpuArray) for array in inputs)
         if not (on_gpu or length >= LEAST_BYTES) or length > self._room:
-            return
+            return None
         places = self._allocate(layouts, on_gpu=on_gpu)
-        if places:
-            item.outputs.add(input=name, slices=map(_message, places))
-            for place in places:
-                self._written[place.region_id, place.offset] = place.array
-                self._note(place)
+        for place in places:
+            self._written[place.region_id, place.offset] = place.array
+            self._note(place)
+        return pb.GradientOutput(input=name, slices=map(_message, places)) if places else None
 
     def _note(self, place: "Slice") -> None:
         self._regions.add(place.region_id)
         # The server bounds what the slices of a request come to, also where one is named twice.
         self._room -= place.array.nbytes
-
-    def _put_on_gpu(self, array: GpuArray, tensor: tensor_pb2.Tensor) -> bool:
-        """Makes a message that of an array on a GPU; returns whether the server has its memory."""
-        place = None if self._pool is None else self._pool.find(array)
-        if place is None or array.nbytes > self._room:
-            return False
-        put_shared(array, tensor, _message(place))
-        self._gpu_regions.add(place.region_id)
-        self._read.append(array)
-        self._note(place)
-        return True
 
     def _allocate(
         self, layouts: Sequence[tuple[np.dtype[Any], tuple[int, ...]]], *, on_gpu: bool
@@ -255,13 +240,6 @@ def _message(place: "Slice") -> tensor_pb2.SharedSlice:
     return tensor_pb2.SharedSlice(region_id=place.region_id, offset=place.offset)
 
 
-def _float_tensors(inputs: Any, name: str, differentiable: Sequence[str]) -> list[tensor_pb2.Tensor]:
-    """Returns the tensors of a differentiable input, one or one a level; none where there is no such."""
-    if isinstance(inputs, losses_pb2.CustomInputs):
-        tensors = [inputs.tensors[name]] if name in inputs.tensors else []
-    elif name in differentiable:
-        value = getattr(inputs, name)
-        tensors = [value] if isinstance(value, tensor_pb2.Tensor) else list(value)
-    else:
-        tensors = []
-    return tensors if all(tensor.dtype in FLOAT_TYPES for tensor in tensors) else []
+def _is_as_sent(array: Array) -> bool:
+    """Whether an array has a type of the contract, in the byte order of the wire."""
+    return array.dtype == DTYPES[data_type_of(array.dtype)]

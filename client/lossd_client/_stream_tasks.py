@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import grpc
 
 from lossd.wire import Buffer
+from lossd_client._calls import SMALL_BYTES
 from lossd_client._errors import LossdError, error_of_call
-from lossd_client._requests import SMALL_BYTES
 from lossd_client._retries import Attempts
 from lossd_client._storage import Storage
 from lossd_client._streams import InOrder, OnTheirWay, Stream, require_size

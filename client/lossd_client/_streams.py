@@ -1,14 +1,15 @@
 """What both clients know of a stream: its requests, its answers, and the order of its results."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
-from lossd.envelopes import Envelope
+from lossd.envelopes import envelope
 from lossd.wire import Buffer, Parcel
+from lossd.writing import Piece, placed
 from lossd_client._calls import method_path, read_answer, read_result
 from lossd_client._errors import (
     LossdError,
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+WINDOW = 8
+"""Items of a stream that are on their way unless the caller says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream(Generic[R]):
@@ -40,7 +44,7 @@ class Stream(Generic[R]):
     """
 
     method: str
-    make: Callable[[Any, Storage], Parcel[Any]]
+    make: Callable[[Any, Storage], Sequence[Piece]]
     read: Callable[[Parcel[Any], Storage], R]
     window: int
     return_exceptions: bool
@@ -58,7 +62,7 @@ class Stream(Generic[R]):
     def request(self, index: int, item: Any, storage: Storage) -> list[Buffer]:
         """Returns the pieces of an item's request; raises `LossdError` for one that cannot be sent."""
         try:
-            return Envelope(index, self.make(item, storage)).pieces()
+            return placed(envelope(index, self.make(item, storage)))
         except LossdError as error:
             raise at_item(error, index) from None
 

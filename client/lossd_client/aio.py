@@ -16,18 +16,19 @@ from lossd_client import _chunks
 from lossd_client._access import Access
 from lossd_client._arrays import Array
 from lossd_client._base import ClientBase
-from lossd_client._calls import Call
+from lossd_client._calls import Call, info_call
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._hedging import send_async
+from lossd_client._loss_requests import loss_batch, loss_stream
 from lossd_client._options import EvaluationOptions, LossOptions
-from lossd_client._requests import WINDOW, assign_call, assign_stream, info_call, loss_batch, loss_stream
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
 from lossd_client._sharing import allocated, allocated_on_gpu
 from lossd_client._storage import MemoryInUseError, Storage
 from lossd_client._stream_tasks import StreamOfTasks
-from lossd_client._streams import Stream
+from lossd_client._streams import WINDOW, Stream
+from lossd_client._target_requests import assign_call, assign_stream
 from lossd_client._targets import DenseTargets, SparseTargets
 
 if TYPE_CHECKING:

@@ -4,41 +4,31 @@ They are written and opened by hand, so that what is in them is not copied for i
 it came before. All four of the contract are alike.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.varints import NoVarintError, read_varint, varint
-from lossd.wire import LARGE_BYTES, Buffer, Parcel
+from lossd.wire import LARGE_BYTES, Buffer
+from lossd.writing import Piece, size_of
 
 _MARK_TAG = varint(pb.ComputeLossStreamRequest.ID_FIELD_NUMBER << 3)
 _CONTENT_TAG = varint(pb.ComputeLossStreamRequest.REQUEST_FIELD_NUMBER << 3 | 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """A request or an answer on a stream.
+def envelope(mark: int, content: Sequence[Piece]) -> list[Piece]:
+    """Returns the envelope of a request or an answer.
 
-    Attributes:
+    Args:
         mark: The caller's mark, an int64.
         content: What is in it.
     """
-
-    mark: int
-    content: Parcel[Any]
-
-    def pieces(self) -> list[Buffer]:
-        """Returns its bytes in pieces, as those of a `Parcel`."""
-        # By the length at most: if the one that it has takes a byte less, payloads are not aligned.
-        at = len(_head(self.mark, self.content.size)) if self.content.payloads else 0
-        pieces = self.content.pieces(at)
-        return [_head(self.mark, sum(map(len, pieces))), *pieces]
+    return [_head(mark, size_of(content)), *content]
 
 
 def opened(data: Buffer) -> tuple[int, Buffer] | None:
     """Returns the mark of an envelope, and the bytes of what is in it.
 
-    None where it is not what `Envelope` writes, and so better left to protobuf.
+    None where it is not what `envelope` writes, and so better left to protobuf.
     """
     mark, at = 0, 0
     try:

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lossd.tensors import Array, TensorError, layout, pack, unpack
+from lossd.tensors import Array, TensorError, layout, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
+from lossd.writing import Piece, message_field, tags_of, tensor_field
 
 Places = NDArray[Any]
 """Places of rows, the K numbers of one location, counted along `[B, H, W]`; ascending integers."""
+
+_TAGS = tags_of(pb.SparseTensor.DESCRIPTOR)
 
 _HEADER_BYTES = 32
 """What a sparse tensor's two parts take on the wire beyond a dense one's, at most."""
@@ -31,20 +34,19 @@ def is_smaller(arrays: Sequence[Array], places: Sequence[Places]) -> bool:
     return saved > 0
 
 
-def pack_sparse(array: Array, places: Places, payloads: Payloads | None = None) -> pb.SparseTensor:
-    """Returns the `SparseTensor` that holds some rows of an array `[B, K, H, W]`.
+def sparse_tensor_field(tag: bytes, array: Array, places: Places) -> list[Piece]:
+    """Returns the `SparseTensor` that holds some rows of an array `[B, K, H, W]`, as a field of a message.
 
     Args:
+        tag: The tag of the field.
         array: The whole.
         places: Which of its rows; all others are exactly zero.
-        payloads: Those of the message that it goes into; see `lossd.tensors.pack`.
     """
     rows = np.moveaxis(array, 1, -1)
-    return pb.SparseTensor(
-        shape=array.shape,
-        places=pack(places.astype(_place_type(array.shape), copy=False), payloads),
-        values=pack(rows[np.unravel_index(places, rows.shape[:-1])], payloads),
-    )
+    about = pb.SparseTensor(shape=array.shape).SerializeToString()
+    numbers = tensor_field(_TAGS["places"], places.astype(_place_type(array.shape), copy=False))
+    values = tensor_field(_TAGS["values"], rows[np.unravel_index(places, rows.shape[:-1])])
+    return message_field(tag, [about, *numbers, *values])
 
 
 def unpack_sparse(

@@ -5,13 +5,13 @@ Both sides use it, so that they cannot drift apart.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from lossd.gpu_memory import GpuArray
 from lossd.v1 import tensor_pb2 as pb
 from lossd.wire import Buffer, Payloads
 
@@ -63,37 +63,12 @@ class TensorError(ValueError):
         self.values = {name: str(value) for name, value in values.items()}
 
 
-def pack(array: Array, payloads: Payloads | None = None) -> pb.Tensor:
-    """Returns the `Tensor` that holds `array`; see `put`."""
-    tensor = pb.Tensor()
-    put(array, tensor, payloads)
-    return tensor
-
-
-def put(array: Array, tensor: pb.Tensor, payloads: Payloads | None = None) -> None:
-    """Makes an empty `Tensor` hold `array`, whatever its strides and byte order.
-
-    In its place in a message, since a message that is put into another is copied.
-
-    Args:
-        array: Left as it is until the message is written, if there are payloads.
-        tensor: The tensor.
-        payloads: Those of the message that the tensor is in. None makes a tensor that is whole by itself,
-            by a copy.
-
-    Raises:
-        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
-    """
+def pack(array: Array) -> pb.Tensor:
+    """Returns the `Tensor` that holds `array`, by a copy; see `lossd.writing.tensor_field`."""
     data_type = data_type_of(array.dtype)
-    _check_dimensions(array.shape)
-    wanted = DTYPES[data_type]
-    little_endian = array if array.dtype is wanted else array.astype(wanted, copy=False)
-    tensor.dtype = data_type
-    tensor.shape.extend(array.shape)
-    if payloads is None:
-        tensor.inline = little_endian.tobytes()
-    else:
-        tensor.inline = payloads.hold(little_endian)
+    check_dimensions(array.shape)
+    elements = array.astype(DTYPES[data_type], copy=False).tobytes()
+    return pb.Tensor(dtype=data_type, shape=array.shape, inline=elements)
 
 
 def unpack(tensor: pb.Tensor, payloads: Payloads | None = None) -> Array:
@@ -122,21 +97,10 @@ def array_of(data: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Arra
             dtype=dtype.name,
             shape=list(shape),
         )
-    array = np.frombuffer(data, dtype)
-    check_bools(array)
-    return _aligned(array).reshape(shape)
-
-
-def put_shared(array: Array | GpuArray, tensor: pb.Tensor, place: pb.SharedSlice) -> None:
-    """Makes an empty `Tensor` that of an array which lies in a shared region.
-
-    Raises:
-        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
-    """
-    tensor.dtype = data_type_of(array.dtype)
-    _check_dimensions(array.shape)
-    tensor.shape.extend(array.shape)
-    tensor.shared.CopyFrom(place)
+    array: Array = np.ndarray(shape, dtype, data)
+    if dtype.kind == "b":
+        check_bools(array)
+    return array if array.flags.aligned else _aligned(array)
 
 
 def layout(tensor: pb.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -145,13 +109,18 @@ def layout(tensor: pb.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
     Raises:
         TensorError: The type is unknown, an extent is negative, or the shape is too large.
     """
-    dtype = DTYPES.get(tensor.dtype)
+    return _layout(tensor.dtype, tuple(tensor.shape))
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    data_type: "pb.DataType.ValueType", shape: tuple[int, ...]
+) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Returns the type and shape, checked when they first come."""
+    dtype = DTYPES.get(data_type)
     if dtype is None:
         known = ", ".join(sorted(DATA_TYPES))
-        raise TensorError(
-            "INVALID_DTYPE", f"dtype is {tensor.dtype}, want one of {known}", dtype=tensor.dtype
-        )
-    shape = tuple(tensor.shape)
+        raise TensorError("INVALID_DTYPE", f"dtype is {data_type}, want one of {known}", dtype=data_type)
     _check_shape(shape)
     return dtype, shape
 
@@ -169,7 +138,8 @@ def data_type_of(dtype: np.dtype[Any]) -> "pb.DataType.ValueType":
     return data_type
 
 
-def _check_dimensions(shape: Sequence[int]) -> None:
+def check_dimensions(shape: Sequence[int]) -> None:
+    """Raises `TensorError` where a shape has more dimensions than are allowed."""
     if len(shape) > MAX_DIMENSIONS:
         raise TensorError(
             "INVALID_SHAPE",
@@ -179,7 +149,7 @@ def _check_dimensions(shape: Sequence[int]) -> None:
 
 
 def _check_shape(shape: Sequence[int]) -> None:
-    _check_dimensions(shape)
+    check_dimensions(shape)
     if min(shape, default=1) > 0 and math.prod(shape) <= _MAX_BYTES // 8:
         return
     size = 8
@@ -197,12 +167,10 @@ def _check_shape(shape: Sequence[int]) -> None:
 
 
 def _aligned(array: Array) -> Array:
-    """Returns the array, or a copy where its elements do not lie as the processor wants them.
+    """Returns a copy whose elements lie as the processor wants them.
 
-    Torch and compiled kernels may not be given such memory. A copy of 51 MB takes 4 ms.
+    Torch and compiled kernels may not be given other memory. A copy of 51 MB takes 4 ms.
     """
-    if array.flags.aligned:
-        return array
     array = array.copy()
     array.flags.writeable = False
     return array

@@ -1,5 +1,7 @@
 """Numbers as protobuf writes them."""
 
+from functools import lru_cache
+
 _LONGEST = 10
 """Bytes."""
 
@@ -8,6 +10,7 @@ class NoVarintError(ValueError):
     """Bytes that begin with no number."""
 
 
+@lru_cache(maxsize=4096)
 def varint(value: int) -> bytes:
     """Returns a number, at least 0, as protobuf writes it."""
     encoded = bytearray()

@@ -1,21 +1,16 @@
-"""Messages as bytes, without a copy of their large tensors: both sides read and write with this.
+"""Messages out of bytes, without a copy of their large tensors: both sides read with this.
 
-Stock protobuf parses and serializes everything but payloads, the large runs of bytes in
-`Tensor.inline`. A reader cuts them out of the received bytes and leaves a short stand-in for each;
-what is left is parsed as ever, and so unknown fields, fields in any order, split and repeated ones mean
-what protobuf says they mean. A writer puts them in the place of their stand-ins, all in one copy, and
-has each begin where a reader can use it as it lies: the number in front, `Tensor.dtype`, is written in
-up to three bytes more than it needs, as protobuf allows.
+Stock protobuf parses everything but payloads, the large runs of bytes in `Tensor.inline`. A reader cuts
+them out of the received bytes and leaves a short stand-in for each; what is left is parsed as ever, and so
+unknown fields, fields in any order, split and repeated ones mean what protobuf says they mean. What writes
+messages is `lossd.writing`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any, Generic, TypeAlias, TypeVar
 
-import numpy as np
 from google.protobuf.message import DecodeError, Message
-from numpy.typing import NDArray
 
 from lossd.v1 import loss_service_pb2
 from lossd.v1 import tensor_pb2 as pb
@@ -38,13 +33,6 @@ _STEP_BYTES = 16 << 10
 
 _MINIMUM_STEPS = 64
 
-_ALIGNMENT = 4
-"""Where payloads begin, a multiple of it: as float32 wants. More would take a varint of over five bytes,
-which not every reader of an enum takes."""
-
-_DTYPE_TAG = pb.Tensor.DTYPE_FIELD_NUMBER << 3
-_DTYPE_BYTES = 2
-
 _PAYLOAD: _Fields = {}
 """Stands for `Tensor.inline` among fields to descend into."""
 
@@ -53,58 +41,22 @@ _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4, _GROUP: 0, _END_OF_GROUP: 0}
 
 
 class Payloads:
-    """The payloads of a message, in the order of their stand-ins.
-
-    Attributes:
-        size: Bytes of all payloads, and of what aligns them, at most.
-    """
+    """The payloads of a message, in the order of their stand-ins."""
 
     def __init__(self, buffers: Sequence[Buffer] = ()) -> None:
         self._buffers = list(buffers)
-        self.size = sum(map(len, buffers)) + _ALIGNMENT * len(buffers)
 
     def __len__(self) -> int:
         return len(self._buffers)
 
     def clear(self) -> None:
-        """Lets go of all payloads; nothing can be read or written any more."""
+        """Lets go of all payloads; nothing can be read any more."""
         self._buffers.clear()
-        self.size = 0
-
-    def hold(self, array: NDArray[Any]) -> bytes:
-        """Returns what stands for an array in `Tensor.inline`.
-
-        A small array stands for itself, unless it looks like a stand-in.
-        """
-        if array.nbytes < LARGE_BYTES:
-            inline = array.tobytes()
-            if not inline.startswith(_MARKER):
-                return inline
-        return self.add(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def add(self, buffer: Buffer) -> bytes:
         """Returns the stand-in of bytes."""
         self._buffers.append(buffer)
-        self.size += len(buffer) + _ALIGNMENT
         return _MARKER + (len(self._buffers) - 1).to_bytes(_INDEX_BYTES, "little")
-
-    def padding(self, pieces: Iterable[Buffer], at: int) -> list[int]:
-        """Returns by how much each payload has to move to be aligned, given a message in pieces.
-
-        A length before it that takes a byte more then puts it out again, which costs a reader a copy.
-
-        Args:
-            pieces: The message.
-            at: How many bytes come before it.
-        """
-        own = set(map(id, self._buffers))
-        place, padding = at, []
-        for piece in pieces:
-            if id(piece) in own:
-                padding.append(-place % _ALIGNMENT)
-                place += padding[-1]
-            place += len(piece)
-        return padding
 
     def get(self, inline: Buffer) -> Buffer:
         """Returns the payload that `Tensor.inline` stands for: mostly itself."""
@@ -128,43 +80,13 @@ class Parcel(Generic[M]):
             DecodeError: They are no message of the type.
         """
         payloads = Payloads()
-        skeleton = _without_payloads(message_type.DESCRIPTOR, data, payloads)
-        # A stand-in of the sender's own making would be taken for ours.
-        if skeleton is None or skeleton.count(_MARKER) != len(payloads):
-            return cls(message_type.FromString(data))  # type: ignore[arg-type]  # of any buffer
-        return cls(message_type.FromString(skeleton), payloads)
-
-    @property
-    def size(self) -> int:
-        """How long it is on the wire, at most."""
-        return self.message.ByteSize() + self.payloads.size
-
-    def write(self) -> bytes:
-        """Returns the bytes of the message, payloads in place."""
-        return b"".join(self.pieces())
-
-    def pieces(self, at: int = 0) -> list[Buffer]:
-        """Returns the bytes of the message in pieces; payloads are those that it holds, and not copied.
-
-        Args:
-            at: How many bytes come before it, for payloads to be aligned.
-        """
-        skeleton = self.message.SerializeToString()
-        if not self.payloads:
-            return [skeleton]
-        pieces = self._with_payloads(skeleton, repeat(0))
-        padding = self.payloads.padding(pieces, at)
-        return self._with_payloads(skeleton, padding) if any(padding) else pieces
-
-    def _with_payloads(self, skeleton: bytes, padding: Iterable[int]) -> list[Buffer]:
-        walk = _Walk(
-            skeleton,
-            wanted=lambda start, stop: skeleton.find(_MARKER, start, stop) >= 0,
-            replace=self.payloads.get,
-            steps=len(skeleton),
-            padding=padding,
-        )
-        return walk.rewritten(_fields_with_payloads(self.message.DESCRIPTOR), 0, len(skeleton))
+        if len(data) >= LARGE_BYTES:
+            skeleton = _without_payloads(message_type.DESCRIPTOR, data, payloads)
+            # A stand-in of the sender's own making would be taken for ours.
+            if skeleton is not None and skeleton.count(_MARKER) == len(payloads):
+                return cls(message_type.FromString(skeleton), payloads)
+            payloads.clear()
+        return cls(message_type.FromString(data), payloads)  # type: ignore[arg-type]  # of any buffer
 
 
 def cut_out(message_type: type[M], data: bytes, most_fields: int) -> tuple[M, list[tuple[int, int]]] | None:
@@ -173,7 +95,7 @@ def cut_out(message_type: type[M], data: bytes, most_fields: int) -> tuple[M, li
     None where it is better left to protobuf: malformed, unusual, or of more fields than are looked at.
     """
     payloads = Payloads()
-    walk = _Walk(data, wanted=lambda _start, _stop: True, replace=payloads.add, steps=most_fields)
+    walk = _Walk(data, payloads, least_bytes=0, steps=most_fields)
     try:
         skeleton = b"".join(walk.rewritten(_fields_with_payloads(message_type.DESCRIPTOR), 0, len(data)))
         message = message_type.FromString(skeleton)
@@ -189,14 +111,10 @@ class _NotUnderstoodError(Exception):
 def _without_payloads(descriptor: Any, data: Buffer, payloads: Payloads) -> bytes | None:
     """Returns a message with its payloads moved out; None where protobuf had better see it whole."""
     fields = _fields_with_payloads(descriptor)
-    if len(data) < LARGE_BYTES or not fields:
+    if not fields:
         return None
-    walk = _Walk(
-        data,
-        wanted=lambda start, stop: stop - start >= LARGE_BYTES,
-        replace=payloads.add,
-        steps=_MINIMUM_STEPS + len(data) // _STEP_BYTES,
-    )
+    steps = _MINIMUM_STEPS + len(data) // _STEP_BYTES
+    walk = _Walk(data, payloads, least_bytes=LARGE_BYTES, steps=steps)
     try:
         return b"".join(walk.rewritten(fields, 0, len(data)))
     except (_NotUnderstoodError, NoVarintError):
@@ -204,7 +122,7 @@ def _without_payloads(descriptor: Any, data: Buffer, payloads: Payloads) -> byte
 
 
 class _Walk:
-    """A pass over the bytes of a message that puts others in the place of payloads.
+    """A pass over the bytes of a message that moves payloads out.
 
     It descends only into the fields that may hold one. Whatever it passes over it copies as it lies,
     and so need not judge.
@@ -214,31 +132,21 @@ class _Walk:
 
     Args:
         data: The message.
-        wanted: Whether the field between two places is to be looked into.
-        replace: Gives the bytes that take the place of a payload.
+        payloads: Where they go.
+        least_bytes: Fields with fewer are left alone.
         steps: How many fields to look at before giving up.
-        padding: By how many bytes to lengthen what lies before each payload.
     """
 
-    def __init__(
-        self,
-        data: Buffer,
-        *,
-        wanted: Callable[[int, int], bool],
-        replace: Callable[[Buffer], Buffer],
-        steps: int,
-        padding: Iterable[int] = repeat(0),
-    ) -> None:
+    def __init__(self, data: Buffer, payloads: Payloads, *, least_bytes: int, steps: int) -> None:
         self._data = data
         self._view = memoryview(data)
-        self._wanted = wanted
-        self._replace = replace
+        self._payloads = payloads
+        self._least_bytes = least_bytes
         self._steps = steps
-        self._padding = iter(padding)
         self.places: list[tuple[int, int]] = []
 
     def rewritten(self, fields: _Fields, at: int, end: int) -> list[Buffer]:
-        """Returns the message between two places, in pieces.
+        """Returns the message between two places, with stand-ins, in pieces.
 
         Raises:
             _NotUnderstoodError, NoVarintError: It is malformed or unusual there.
@@ -247,18 +155,13 @@ class _Walk:
         copied = at
         for tag, length_at, start, stop in self._runs(at, end):
             inner = fields.get(tag)
-            if inner is None or not self._wanted(start, stop):
+            if inner is None or stop - start < self._least_bytes:
                 continue
             if len(varint(stop - start)) != start - length_at:
                 raise _NotUnderstoodError  # whether a length may be padded is protobuf's to say
             if inner is _PAYLOAD:
-                given = self._view[start:stop]
-                content = [self._replace(given)]
+                content: list[Buffer] = [self._payloads.add(self._view[start:stop])]
                 self.places.append((start, stop))
-                padding = next(self._padding) if content[0] is not given else 0
-                if padding and copied == at and self._data[at] == _DTYPE_TAG and self._data[at + 1] < 0x80:
-                    pieces.append(_lengthened(self._data[at + 1], padding))
-                    copied += _DTYPE_BYTES
             else:
                 content = self.rewritten(inner, start, stop)
             pieces += [self._view[copied:length_at], varint(sum(map(len, content))), *content]
@@ -291,11 +194,6 @@ class _Walk:
                 raise _NotUnderstoodError
         if at != end or groups:
             raise _NotUnderstoodError
-
-
-def _lengthened(dtype: int, padding: int) -> bytes:
-    """Returns the field `dtype` in so many bytes more than it needs."""
-    return bytes([_DTYPE_TAG, dtype | 0x80, *[0x80] * (padding - 1), 0])
 
 
 def _fields_with_payloads(descriptor: Any) -> _Fields:

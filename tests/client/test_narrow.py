@@ -11,6 +11,7 @@ import torch
 from lossd.narrow import narrowed_integers
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
+from lossd.writing import placed
 from lossd_client import (
     AsyncClient,
     Client,
@@ -291,9 +292,8 @@ def test_targets_are_sent_as_they_are():
     """Distances of targets in bfloat16 would be off by pixels."""
     case, storage = FCOS["fcos-dense-default"], _storage.Storage(None)
     storage.form = WireForm(np.dtype(np.float16))
-    item = pb.LossItem()
-    case.config.write(item, case.arguments(), "items[0].fcos", storage)
-    sent = item.fcos
+    item = case.config.item(case.arguments(), "items[0].fcos", storage)
+    sent = pb.LossItem.FromString(b"".join(placed(item))).fcos
     types = {name: {tensor.dtype for tensor in getattr(sent, name)} for name in FCOSLoss.inputs[:6]}
     assert all(types[name] == {tensor_pb2.DATA_TYPE_FLOAT16} for name in FCOSLoss.differentiable)
     assert types["reg_targets"] == types["centerness_targets"] == {tensor_pb2.DATA_TYPE_FLOAT32}

@@ -6,10 +6,12 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lossd.envelopes import Envelope, opened
-from lossd.tensors import pack, unpack
+from lossd.envelopes import envelope, opened
+from lossd.tensors import unpack
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import LARGE_BYTES, Parcel, Payloads
+from lossd.v1 import losses_pb2
+from lossd.wire import LARGE_BYTES, Parcel
+from lossd.writing import message_field, placed, tags_of, tensor_field
 from tests.domain.wire_bytes import message_bytes
 
 REQUESTS = {
@@ -26,7 +28,7 @@ many = settings(max_examples=200, deadline=None, suppress_health_check=list(Heal
 
 def kinds(envelopes):
     return pytest.mark.parametrize(
-        ("envelope", "content"), envelopes.items(), ids=lambda kind: kind.DESCRIPTOR.name
+        ("kind", "content"), envelopes.items(), ids=lambda kind: kind.DESCRIPTOR.name
     )
 
 
@@ -39,7 +41,7 @@ def exact(message):
 
 
 @kinds({**REQUESTS, **ANSWERS})
-def test_what_is_written_is_the_envelope_that_protobuf_reads(envelope, content):
+def test_what_is_written_is_the_envelope_that_protobuf_reads(kind, content):
     @many
     @given(MARKS, message_bytes(content.DESCRIPTOR))
     def agrees(mark, data):
@@ -47,8 +49,8 @@ def test_what_is_written_is_the_envelope_that_protobuf_reads(envelope, content):
             message = content.FromString(data)
         except DecodeError:
             return
-        written = b"".join(Envelope(mark, Parcel(message)).pieces())
-        read = envelope.FromString(written)
+        written = b"".join(placed(envelope(mark, [message.SerializeToString()])))
+        read = kind.FromString(written)
         assert (read.id, exact(content_of(read))) == (mark, exact(message))
         assert opened(written) == (mark, message.SerializeToString())
 
@@ -56,13 +58,13 @@ def test_what_is_written_is_the_envelope_that_protobuf_reads(envelope, content):
 
 
 @kinds(REQUESTS)
-def test_what_is_opened_holds_what_protobuf_says(envelope, content):
+def test_what_is_opened_holds_what_protobuf_says(kind, content):
     @many
-    @given(message_bytes(envelope.DESCRIPTOR))
+    @given(message_bytes(kind.DESCRIPTOR))
     def agrees(data):
         parts = opened(data)
         try:
-            expected = envelope.FromString(data)
+            expected = kind.FromString(data)
         except DecodeError:
             assert parts is None or is_malformed(content, parts[1])
             return
@@ -82,9 +84,9 @@ def is_malformed(kind, data):
 
 
 @kinds(REQUESTS)
-def test_an_envelope_of_protobufs_own_is_opened(envelope, content):
+def test_an_envelope_of_protobufs_own_is_opened(kind, content):
     for mark in (0, 1, -1, 127, 128, 2**63 - 1, -(2**63)):
-        data = envelope(id=mark, request=content()).SerializeToString()
+        data = kind(id=mark, request=content()).SerializeToString()
         assert opened(data) == (mark, b"")
 
 
@@ -114,17 +116,16 @@ def test_anything_else_is_left_to_protobuf(data):
 def test_large_tensors_are_neither_copied_nor_moved_out_of_line(mark):
     array = np.arange(LARGE_BYTES, dtype=np.float32)
     for extra in range(4):
-        payloads = Payloads()
-        inputs = pb.LossItem()
-        inputs.custom.tensors["n" * (extra + 1)].CopyFrom(pack(array, payloads))
-        request = Parcel(pb.ComputeLossRequest(items=[inputs]), payloads)
-        data = b"".join(Envelope(mark, request).pieces())
+        request = pb.ComputeLossRequest(gradients=["n" * extra]).SerializeToString()
+        logits = tensor_field(tags_of(losses_pb2.FocalInputs.DESCRIPTOR)["inputs"], array)
+        item = message_field(tags_of(pb.LossItem.DESCRIPTOR)["focal"], logits)
+        items = message_field(tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"], item)
+        data = b"".join(placed(envelope(mark, [request, *items])))
         found, content = opened(data)
         assert found == mark
         assert isinstance(content, memoryview)
         read = Parcel.read(pb.ComputeLossRequest, content)
-        (tensor,) = read.message.items[0].custom.tensors.values()
-        view = unpack(tensor, read.payloads)
+        view = unpack(read.message.items[0].focal.inputs, read.payloads)
         assert np.array_equal(view, array)
         begins = view.__array_interface__["data"][0] - np.frombuffer(data, np.uint8).ctypes.data
         assert 0 < begins < len(data)

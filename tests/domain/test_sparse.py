@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lossd.sparse import is_smaller, pack_sparse, unpack_sparse
+from lossd.sparse import is_smaller, sparse_tensor_field, unpack_sparse
 from lossd.tensors import TensorError, pack
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel, Payloads
+from lossd.wire import Parcel
+from lossd.writing import message_field, placed, tags_of
 
 EXAMPLES = settings(max_examples=100, deadline=None)
 TYPES = [np.dtype(name) for name in ("<f2", "<f4", "<f8")] + [np.dtype(ml_dtypes.bfloat16)]
@@ -31,13 +32,19 @@ def places_of(array):
     return np.flatnonzero(rows.any(axis=-1))
 
 
+def sparse_of(array):
+    """The sparse tensor of an array, as protobuf reads what is written."""
+    pieces = sparse_tensor_field(tags_of(pb.Gradient.DESCRIPTOR)["sparse"], array, places_of(array))
+    (sparse,) = pb.Gradient.FromString(b"".join(placed(pieces))).sparse
+    return sparse
+
+
 @EXAMPLES
 @given(tensors(), st.booleans())
 def test_a_tensor_comes_back_bit_for_bit(array, channels_last):
     if channels_last:
         array = np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
-    sparse = pack_sparse(array, places_of(array))
-    found = unpack_sparse(pb.SparseTensor.FromString(sparse.SerializeToString()), array.shape)
+    found = unpack_sparse(sparse_of(array), array.shape)
     assert (found.dtype, found.shape) == (array.dtype, array.shape)
     assert found.tobytes() == array.tobytes()
 
@@ -47,24 +54,26 @@ def test_a_tensor_comes_back_bit_for_bit(array, channels_last):
 def test_what_is_smaller_is_smaller_on_the_wire(array):
     places = places_of(array)
     if is_smaller([array], [places]):
-        assert pack_sparse(array, places).ByteSize() < pack(array).ByteSize()
+        assert sparse_of(array).ByteSize() < pack(array).ByteSize()
 
 
 def test_rows_are_widened_on_the_way():
     array = np.zeros((1, 2, 3, 3), ml_dtypes.bfloat16)
     array[0, :, 1, 2] = 1.5, -0.0
-    found = unpack_sparse(pack_sparse(array, places_of(array)), array.shape, None, np.dtype(np.float32))
+    found = unpack_sparse(sparse_of(array), array.shape, None, np.dtype(np.float32))
     assert found.dtype == np.float32
     assert found.tobytes() == array.astype(np.float32).tobytes()
 
 
 def test_large_rows_are_payloads():
     array = np.ones((2, 80, 50, 50), np.float32)
-    payloads, places = Payloads(), np.arange(5000)
-    gradient = pb.Gradient(sparse=[pack_sparse(array, places, payloads)])
-    message = pb.ComputeLossResponse(results=[pb.LossResult(gradients=[gradient])])
-    assert len(payloads) == 1
-    read = Parcel.read(pb.ComputeLossResponse, Parcel(message, payloads).write())
+    tag, places = tags_of(pb.Gradient.DESCRIPTOR)["sparse"], np.arange(5000)
+    gradient = message_field(
+        tags_of(pb.LossResult.DESCRIPTOR)["gradients"], sparse_tensor_field(tag, array, places)
+    )
+    answer = message_field(tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"], gradient)
+    read = Parcel.read(pb.ComputeLossResponse, b"".join(placed(answer)))
+    assert len(read.payloads) == 1
     (sparse,) = read.message.results[0].gradients[0].sparse
     np.testing.assert_array_equal(unpack_sparse(sparse, array.shape, read.payloads), array)
 

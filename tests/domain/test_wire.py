@@ -1,4 +1,4 @@
-"""The codec agrees with the official runtime, byte for byte, and copies nothing that it need not."""
+"""Messages are read as the official runtime reads them, and nothing is copied that need not be."""
 
 import tracemalloc
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lossd import wire
-from lossd.tensors import DTYPES, pack, unpack
+from lossd.tensors import pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd.wire import Parcel, Payloads
@@ -66,30 +66,8 @@ def test_noise(data):
     assert_agrees(pb.ComputeLossRequest, data)
 
 
-@small_is_large
-@many
-@given(st.data())
-def test_writes_what_protobuf_writes(data):
-    shapes = st.lists(st.integers(0, 4), max_size=3)
-    dtypes = st.sampled_from(list(DTYPES.values()))
-    arrays = data.draw(st.lists(st.builds(np.zeros, shapes, dtypes), min_size=1, max_size=6))
-    payloads = Payloads()
-
-    def request(pack_one):
-        inputs = losses_pb2.FCOSInputs(cls_preds=map(pack_one, arrays), reg_targets=map(pack_one, arrays[:2]))
-        return pb.ComputeLossRequest(items=[pb.LossItem(fcos=inputs)] * 2, gradients=["cls_preds"])
-
-    ours = Parcel(request(lambda array: pack(array, payloads)), payloads)
-    assert_written(ours, request(pack))
-
-
-def assert_written(parcel, expected):
-    """What a parcel writes means what stock protobuf writes."""
-    assert type(expected).FromString(parcel.write()) == expected
-
-
-def tensor_bytes(count, payloads=None):
-    return pack(np.arange(count, dtype=np.float32), payloads)
+def tensor_bytes(count):
+    return pack(np.arange(count, dtype=np.float32))
 
 
 def request_of(*tensors):
@@ -162,14 +140,6 @@ def test_a_forged_stand_in_is_what_it_is(where):
     assert_agrees(pb.ComputeLossRequest, request.SerializeToString())
 
 
-def test_an_array_that_looks_like_a_stand_in_is_written_as_it_is():
-    payloads = Payloads()
-    forged = np.frombuffer(Payloads().add(b"nothing"), np.uint8)
-    large = np.zeros(LARGE, np.uint8)
-    parcel = Parcel(request_of(pack(forged, payloads), pack(large, payloads)), payloads)
-    assert_written(parcel, request_of(pack(forged), pack(large)))
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -225,9 +195,9 @@ def address(array):
     return array.__array_interface__["data"][0]
 
 
-def named_tensor(name, array, payloads=None):
+def named_tensor(name, array):
     item = pb.LossItem()
-    item.custom.tensors[name].CopyFrom(pack(array, payloads))
+    item.custom.tensors[name].CopyFrom(pack(array))
     return pb.ComputeLossRequest(items=[item])
 
 
@@ -259,33 +229,8 @@ def test_what_is_received_is_not_copied(array):
     assert aligned == 1
 
 
-def test_what_is_sent_is_copied_once(array):
-    def write():
-        payloads = Payloads()
-        return Parcel(named_tensor("n", array, payloads), payloads).write()
-
-    data, peak = peak_of(write)
-    assert pb.ComputeLossRequest.FromString(data) == named_tensor("n", array)
-    assert peak < len(data) + MEBIBYTE
-
-
-@pytest.mark.parametrize("length", range(8))
-def test_what_we_send_lies_as_the_reader_wants_it(length):
-    """Whatever comes before it: one tensor after the other, behind names of any length."""
-    payloads, arrays = Payloads(), [np.arange(n, dtype=np.float32) for n in (LARGE, LARGE + 1, LARGE + 300)]
-    request = request_of(*(pack(array, payloads) for array in arrays))
-    request.gradients.append("n" * length)
-    request.items[1].focal.targets.CopyFrom(pack(np.zeros(length, np.int8), payloads))
-    data = Parcel(request, payloads).write()
-    parcel = Parcel.read(pb.ComputeLossRequest, data)
-    for item, array in zip(parcel.message.items, arrays, strict=True):
-        found = unpack(item.focal.inputs, parcel.payloads)
-        assert np.array_equal(found, array)
-        assert np.shares_memory(found, np.frombuffer(data, np.uint8))
-
-
 def test_payloads_can_be_let_go():
     parcel = Parcel.read(pb.ComputeLossRequest, request_of(tensor_bytes(LARGE)).SerializeToString())
-    assert parcel.payloads.size >= 4 * LARGE
+    assert len(parcel.payloads) == 1
     parcel.payloads.clear()
-    assert parcel.payloads.size == len(parcel.payloads) == 0
+    assert len(parcel.payloads) == 0

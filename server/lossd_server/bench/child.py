@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from subprocess import Popen
 
 import grpc
+import numpy as np
 import structlog
 
 from lossd.channel_options import server_options
-from lossd.tensors import Array
+from lossd.tensors import pack
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Payloads
 from lossd_server.bench import process
 from lossd_server.config import ServerConfig
-from lossd_server.engine import Engine, keep_freed_memory, resolve_device
-from lossd_server.rpc import Server, decode, encode
+from lossd_server.engine import Engine, LossOutcome, keep_freed_memory, resolve_device
+from lossd_server.rpc import Server, decode
 from lossd_server.rpc.forms import Request
 
 ECHO = "/lossd.bench.Bare/Echo"
@@ -101,14 +101,13 @@ class _Bare(grpc.GenericRpcHandler):
         request = pb.ComputeLossRequest.FromString(data)
         job = decode.read_loss_job(Request(request), self._engine.custom_losses)
         outcomes, _timing = self._engine.compute(job)
-        response = pb.ComputeLossResponse()
-        for outcome in outcomes:
-            encode.write_loss_result(outcome, response.results.add(), _Inline())
-        return response.SerializeToString()
+        return pb.ComputeLossResponse(results=map(_stock_result, outcomes)).SerializeToString()
 
 
-class _Inline(Payloads):
-    """Holds nothing: every tensor lies in its message."""
-
-    def hold(self, array: Array) -> bytes:
-        return array.tobytes()
+def _stock_result(outcome: LossOutcome) -> pb.LossResult:
+    """Returns an evaluation's value and gradients, its tensors in their messages."""
+    gradients = [
+        pb.Gradient(input=name, tensors=[pack(array) for array in arrays if isinstance(array, np.ndarray)])
+        for name, arrays in outcome.gradients.items()
+    ]
+    return pb.LossResult(loss=pack(outcome.loss), gradients=gradients)

@@ -14,7 +14,8 @@ from lossd.gpu_memory import GpuArray
 from lossd.tensors import Array, pack, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
-from lossd.wire import Parcel, Payloads
+from lossd.wire import Buffer, Parcel
+from lossd.writing import message_field, placed, tags_of, tensor_field
 from lossd_client import Client
 from lossd_client import FCOSAssigner as AssignerConfig
 from lossd_client import FocalLoss as FocalConfig
@@ -201,9 +202,8 @@ def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients:
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_COMPUTE_LOSS)
 
     def compute() -> Outcome:
-        payloads = Payloads()
-        request = Parcel(_focal_request(logits, labels, payloads, gradients=gradients), payloads)
-        return _outcome(Parcel.read(pb.ComputeLossResponse, call(request.write())))
+        request = b"".join(_focal_pieces(logits, labels, gradients=gradients))
+        return _outcome(Parcel.read(pb.ComputeLossResponse, call(request)))
 
     return [Path(name="whole", call=compute)]
 
@@ -218,21 +218,30 @@ def _stock(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool)
     )
 
     def compute() -> Outcome:
-        return _outcome(Parcel(call(_focal_request(logits, labels, None, gradients=gradients))))
+        return _outcome(Parcel(call(_focal_request(logits, labels, gradients=gradients))))
 
     return compute
 
 
-def _focal_request(
-    logits: Tensor, labels: Tensor, payloads: Payloads | None, *, gradients: bool
-) -> pb.ComputeLossRequest:
-    inputs = losses_pb2.FocalInputs(
-        inputs=pack(logits.numpy(), payloads), targets=pack(labels.numpy(), payloads)
-    )
+def _focal_request(logits: Tensor, labels: Tensor, *, gradients: bool) -> pb.ComputeLossRequest:
+    inputs = losses_pb2.FocalInputs(inputs=pack(logits.numpy()), targets=pack(labels.numpy()))
+    request = _empty_request(gradients=gradients)
+    request.items.append(pb.LossItem(focal=inputs))
+    return request
+
+
+def _focal_pieces(logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Buffer]:
+    """Returns the same request as lossd writes it."""
+    tags = tags_of(losses_pb2.FocalInputs.DESCRIPTOR)
+    inputs = [*tensor_field(tags["inputs"], logits.numpy()), *tensor_field(tags["targets"], labels.numpy())]
+    item = message_field(tags_of(pb.LossItem.DESCRIPTOR)["focal"], inputs)
+    items = message_field(tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"], item)
+    return placed([_empty_request(gradients=gradients).SerializeToString(), *items])
+
+
+def _empty_request(*, gradients: bool) -> pb.ComputeLossRequest:
     return pb.ComputeLossRequest(
-        focal=FocalConfig().message(),
-        items=[pb.LossItem(focal=inputs)],
-        gradients=FocalConfig.differentiable if gradients else (),
+        focal=FocalConfig().message(), gradients=FocalConfig.differentiable if gradients else ()
     )
 
 

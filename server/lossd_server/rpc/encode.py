@@ -1,16 +1,16 @@
-"""From outcomes to messages, each written in its place in the answer: put in later, it would be copied."""
+"""From outcomes to the messages of answers, in pieces that refer to the arrays; see `lossd.writing`."""
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from lossd.narrow import narrowed_integers
-from lossd.sparse import is_smaller, pack_sparse
-from lossd.tensors import put, put_shared
+from lossd.sparse import is_smaller, sparse_tensor_field
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
-from lossd.wire import Payloads
+from lossd.writing import Piece, message_field, shared_tensor_field, tags_of, tensor_field
 from lossd_server.engine import LossOutcome
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
 from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
@@ -23,92 +23,94 @@ _NARROWED_BYTES = 7
 
 _COUNTS = {"valid_count", "positive_count"}
 
+_LOSS_RESULT = tags_of(pb.LossResult.DESCRIPTOR)
+_GRADIENT = tags_of(pb.Gradient.DESCRIPTOR)
+_TARGET_RESULT = tags_of(pb.TargetResult.DESCRIPTOR)
+_SPARSE = tags_of(pb.SparseTargets.DESCRIPTOR)
+_DENSE = tags_of(pb.DenseTargets.DESCRIPTOR)
+_DENSE_LEVEL = tags_of(pb.DenseLevel.DESCRIPTOR)
 
-def write_loss_result(
-    outcome: LossOutcome, result: pb.LossResult, payloads: Payloads, outputs: Iterable[pb.GradientOutput] = ()
-) -> None:
-    """Writes one evaluation.
+
+def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ()) -> list[Piece]:
+    """Returns the `LossResult` of one evaluation.
 
     Args:
         outcome: What the engine found.
-        result: Its empty place in the answer.
-        payloads: Where large tensors go.
         outputs: Where gradients were written, which are not sent then.
     """
     places = {output.input: output.slices for output in outputs}
-    put(outcome.loss, result.loss, payloads)
-    for name, value, weight in outcome.components:
-        result.components.add(name=name, value=value, weight=weight)
-    result.positive_count = outcome.positive_count
-    for level in outcome.raw_sums:
-        numbers = {name: int(v) if name in _COUNTS else v for name, v in level.items()}
-        result.raw_sums.add(**numbers)
+    pieces: list[Piece] = [_about(outcome), *tensor_field(_LOSS_RESULT["loss"], outcome.loss)]
     for name in outcome.gradients:
-        _write_gradient(name, outcome, result.gradients.add(input=name), payloads, places.get(name))
+        pieces += message_field(_LOSS_RESULT["gradients"], _gradient(name, outcome, places.get(name)))
     if outcome.kept_rows is not None:
-        put(outcome.kept_rows, result.kept_rows, payloads)
-    for found in outcome.non_finite:
-        result.non_finite.add(input=found.input, count=found.count, first_index=found.first_index)
-    result.negative_side_count = outcome.negative_side_count
+        pieces += tensor_field(_LOSS_RESULT["kept_rows"], outcome.kept_rows)
+    return pieces
+
+
+def _about(outcome: LossOutcome) -> bytes:
+    """Returns what a result holds beside tensors."""
+    about = pb.LossResult(
+        positive_count=outcome.positive_count,
+        negative_side_count=outcome.negative_side_count,
+    )
     if outcome.preset is not None:
-        result.preset = number_of(LOSS_PRESETS, outcome.preset)
+        about.preset = number_of(LOSS_PRESETS, outcome.preset)
+    for name, value, weight in outcome.components:
+        about.components.add(name=name, value=value, weight=weight)
+    for level in outcome.raw_sums:
+        about.raw_sums.add(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})
+    for found in outcome.non_finite:
+        about.non_finite.add(input=found.input, count=found.count, first_index=found.first_index)
+    return about.SerializeToString()
 
 
-def _write_gradient(
-    name: str,
-    outcome: LossOutcome,
-    gradient: pb.Gradient,
-    payloads: Payloads,
-    places: Iterable[tensor_pb2.SharedSlice] | None,
-) -> None:
+def _gradient(
+    name: str, outcome: LossOutcome, places: Iterable[tensor_pb2.SharedSlice] | None
+) -> list[Piece]:
+    pieces: list[Piece] = [pb.Gradient(input=name).SerializeToString()]
     if places is not None:
-        for array, place in zip(outcome.gradients[name], places, strict=True):
-            put_shared(array, gradient.tensors.add(), place)
-        return
+        for held, place in zip(outcome.gradients[name], places, strict=True):
+            pieces += shared_tensor_field(_GRADIENT["tensors"], held, place)
+        return pieces
     arrays = [array for array in outcome.gradients[name] if isinstance(array, np.ndarray)]
     rows = outcome.nonzero_rows.get(name)
     if rows is not None and is_smaller(arrays, rows):
-        gradient.sparse.extend(pack_sparse(*level, payloads) for level in zip(arrays, rows, strict=True))
+        for level in zip(arrays, rows, strict=True):
+            pieces += sparse_tensor_field(_GRADIENT["sparse"], *level)
     else:
         for array in arrays:
-            put(array, gradient.tensors.add(), payloads)
+            pieces += tensor_field(_GRADIENT["tensors"], array)
+    return pieces
 
 
-def write_target_result(
-    assignment: Assignment,
-    result: pb.TargetResult,
-    payloads: Payloads,
-    *,
-    target_format: int,
-    preset: AssignerPreset,
-    narrow: bool,
-) -> None:
-    """Writes one item's targets, in the form asked for; large ones go to the payloads.
+def target_result(
+    assignment: Assignment, *, target_format: int, preset: AssignerPreset, narrow: bool
+) -> list[Piece]:
+    """Returns the `TargetResult` of one item, in the form asked for.
 
     Args:
         assignment: The targets.
-        result: Their empty place in the answer.
-        payloads: Where large tensors go.
         target_format: A `TargetFormat`.
         preset: Whose rules were followed.
         narrow: Whether integers may go in fewer bytes.
     """
+    counts = pb.TargetResult(positive_counts=assignment.positive_counts()).SerializeToString()
+    pieces: list[Piece] = [_about_targets(assignment.pyramid, preset), counts]
     targets = _targets(assignment, target_format, narrow=narrow)
     if isinstance(targets, SparseTargets):
-        _write_sparse(targets, result.sparse, payloads)
-    else:
-        result.dense.SetInParent()
-        for level in targets:
-            _write_level(level, result.dense.levels.add(), payloads)
-    result.positive_counts.extend(assignment.positive_counts())
-    result.feature_sizes.extend(_sizes(assignment.pyramid))
-    result.preset = number_of(ASSIGNER_PRESETS, preset)
+        return pieces + message_field(_TARGET_RESULT["sparse"], _tensors(_SPARSE, targets))
+    levels: list[Piece] = []
+    for level in targets:
+        levels += message_field(_DENSE["levels"], _tensors(_DENSE_LEVEL, level))
+    return pieces + message_field(_TARGET_RESULT["dense"], levels)
 
 
 @lru_cache(maxsize=256)
-def _sizes(pyramid: Pyramid) -> list[pb.Size]:
-    """Returns the level sizes of a pyramid, to be copied into messages; there are few pyramids."""
-    return [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
+def _about_targets(pyramid: Pyramid, preset: AssignerPreset) -> bytes:
+    """Returns what all results of a pyramid have in common; there are few pyramids."""
+    sizes = [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
+    about = pb.TargetResult(feature_sizes=sizes, preset=number_of(ASSIGNER_PRESETS, preset))
+    return about.SerializeToString()
 
 
 def _targets(assignment: Assignment, target_format: int, *, narrow: bool) -> SparseTargets | list[DenseLevel]:
@@ -148,18 +150,10 @@ def _bytes_of(targets: SparseTargets | DenseLevel) -> int:
     return sum(array.nbytes for array in targets if array is not None)
 
 
-def _write_level(targets: DenseLevel, level: pb.DenseLevel, payloads: Payloads) -> None:
-    put(targets.cls, level.cls, payloads)
-    put(targets.reg, level.reg, payloads)
-    put(targets.centerness, level.centerness, payloads)
-    if targets.ignored is not None:
-        put(targets.ignored, level.ignored, payloads)
-
-
-def _write_sparse(targets: SparseTargets, sparse: pb.SparseTargets, payloads: Payloads) -> None:
-    put(targets.locations, sparse.locations, payloads)
-    put(targets.labels, sparse.labels, payloads)
-    put(targets.ltrb, sparse.ltrb, payloads)
-    put(targets.centerness, sparse.centerness, payloads)
-    put(targets.matched, sparse.matched, payloads)
-    put(targets.ignored, sparse.ignored, payloads)
+def _tensors(tags: dict[str, bytes], targets: Any) -> list[Piece]:
+    """Returns the message of targets whose fields are named as those of their tuple are."""
+    pieces: list[Piece] = []
+    for name, array in zip(targets._fields, targets, strict=True):
+        if array is not None:
+            pieces += tensor_field(tags[name], array)
+    return pieces

@@ -18,10 +18,11 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import structlog
 
-from lossd import chunks, envelopes
-from lossd.envelopes import Envelope
+from lossd import chunks
+from lossd.envelopes import envelope, opened
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Buffer, Parcel
+from lossd.wire import Buffer
+from lossd.writing import Piece, placed, size_of
 from lossd_server.engine import Admission, Home, LockedBudget, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.bodies import Body
@@ -56,7 +57,7 @@ class _Method:
 
     name: str
     forms: Forms[Any]
-    answer: Callable[[Any, Stages, Caller], Any]
+    answer: Callable[[Any, Stages, Caller], list[Piece]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,14 +70,14 @@ class _StreamMethod:
 
     def read(self, data: Buffer) -> tuple[int, Request[Any] | None]:
         """Returns the mark and the request, None where there is none, that the bytes of an envelope hold."""
-        parts = envelopes.opened(data)
+        parts = opened(data)
         if parts is not None:
             mark, content = parts
             return mark, self.method.forms.read(content)
-        envelope = parse(self.request, data)
-        message, request = envelope.message, None
+        parcel = parse(self.request, data)
+        message, request = parcel.message, None
         if message.HasField("request"):
-            request = Request(message.request, envelope.payloads)
+            request = Request(message.request, parcel.payloads)
         return message.id, request
 
 
@@ -254,8 +255,8 @@ class Handlers:
                 requests = [method.forms.read(body.take())]
             caller = Caller.of(call, place.peer, partial(self._admission.grow, place))
             # Handed over, so that the service can let go of it while it waits.
-            response = method.answer(requests.pop(), stages, caller)
-            return self._serialize(method, response, stages, pack)
+            answer = method.answer(requests.pop(), stages, caller)
+            return self._serialize(method, answer, stages, pack)
 
     def _answer_on_stream(
         self, stream: _StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
@@ -264,26 +265,22 @@ class Handlers:
         with self._observed(method, size, call) as stages:
             with stages.timed("decode"):
                 mark, request = stream.read(body.take())
-            answer: Envelope | Parcel[Any]
             try:
                 _require_request(request)
                 with self._admission.holding(peer, size) as place:
                     caller = Caller.of(call, peer, partial(self._admission.grow, place))
-                    answer = Envelope(mark, method.answer(request, stages, caller))
+                    answer = envelope(mark, method.answer(request, stages, caller))
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 refusal = _as_lossd_error(error)
                 self._refusals.record(method.name, refusal, peer)
-                answer = Parcel(stream.response(id=mark, error=stream_error(refusal)))
+                answer = [stream.response(id=mark, error=stream_error(refusal)).SerializeToString()]
             return self._serialize(method, answer, stages, b"".join)
 
-    def _serialize(
-        self, method: _Method, response: Parcel[Any] | Envelope, stages: Stages, pack: _Packing[T]
-    ) -> T:
+    def _serialize(self, method: _Method, answer: Sequence[Piece], stages: Stages, pack: _Packing[T]) -> T:
         with stages.timed("encode"):
-            pieces = response.pieces()
-            answer = pack(pieces)
-        self._metrics.of(method.name).response_bytes.observe(sum(map(len, pieces)))
-        return answer
+            packed = pack(placed(answer))
+        self._metrics.of(method.name).response_bytes.observe(size_of(answer))
+        return packed
 
     def _observed(self, method: _Method, request_bytes: int, call: grpc.ServicerContext) -> "_Observed":
         """Counts a request, and its time by stage however it ends."""

@@ -5,7 +5,7 @@ from functools import partial
 
 from lossd import __version__
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Parcel
+from lossd.writing import Piece, message_field, tags_of
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, describe_device
 from lossd_server.rpc import decode, encode
@@ -18,9 +18,12 @@ from lossd_server.rpc.stages import Stages
 from lossd_server.shared_memory import RegionListener, Regions
 from lossd_server.targets import BYTES_OF_POSITIVE
 
+_LOSS_RESULTS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"]
+_TARGET_RESULTS = tags_of(pb.AssignTargetsResponse.DESCRIPTOR)["results"]
+
 
 class LossService:
-    """Answers requests: messages in, messages out, `LossdError` for what is refused."""
+    """Answers requests: messages in, messages in pieces out, `LossdError` for what is refused."""
 
     def __init__(
         self, engine: Engine, metrics: Metrics, config: ServerConfig, sharing: RegionListener | None = None
@@ -33,7 +36,7 @@ class LossService:
 
     def compute_loss(
         self, request: Request[pb.ComputeLossRequest], stages: Stages, caller: Caller
-    ) -> Parcel[pb.ComputeLossResponse]:
+    ) -> list[Piece]:
         """Evaluates a batch of items."""
         with stages.timed("decode"):
             job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
@@ -42,23 +45,21 @@ class LossService:
         del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
-        answer = Parcel(pb.ComputeLossResponse())
+        answer: list[Piece] = []
         with stages.timed("encode"):
             for outcome, item in zip(outcomes, request.message.items, strict=True):
-                result = answer.message.results.add()
-                encode.write_loss_result(outcome, result, answer.payloads, item.outputs)
+                answer += message_field(_LOSS_RESULTS, encode.loss_result(outcome, item.outputs))
         self._metrics.of("ComputeLoss").count_outcomes(outcomes)
-        stages.write(answer.message.timings)
-        return answer
+        return [*answer, pb.ComputeLossResponse(timings=stages.timings()).SerializeToString()]
 
     def assign_targets(
         self, request: Request[pb.AssignTargetsRequest], stages: Stages, caller: Caller
-    ) -> Parcel[pb.AssignTargetsResponse]:
+    ) -> list[Piece]:
         """Assigns targets to a batch of items."""
         with stages.timed("decode"):
             job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
-        write = partial(
-            encode.write_target_result,
+        result = partial(
+            encode.target_result,
             target_format=request.message.format,
             preset=job.assigner.preset,
             narrow=request.message.narrow_integers,
@@ -71,17 +72,16 @@ class LossService:
             caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
-        answer = Parcel(pb.AssignTargetsResponse())
+        answer: list[Piece] = []
         with stages.timed("encode"):
             for found in assignments:
-                write(found, answer.message.results.add(), answer.payloads)
+                answer += message_field(_TARGET_RESULTS, result(found))
         self._metrics.of("AssignTargets").count_assignments(assignments)
-        stages.write(answer.message.timings)
-        return answer
+        return [*answer, pb.AssignTargetsResponse(timings=stages.timings()).SerializeToString()]
 
     def get_server_info(
         self, _request: Request[pb.GetServerInfoRequest], _stages: Stages, caller: Caller
-    ) -> Parcel[pb.GetServerInfoResponse]:
+    ) -> list[Piece]:
         """Says what this server is and offers."""
         info = pb.GetServerInfoResponse(
             version=__version__,
@@ -101,7 +101,7 @@ class LossService:
             info.shared_memory_socket = self._sharing.path
             info.max_shared_bytes = self._config.max_shared_bytes
             info.shared_gpu = self._sharing.regions.gpu_uuid
-        return Parcel(info)
+        return [info.SerializeToString()]
 
     def _regions(self, caller: Caller) -> Regions | None:
         """Returns the shared memory that a caller may name."""

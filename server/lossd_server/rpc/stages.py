@@ -7,6 +7,8 @@ from lossd.v1 import loss_service_pb2 as pb
 
 STAGES = ("decode", "queue", "compute", "encode")
 
+_FIELDS = {stage: f"{stage}_us" for stage in STAGES}
+
 
 class Stages:
     """Seconds spent in each stage of one call.
@@ -29,10 +31,12 @@ class Stages:
     def close(self) -> None:
         """Ends the request."""
 
-    def write(self, timings: pb.StageTimings) -> None:
-        """Writes the stages so far."""
+    def timings(self) -> pb.StageTimings:
+        """Returns the stages so far as the contract's message."""
+        timings = pb.StageTimings()
         for stage, seconds in self.seconds.items():
-            setattr(timings, f"{stage}_us", round(seconds * 1e6))
+            setattr(timings, _FIELDS[stage], round(seconds * 1e6))
+        return timings
 
 
 class _Timed:

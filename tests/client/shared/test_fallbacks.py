@@ -6,7 +6,6 @@ import grpc
 import numpy as np
 import pytest
 
-from lossd.tensors import put_shared
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
 from lossd_client import (
@@ -115,8 +114,8 @@ def test_a_server_that_knows_no_region_at_last_gets_messages(both, client, monke
 
 def test_an_answer_in_memory_that_was_not_given_is_an_error(client):
     storage = _storage.Storage(None)
-    stray = tensor_pb2.Tensor()
-    put_shared(LOGITS, stray, tensor_pb2.SharedSlice(region_id=bytes(16), offset=64))
+    place = tensor_pb2.SharedSlice(region_id=bytes(16), offset=64)
+    stray = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=LOGITS.shape, shared=place)
     with pytest.raises(ServerError, match="not given"):
         storage.read(stray, Payloads())
 

@@ -1,0 +1,214 @@
+"""What both clients send of losses: builds requests, and splits those that are too large."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from lossd.tensors import DTYPES, TensorError, data_type_of
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import tensor_pb2
+from lossd.wire import Parcel
+from lossd.writing import Piece, message_field, size_of, tags_of
+from lossd_client._calls import SMALL_BYTES, Call
+from lossd_client._configs import CustomLoss, FCOSLoss, LossConfig
+from lossd_client._errors import refused_here, too_large
+from lossd_client._narrow import wire_type
+from lossd_client._options import EvaluationOptions, Gradients
+from lossd_client._results import LossResult, read_loss_results
+from lossd_client._storage import FLOAT_TYPES, Storage
+from lossd_client._streams import Stream
+from lossd_client._wire_form import WireForm
+
+_ITEM = tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossBatch:
+    """A batch of evaluations, to go out in one message or, where that is too large, in several.
+
+    Attributes:
+        kind: Name of the loss in the contract's `oneof`.
+        head: What each message has beside items.
+        items: The items, each as a field.
+        storage: Where its tensors lie, and those of its answer.
+    """
+
+    kind: str
+    head: bytes
+    items: Sequence[Sequence[Piece]]
+    storage: Storage
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All of it in one message."""
+        return [self.head, *chain.from_iterable(self.items)]
+
+    @property
+    def size(self) -> int:
+        """How long that is."""
+        return len(self.head) + sum(map(size_of, self.items))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether any server reads it in one message."""
+        return self.size <= SMALL_BYTES
+
+    def calls(self, max_bytes: int | None) -> list[Call[list[LossResult]]]:
+        """Returns the calls that evaluate it, in order.
+
+        Args:
+            max_bytes: What the server reads in one message; None for one call whatever its size.
+
+        Raises:
+            TooLargeError: One item alone is too large.
+        """
+        if max_bytes is None or self.size <= max_bytes:
+            return [self._call(self.pieces, 0)]
+        return [
+            self._call([self.head, *chain.from_iterable(part)], first)
+            for first, part in self._parts(max_bytes)
+        ]
+
+    def _call(self, request: Sequence[Piece], first_item: int) -> Call[list[LossResult]]:
+        return Call(
+            method="ComputeLoss",
+            request=request,
+            read=partial(read_loss_results, self.kind, self.storage, first_item),
+            storage=self.storage,
+            first_item=first_item,
+            may_be_cut=True,
+        )
+
+    def _parts(self, max_bytes: int) -> Iterator[tuple[int, list[Sequence[Piece]]]]:
+        """Yields the items of requests of at most `max_bytes`, and where each begins."""
+        room = max_bytes - len(self.head)
+        part: list[Sequence[Piece]] = []
+        used, first = 0, 0
+        for index, item in enumerate(self.items):
+            size = size_of(item)
+            if size > room:
+                raise too_large(f"items[{index}]", size, max_bytes)
+            if part and used + size > room:
+                yield first, part
+                part, used, first = [], 0, index
+            part.append(item)
+            used += size
+        yield first, part
+
+
+def loss_batch(
+    loss: LossConfig,
+    items: Iterable[Sequence[Any]],
+    options: EvaluationOptions,
+    normalizers: Sequence[float | None] | None,
+    storage: Storage,
+) -> LossBatch:
+    """Returns a batch of evaluations, each given by its arguments in order."""
+    storage.form, config = _wire_form(loss, options), loss.message()
+    arguments = [*items]
+    if normalizers is not None and len(normalizers) != len(arguments):
+        raise ValueError(f"normalizers has {len(normalizers)} entries, want {len(arguments)} as items")
+    paths = [f"items[{index}].{loss.kind}" for index in range(len(arguments))]
+    inputs = [loss.item(given, path, storage) for given, path in zip(arguments, paths, strict=True)]
+    request = pb.ComputeLossRequest(
+        gradients=_gradient_names(loss, arguments, options.gradients, storage),
+        component_gradients=options.component_gradients,
+        strict=options.strict,
+        **{loss.kind: config},
+    )
+    if storage.form.is_narrow:
+        # Gradients of a mean are below what float16 holds.
+        request.gradient_dtype = tensor_pb2.DATA_TYPE_BFLOAT16
+    elif options.gradient_dtype is not None:
+        request.gradient_dtype = _gradient_dtype(options.gradient_dtype)
+    request.sparse_gradients = isinstance(loss, FCOSLoss) and bool(request.gradients)
+    abouts = [
+        _about(loss, path, request, normalizer, storage)
+        for path, normalizer in zip(paths, normalizers or [None] * len(paths), strict=True)
+    ]
+    storage.wait_for_gpu()
+    return LossBatch(
+        kind=loss.kind,
+        head=request.SerializeToString(),
+        items=[message_field(_ITEM, [*pieces, about]) for pieces, about in zip(inputs, abouts, strict=True)],
+        storage=storage,
+    )
+
+
+def _about(
+    loss: LossConfig, path: str, request: pb.ComputeLossRequest, normalizer: float | None, storage: Storage
+) -> bytes:
+    """Returns what an item holds beside its inputs."""
+    names = (
+        name for name in request.gradients if name in loss.differentiable or isinstance(loss, CustomLoss)
+    )
+    paths = ((name, loss.input_path(path, name)) for name in names)
+    outputs = storage.outputs(paths, request.gradient_dtype)
+    if normalizer is None and not outputs:
+        return b""
+    return pb.LossItem(normalizer=normalizer, outputs=outputs).SerializeToString()
+
+
+def loss_stream(
+    loss: LossConfig,
+    options: EvaluationOptions,
+    normalizer: float | None,
+    *,
+    window: int,
+    return_exceptions: bool,
+) -> Stream[LossResult]:
+    """Returns the stream of evaluations, each given by its arguments in order."""
+
+    def make(arguments: Sequence[Any], storage: Storage) -> list[Piece]:
+        return loss_batch(loss, [arguments], options, [normalizer], storage).pieces
+
+    def read(answer: Parcel[pb.ComputeLossResponse], storage: Storage) -> LossResult:
+        (result,) = read_loss_results(loss.kind, storage, 0, answer)
+        return result
+
+    return Stream(
+        method="ComputeLoss", make=make, read=read, window=window, return_exceptions=return_exceptions
+    )
+
+
+def _wire_form(loss: LossConfig, options: EvaluationOptions) -> WireForm:
+    dtype = wire_type(options.wire_dtype)
+    if dtype is None:
+        return WireForm()
+    if isinstance(loss, CustomLoss):
+        message = "does not go with a custom loss, which does not say what of its inputs are predictions"
+        raise refused_here(pb.ERROR_REASON_UNEXPECTED_FIELD, message, field="wire_dtype", value=dtype.name)
+    if options.gradient_dtype is None:
+        return WireForm(dtype)
+    wanted = _gradient_dtype(options.gradient_dtype)
+    if wanted not in FLOAT_TYPES:
+        name, reason = DTYPES[wanted].name, pb.ERROR_REASON_INVALID_OPTION
+        raise refused_here(reason, f"is {name}, want a float type", field="gradient_dtype", value=name)
+    return WireForm(dtype, DTYPES[wanted])
+
+
+def _gradient_dtype(dtype: Any) -> Any:
+    try:
+        return data_type_of(np.dtype(dtype))
+    except TensorError as error:
+        reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
+        raise refused_here(reason, str(error), field="gradient_dtype", **error.values) from error
+
+
+def _gradient_names(
+    loss: LossConfig, items: Sequence[Sequence[Any]], gradients: Gradients, storage: Storage
+) -> Sequence[str]:
+    if isinstance(gradients, str):
+        return [gradients]
+    if not isinstance(gradients, bool):
+        return list(gradients)
+    if not gradients:
+        return []
+    if isinstance(loss, CustomLoss):
+        path, names = f"items[0].{loss.kind}", items[0][0] if items else ()
+        return sorted(name for name in names if storage.floats_at(loss.input_path(path, name)))
+    return loss.differentiable

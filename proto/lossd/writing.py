@@ -1,0 +1,158 @@
+"""Messages that hold tensors, written by hand: heads are made, and one copy gathers them and the elements.
+
+A message is a list of pieces, its bytes in order. What stock protobuf writes is a piece too, since the
+fields of a message may come in any order. Large elements begin where a reader can use them as they lie: the
+number in front of them, `Tensor.dtype`, is written in up to three bytes more than it needs. It comes once
+more behind them, in so many bytes that a tensor is as long wherever it lies. Every reader of protobuf takes
+both.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lossd.gpu_memory import GpuArray
+from lossd.tensors import DTYPES, Array, check_dimensions, data_type_of
+from lossd.v1 import tensor_pb2 as pb
+from lossd.varints import varint
+from lossd.wire import LARGE_BYTES, Buffer
+
+_VIEWED_BYTES = 4 << 10
+"""From here on elements are not copied before they are gathered: below, that is sooner than to view them."""
+
+_ALIGNMENT = 4
+"""Where large elements begin, a multiple of it: as float32 wants. More would take a varint of over five
+bytes, which not every reader of an enum takes."""
+
+
+def _tag(number: int) -> bytes:
+    return varint(number << 3 | 2)
+
+
+_DTYPE_TAG = varint(pb.Tensor.DTYPE_FIELD_NUMBER << 3)
+_INLINE_TAG = _tag(pb.Tensor.INLINE_FIELD_NUMBER)
+
+
+class LargeTensor:
+    """A tensor in a field of a message, whose place there decides what is before and behind its elements.
+
+    Args:
+        tag: The tag of the field.
+        array: The elements, in a type of the contract and in C order. Left as they are until the message
+            is written.
+    """
+
+    __slots__ = ("_about", "_data_type", "_elements", "_size", "_start")
+
+    def __init__(self, tag: bytes, array: Array) -> None:
+        self._data_type = data_type_of(array.dtype)
+        self._elements = _bytes_of(array)
+        self._about = pb.Tensor(shape=array.shape).SerializeToString() + _INLINE_TAG + varint(array.nbytes)
+        size = 2 * len(self._dtype(0)) + _ALIGNMENT - 1 + len(self._about) + array.nbytes
+        self._start = tag + varint(size)
+        self._size = len(self._start) + size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def pieces(self, at: int) -> list[Buffer]:
+        """Returns its bytes, of which the first lies at some place in the message."""
+        padding = -(at + len(self._start) + len(self._dtype(0)) + len(self._about)) % _ALIGNMENT
+        head = self._start + self._dtype(padding) + self._about
+        return [head, self._elements, self._dtype(_ALIGNMENT - 1 - padding)]
+
+    def _dtype(self, padding: int) -> bytes:
+        """Returns the field `dtype` in so many bytes more than it needs."""
+        if not padding:
+            return _DTYPE_TAG + varint(self._data_type)
+        return _DTYPE_TAG + bytes([self._data_type | 0x80, *[0x80] * (padding - 1), 0])
+
+
+Piece: TypeAlias = Buffer | LargeTensor
+
+
+@lru_cache(maxsize=64)
+def tags_of(descriptor: Any) -> dict[str, bytes]:
+    """Returns the tags of the fields of a message type by name, as those of strings and messages are."""
+    return {field.name: _tag(field.number) for field in descriptor.fields}
+
+
+def size_of(pieces: Iterable[Piece]) -> int:
+    """Returns how many bytes pieces come to."""
+    return sum(map(len, pieces))
+
+
+def message_field(tag: bytes, pieces: Sequence[Piece]) -> list[Piece]:
+    """Returns a message as a field of another.
+
+    Args:
+        tag: The tag of the field.
+        pieces: The message.
+    """
+    return [tag + varint(size_of(pieces)), *pieces]
+
+
+def tensor_field(tag: bytes, array: Array) -> list[Piece]:
+    """Returns the `Tensor` that holds an array, whatever its strides and byte order, as a field of a message.
+
+    Args:
+        tag: The tag of the field.
+        array: Left as it is until the message is written.
+
+    Raises:
+        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
+    """
+    head, dtype = _head(tag, array.dtype, array.shape)
+    if array.dtype is not dtype:
+        array = array.astype(dtype, copy=False)
+    if array.nbytes < _VIEWED_BYTES:
+        return [head, array.tobytes()]
+    return [head, _bytes_of(array)] if array.nbytes < LARGE_BYTES else [LargeTensor(tag, array)]
+
+
+def shared_tensor_field(tag: bytes, array: Array | GpuArray, place: pb.SharedSlice) -> list[Piece]:
+    """Returns the `Tensor` of an array which lies in a shared region, as a field of a message.
+
+    Raises:
+        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
+    """
+    check_dimensions(array.shape)
+    held = pb.Tensor(dtype=data_type_of(array.dtype), shape=array.shape, shared=place)
+    return message_field(tag, [held.SerializeToString()])
+
+
+def placed(pieces: Sequence[Piece], at: int = 0) -> list[Buffer]:
+    """Returns the bytes of a message, in pieces that may refer to the arrays in it.
+
+    Args:
+        pieces: The message.
+        at: How many bytes come before it.
+    """
+    if size_of(pieces) < LARGE_BYTES:
+        return [*pieces]  # type: ignore[list-item]  # nothing of it is large
+    found: list[Buffer] = []
+    for piece in pieces:
+        if isinstance(piece, LargeTensor):
+            found += piece.pieces(at)
+        else:
+            found.append(piece)
+        at += len(piece)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[bytes, np.dtype[Any]]:
+    """Returns what comes before the elements of a tensor in a field, and their type on the wire."""
+    check_dimensions(shape)
+    data_type = data_type_of(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    about = pb.Tensor(dtype=data_type, shape=shape).SerializeToString() + _INLINE_TAG + varint(size)
+    return tag + varint(len(about) + size) + about, DTYPES[data_type]
+
+
+def _bytes_of(array: Array) -> memoryview:
+    """Returns the elements of an array: as they lie where they are in order, and in a copy if not."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
