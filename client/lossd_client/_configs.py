@@ -1,5 +1,6 @@
 """The losses and the assigner as a caller configures them; the names are the specification's."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -156,10 +157,16 @@ class FCOSAssigner:
     box_format: str = "xyxy"
 
     def __post_init__(self) -> None:
-        """Makes tuples of strides and ranges, so that assigners are told apart by what is in them."""
-        object.__setattr__(self, "strides", tuple(self.strides))
-        if self.regress_ranges is not None:
-            object.__setattr__(self, "regress_ranges", tuple(map(tuple, self.regress_ranges)))
+        """Keeps plain numbers and names: assigners are told apart by them, and nobody changes them."""
+        ranges = self.regress_ranges
+        plain = {
+            "strides": () if self.strides is None else tuple(map(whole_number, self.strides)),
+            "regress_ranges": None if ranges is None else tuple((float(a), float(b)) for a, b in ranges),
+            "preset": str(self.preset),
+            "box_format": str(self.box_format),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def message(self, path: str = "assigner") -> losses_pb2.FCOSAssigner:
         """Returns the configuration as the contract's message; `path` is where it stands, for errors."""
@@ -302,6 +309,11 @@ class CustomLoss(LossConfig):
 
 def _tags_of_inputs(kind: str) -> dict[str, bytes]:
     return tags_of(pb.LossItem.DESCRIPTOR.fields_by_name[kind].message_type)
+
+
+def whole_number(value: Any) -> int:
+    """Returns a whole number as Python's own; raises `TypeError` for any other."""
+    return int(operator.index(value))
 
 
 def _given(weight: float | None, documented: float | None) -> float | None:

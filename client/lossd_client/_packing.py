@@ -64,7 +64,17 @@ def pack_labels(field: str, tag: bytes, value: Any, storage: Storage) -> list[Pi
 def pack_ground_truth(
     field: str, tag: bytes, images: Sequence[Mapping[str, Any]], storage: Storage
 ) -> list[Piece]:
-    """Returns the objects of each image; raises `InvalidInputError` for a missing or unknown key."""
+    """Returns the objects of each image.
+
+    Args:
+        field: Where they stand in the request.
+        tag: The tag of the field, which is repeated.
+        images: For each image its objects by key.
+        storage: Where they are to lie.
+
+    Raises:
+        InvalidInputError: A key is missing or unknown, or no tensor of the contract.
+    """
     pieces: list[Piece] = []
     for index, image in enumerate(images):
         pieces += message_field(tag, _objects(f"{field}[{index}]", image, storage))

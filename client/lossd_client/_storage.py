@@ -61,6 +61,7 @@ class Storage:
         self._tries = tries
         self._room = 0 if pool is None else pool.max_bytes
         self._regions: set[bytes] = set()
+        # As they are sent, by path. The pool uses shared memory again when nothing refers to its array.
         self._inputs: dict[str, AnyArray] = {}
         self._written: dict[tuple[bytes, int], AnyArray] = {}
         self._is_known = True

@@ -9,7 +9,7 @@ from lossd.wire import Parcel
 from lossd.writing import Piece, message_field, tags_of
 from lossd_client._arrays import as_array
 from lossd_client._calls import Call
-from lossd_client._configs import FCOSAssigner
+from lossd_client._configs import FCOSAssigner, whole_number
 from lossd_client._maps import DenseForm, dense_targets
 from lossd_client._packing import pack_ground_truth
 from lossd_client._storage import Storage
@@ -45,7 +45,8 @@ def assign_request(
     """Returns the request for the targets of a batch of images of one size."""
     head = _head(assigner, sparse=sparse)
     objects = pack_ground_truth("items[0].ground_truth", _GROUND_TRUTH, ground_truth, storage)
-    about = _about(None if image_size is None else tuple(image_size), tuple(map(tuple, feature_sizes or ())))
+    sizes = () if feature_sizes is None else tuple(map(_size, feature_sizes))
+    about = _about(None if image_size is None else _size(image_size), sizes)
     if not sparse:
         crowds = (image.get("iscrowd") for image in ground_truth)
         has_crowd = any(crowd is not None and as_array(crowd).any() for crowd in crowds)
@@ -80,11 +81,11 @@ def _head(assigner: FCOSAssigner, *, sparse: bool) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _about(image_size: tuple[int, ...] | None, feature_sizes: tuple[tuple[int, ...], ...]) -> bytes:
+def _about(image_size: tuple[int, int] | None, feature_sizes: tuple[tuple[int, int], ...]) -> bytes:
     """Returns what an item has beside objects."""
     about = pb.AssignItem(
-        image_size=None if image_size is None else _size(image_size),
-        feature_sizes=map(_size, feature_sizes),
+        image_size=None if image_size is None else _size_message(image_size),
+        feature_sizes=map(_size_message, feature_sizes),
     )
     return about.SerializeToString()
 
@@ -96,6 +97,12 @@ def _read_targets(answer: Parcel[pb.AssignTargetsResponse], storage: Storage) ->
     return dense_targets(targets, storage.dense_form)
 
 
-def _size(size: Sequence[int]) -> pb.Size:
+def _size_message(size: tuple[int, int]) -> pb.Size:
     height, width = size
     return pb.Size(height=height, width=width)
+
+
+def _size(size: Sequence[int]) -> tuple[int, int]:
+    """Returns a size as plain numbers, which cannot be changed and are told apart."""
+    height, width = size
+    return whole_number(height), whole_number(width)

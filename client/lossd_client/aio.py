@@ -93,7 +93,10 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         timeout: float | None = None,
         **options: Unpack[LossOptions],
     ) -> list[LossResult]:
-        """Evaluates a loss on many inputs in one call; see `Client.compute_losses`."""
+        """Evaluates a loss on many inputs in one call; see `Client.compute_losses`.
+
+        Arguments are not to change until it has ended.
+        """
         evaluation, attempts = EvaluationOptions(**options), self._attempts(timeout)
         items, pool = list(items), await self._pool(attempts.deadline)
         storage = Storage(pool)
@@ -104,7 +107,6 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
                 batch = pack() if pool is None else await asyncio.to_thread(pack)
                 limit = None if batch.is_small else await self._message_limit(attempts.deadline)
                 calls = batch.calls(limit)
-                del batch  # which holds all of it in one piece, however many calls it takes
                 return [result for call in calls for result in await self._call(call, attempts)]
             storage = await asyncio.to_thread(storage.again)
 

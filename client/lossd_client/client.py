@@ -144,7 +144,6 @@ class Client(ClientBase[grpc.Channel]):
             with storage:
                 batch = loss_batch(loss, items, evaluation, normalizers, storage)
                 calls = batch.calls(None if batch.is_small else self._message_limit(attempts.deadline))
-                del batch  # which holds all of it in one piece, however many calls it takes
                 return [result for call in calls for result in self._call(call, attempts)]
             storage = storage.again()
 

@@ -21,7 +21,7 @@ Places = NDArray[Any]
 
 _TAGS = tags_of(pb.SparseTensor.DESCRIPTOR)
 
-_HEADER_BYTES = 32
+_HEADER_BYTES = 40
 """What a sparse tensor's two parts take on the wire beyond a dense one's, at most."""
 
 

@@ -1,6 +1,6 @@
-"""What a `Tensor` means: the one pair of functions between numpy arrays and the contract.
+"""What a `Tensor` means: its types and shapes, and the numpy array that it holds.
 
-Both sides use it, so that they cannot drift apart.
+Both sides use it, so that they cannot drift apart; what writes tensors into messages is `lossd.writing`.
 """
 
 import math
@@ -64,7 +64,11 @@ class TensorError(ValueError):
 
 
 def pack(array: Array) -> pb.Tensor:
-    """Returns the `Tensor` that holds `array`, by a copy; see `lossd.writing.tensor_field`."""
+    """Returns what `lossd.writing.tensor_field` writes of an array as stock protobuf has it, by a copy.
+
+    Raises:
+        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
+    """
     data_type = data_type_of(array.dtype)
     check_dimensions(array.shape)
     elements = array.astype(DTYPES[data_type], copy=False).tobytes()

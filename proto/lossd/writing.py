@@ -124,16 +124,12 @@ def shared_tensor_field(tag: bytes, array: Array | GpuArray, place: pb.SharedSli
     return message_field(tag, [held.SerializeToString()])
 
 
-def placed(pieces: Sequence[Piece], at: int = 0) -> list[Buffer]:
-    """Returns the bytes of a message, in pieces that may refer to the arrays in it.
-
-    Args:
-        pieces: The message.
-        at: How many bytes come before it.
-    """
+def placed(pieces: Sequence[Piece]) -> list[Buffer]:
+    """Returns the bytes of a whole message, in pieces that may refer to the arrays in it."""
     if size_of(pieces) < LARGE_BYTES:
         return [*pieces]  # type: ignore[list-item]  # nothing of it is large
     found: list[Buffer] = []
+    at = 0
     for piece in pieces:
         if isinstance(piece, LargeTensor):
             found += piece.pieces(at)

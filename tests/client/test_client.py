@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lossd.tensors import unpack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.wire import LARGE_BYTES, Parcel
+from lossd.writing import message_field, placed, tags_of
 from lossd_client import (
     CenternessLoss,
     Client,
@@ -19,6 +23,7 @@ from lossd_client import (
     InvalidInputError,
     TooLargeError,
 )
+from lossd_client._storage import Storage
 from lossd_server.targets import FCOSAssigner as LocalAssigner
 from tests.client.support import FCOS, SIMPLE, counting_client, same_bits
 from tests.service.support import boxes, fcos_dense_arrays, fcos_truth_arrays, focal_arrays, scene
@@ -194,6 +199,41 @@ def test_objects_as_plain_lists(client):
     found = client.assign_targets(FCOSAssigner(), images, image_size=(64, 64), sparse=True)
     assert set(found.labels.tolist()) == {2}
     assert set(found.locations[:, 0].tolist()) == {0}
+
+
+def test_sizes_and_strides_are_those_of_the_moment(client):
+    """What is asked again is not written again, whatever kind of number it is asked with."""
+    image = {"boxes": np.array([[0, 0, 30, 30]], np.float32), "labels": np.array([1])}
+    height, strides = torch.tensor(64), [torch.tensor(8), np.array(16)]
+    assigner = FCOSAssigner(strides=strides, regress_ranges=np.array([[0, 32], [32, 1e8]]))
+    for rows in (64, 96):
+        height.fill_(rows)
+        for size in ((height, np.int64(64)), [rows, np.array(64)], (rows, 64)):
+            found = client.assign_targets(assigner, [image], image_size=size, sparse=True)
+            assert found.feature_sizes == ((rows // 8, 8), (rows // 16, 4))
+            found = client.assign_targets(
+                assigner, [image], feature_sizes=np.array([size, size]), sparse=True
+            )
+            assert found.feature_sizes == ((rows, 64), (rows, 64))
+    strides[0].fill_(4)
+    assert client.assign_targets(assigner, [image], image_size=(64, 64)).feature_sizes == ((8, 8), (4, 4))
+    for wrong in ((64.0, 64), (64, "64")):
+        with pytest.raises(TypeError):
+            client.assign_targets(assigner, [image], image_size=wrong)
+    with pytest.raises(TypeError):
+        FCOSAssigner(strides=(8.0, 16))
+
+
+def test_a_large_tensor_of_a_custom_loss_lies_as_its_reader_wants_it():
+    array = np.arange(LARGE_BYTES, dtype=np.float32)
+    for length in range(1, 5):
+        pieces = CustomLoss("Mean").item([{"n" * length: array}], "items[0].custom", Storage(None))
+        item = message_field(tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"], pieces)
+        data = b"".join(placed(item))
+        parcel = Parcel.read(pb.ComputeLossRequest, data)
+        found = unpack(parcel.message.items[0].custom.tensors["n" * length], parcel.payloads)
+        assert np.array_equal(found, array)
+        assert np.shares_memory(found, np.frombuffer(data, np.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -11,8 +11,9 @@ from lossd.sparse import is_smaller, sparse_tensor_field, unpack_sparse
 from lossd.tensors import TensorError, pack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
-from lossd.writing import message_field, placed, tags_of
+from lossd.writing import message_field, placed, size_of, tags_of, tensor_field
 
+TAG = tags_of(pb.Gradient.DESCRIPTOR)["sparse"]
 EXAMPLES = settings(max_examples=100, deadline=None)
 TYPES = [np.dtype(name) for name in ("<f2", "<f4", "<f8")] + [np.dtype(ml_dtypes.bfloat16)]
 ODD = st.sampled_from([0.0, -0.0, 1.5, float("nan"), float("inf"), -float("inf"), 1e-8])
@@ -34,7 +35,7 @@ def places_of(array):
 
 def sparse_of(array):
     """The sparse tensor of an array, as protobuf reads what is written."""
-    pieces = sparse_tensor_field(tags_of(pb.Gradient.DESCRIPTOR)["sparse"], array, places_of(array))
+    pieces = sparse_tensor_field(TAG, array, places_of(array))
     (sparse,) = pb.Gradient.FromString(b"".join(placed(pieces))).sparse
     return sparse
 
@@ -54,7 +55,7 @@ def test_a_tensor_comes_back_bit_for_bit(array, channels_last):
 def test_what_is_smaller_is_smaller_on_the_wire(array):
     places = places_of(array)
     if is_smaller([array], [places]):
-        assert sparse_of(array).ByteSize() < pack(array).ByteSize()
+        assert size_of(sparse_tensor_field(TAG, array, places)) < size_of(tensor_field(TAG, array))
 
 
 def test_rows_are_widened_on_the_way():
@@ -67,10 +68,8 @@ def test_rows_are_widened_on_the_way():
 
 def test_large_rows_are_payloads():
     array = np.ones((2, 80, 50, 50), np.float32)
-    tag, places = tags_of(pb.Gradient.DESCRIPTOR)["sparse"], np.arange(5000)
-    gradient = message_field(
-        tags_of(pb.LossResult.DESCRIPTOR)["gradients"], sparse_tensor_field(tag, array, places)
-    )
+    rows = sparse_tensor_field(TAG, array, np.arange(5000))
+    gradient = message_field(tags_of(pb.LossResult.DESCRIPTOR)["gradients"], rows)
     answer = message_field(tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"], gradient)
     read = Parcel.read(pb.ComputeLossResponse, b"".join(placed(answer)))
     assert len(read.payloads) == 1

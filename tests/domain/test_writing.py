@@ -20,9 +20,9 @@ FCOS = tags_of(losses_pb2.FCOSInputs.DESCRIPTOR)
 many = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def written(pieces, at=0):
+def written(pieces):
     """The bytes of pieces, which are as many as was said before."""
-    data = b"".join(placed(pieces, at))
+    data = b"".join(placed(pieces))
     assert len(data) == size_of(pieces)
     return data
 
@@ -62,8 +62,8 @@ def test_is_what_protobuf_would_have_written(data):
     dtypes = st.sampled_from([*DTYPES.values(), np.dtype(">f4"), np.dtype(">i8")])
     arrays = data.draw(st.lists(st.builds(np.ones, shapes, dtypes), min_size=1, max_size=6))
     arrays = [array.T if data.draw(st.booleans()) else array for array in arrays]
-    name, at = "n" * data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
-    found = pb.ComputeLossRequest.FromString(written(request_of(arrays, name=name), at))
+    name = "n" * data.draw(st.integers(0, 5))
+    found = pb.ComputeLossRequest.FromString(written(request_of(arrays, name=name)))
     assert found == request_of(arrays, name=name, expected=True)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import structlog
 
 from lossd.channel_options import server_options
-from lossd.tensors import pack
+from lossd.tensors import Array, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_server.bench import process
 from lossd_server.config import ServerConfig
 from lossd_server.engine import Engine, LossOutcome, keep_freed_memory, resolve_device
@@ -101,13 +102,28 @@ class _Bare(grpc.GenericRpcHandler):
         request = pb.ComputeLossRequest.FromString(data)
         job = decode.read_loss_job(Request(request), self._engine.custom_losses)
         outcomes, _timing = self._engine.compute(job)
-        return pb.ComputeLossResponse(results=map(_stock_result, outcomes)).SerializeToString()
+        response = pb.ComputeLossResponse()
+        for outcome in outcomes:
+            _write_result(outcome, response.results.add())
+        return response.SerializeToString()
 
 
-def _stock_result(outcome: LossOutcome) -> pb.LossResult:
-    """Returns an evaluation's value and gradients, its tensors in their messages."""
-    gradients = [
-        pb.Gradient(input=name, tensors=[pack(array) for array in arrays if isinstance(array, np.ndarray)])
-        for name, arrays in outcome.gradients.items()
-    ]
-    return pb.LossResult(loss=pack(outcome.loss), gradients=gradients)
+def _write_result(outcome: LossOutcome, result: pb.LossResult) -> None:
+    """Writes a focal loss as stock protobuf does it best: a tensor that is put in later is copied."""
+    _write_tensor(outcome.loss, result.loss)
+    for name, arrays in outcome.gradients.items():
+        gradient = result.gradients.add(input=name)
+        for array in arrays:
+            if isinstance(array, np.ndarray):
+                _write_tensor(array, gradient.tensors.add())
+    result.positive_count = outcome.positive_count
+    for level in outcome.raw_sums:
+        numbers = {name: int(v) if name.endswith("_count") else v for name, v in level.items()}
+        result.raw_sums.add(**numbers)
+    result.preset = losses_pb2.LOSS_PRESET_AUTOTIMM
+
+
+def _write_tensor(array: Array, tensor: tensor_pb2.Tensor) -> None:
+    tensor.dtype = data_type_of(array.dtype)
+    tensor.shape.extend(array.shape)
+    tensor.inline = array.tobytes()
