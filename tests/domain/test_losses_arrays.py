@@ -1,4 +1,4 @@
-"""Focal losses evaluated as arrays: to the bit what tensors give, and only where that is all there is."""
+"""Losses evaluated as arrays: to the bit what tensors give, and only where that is all there is."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lossd_server.kernels import load_library
-from lossd_server.losses import EvaluationOptions, FocalLoss
+from lossd_server.losses import CenternessLoss, EvaluationOptions, FocalLoss, GIoULoss
 from tests.domain.support import needs_a_compiler
 
 LABEL_TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
@@ -28,13 +28,15 @@ def inputs_of(shape, seed=0, label_type="int64"):
     return {"inputs": logits, "targets": labels}
 
 
-def by_arrays(loss, arguments, *, gradients=("inputs",), **options):
+def by_arrays(loss, arguments, *, gradients=None, **options):
+    gradients = loss.differentiable if gradients is None else gradients
     prepared = loss.prepare(arguments)
-    places = {"inputs": np.full_like(arguments["inputs"], np.nan)}
+    places = {name: np.full_like(arguments[name], np.nan) for name in loss.differentiable}
     return loss.evaluate_arrays(prepared, EvaluationOptions(gradients=gradients, **options), places.get)
 
 
-def by_tensors(loss, arguments, *, gradients=("inputs",), **options):
+def by_tensors(loss, arguments, *, gradients=None, **options):
+    gradients = loss.differentiable if gradients is None else gradients
     tensors = {name: torch.from_numpy(array) for name, array in arguments.items()}
     return loss.evaluate(loss.prepare(tensors), EvaluationOptions(gradients=gradients, **options))
 
@@ -55,14 +57,73 @@ def test_the_bits_are_those_of_tensors(shape, label_type, gradients, reduction, 
     loss = FocalLoss(gamma=gamma, reduction=reduction)
     arguments = inputs_of(shape, seed, label_type)
     options = {"gradients": gradients, "normalizer": normalizer if reduction == "mean" else None}
+    assert_has_the_bits_of_tensors(loss, arguments, **options)
+
+
+def assert_has_the_bits_of_tensors(loss, arguments, **options):
     found, expected = by_arrays(loss, arguments, **options), by_tensors(loss, arguments, **options)
     assert found.loss.shape == ()
     assert found.loss.tobytes() == expected.loss.numpy().tobytes()
     assert found.raw_sums == {name: float(numbers[0]) for name, numbers in expected.raw_sums.items()}
+    assert list(found.components) == [(c.name, float(c.value), c.weight) for c in expected.components]
     assert found.preset is expected.preset
-    assert set(found.gradients) == set(gradients)
+    assert set(found.gradients) == set(options["gradients"])
     for name, gradient in found.gradients.items():
         assert gradient.tobytes() == expected.gradients[name].numpy().tobytes()
+
+
+def boxes_of(count, seed=0, target_type="f4", weight_type=None):
+    rng = np.random.default_rng(seed)
+    pred, target = (rng.uniform(0, 50, (count, 2, 2)).cumsum(axis=1).reshape(count, 4) for _ in range(2))
+    arguments = {"pred_boxes": pred.astype("f4"), "target_boxes": target.astype(target_type)}
+    return arguments | weights_of(rng, count, weight_type)
+
+
+def centerness_of(shape, seed=0, target_type="f4", weight_type=None):
+    rng = np.random.default_rng(seed)
+    pred, target = rng.standard_normal(shape, np.float32) * 4, rng.uniform(0, 1, shape).astype(target_type)
+    return {"pred": pred, "target": target} | weights_of(rng, shape, weight_type)
+
+
+def weights_of(rng, shape, dtype):
+    return {} if dtype is None else {"weights": rng.uniform(0, 2, shape).astype(dtype)}
+
+
+ROWS = {
+    "seed": st.integers(0, 99),
+    "target_type": st.sampled_from(["f4", "f8"]),
+    "weight_type": st.sampled_from([None, "f4", "f8"]),
+    "reduction": st.sampled_from(["mean", "sum"]),
+    "normalizer": st.sampled_from([None, 0.25, 37.0]),
+    "wanted": st.booleans(),
+}
+
+
+@given(count=st.one_of(st.integers(1, 200), st.just(5000)), **ROWS)
+def test_boxes_have_the_bits_of_tensors(count, reduction, normalizer, wanted, **about):
+    assert_has_the_bits_of_tensors(
+        GIoULoss(reduction=reduction),
+        boxes_of(count, **about),
+        gradients=("pred_boxes",) if wanted else (),
+        normalizer=normalizer if reduction == "mean" else None,
+    )
+
+
+@given(shape=st.one_of(st.tuples(st.integers(1, 200)), st.tuples(st.integers(1, 5000), st.just(1))), **ROWS)
+def test_centerness_has_the_bits_of_tensors(shape, reduction, normalizer, wanted, **about):
+    assert_has_the_bits_of_tensors(
+        CenternessLoss(reduction=reduction),
+        centerness_of(shape, **about),
+        gradients=("pred",) if wanted else (),
+        normalizer=normalizer if reduction == "mean" else None,
+    )
+
+
+def boxes_with(name, value):
+    """Boxes with one number of an argument replaced."""
+    arguments = boxes_of(5, weight_type="f4")
+    arguments[name].reshape(-1)[3] = value
+    return arguments
 
 
 def stray(value):
@@ -74,6 +135,18 @@ def stray(value):
 @pytest.mark.parametrize(
     ("loss", "arguments", "options"),
     [
+        (GIoULoss(reduction="none"), boxes_of(7), {}),
+        (GIoULoss(), boxes_of(7), {"gradient_dtype": torch.float64}),
+        (GIoULoss(), {**boxes_of(7), "pred_boxes": np.zeros((7, 4))}, {}),
+        (GIoULoss(), {**boxes_of(7), "target_boxes": np.zeros((7, 4), np.int32)}, {}),
+        (GIoULoss(), {**boxes_of(7), "pred_boxes": np.zeros((4, 7), np.float32).T}, {}),
+        (GIoULoss(), {**boxes_of(7), "weights": np.zeros(7, np.float16)}, {}),
+        (GIoULoss(), boxes_of(0), {}),
+        (GIoULoss(), boxes_with("pred_boxes", np.nan), {}),
+        (GIoULoss(), boxes_with("target_boxes", np.inf), {}),
+        (GIoULoss(reduction="sum"), boxes_with("weights", 3.4e38), {}),
+        (CenternessLoss(reduction="none"), centerness_of((7,)), {}),
+        (CenternessLoss(), {**centerness_of((7,)), "target": np.zeros(14, np.float32)[::2]}, {}),
         (FocalLoss(reduction="none"), inputs_of((7, 5)), {}),
         (FocalLoss(gamma=2.5), inputs_of((7, 5)), {}),
         (FocalLoss(), inputs_of((7, 5)), {"gradient_dtype": torch.bfloat16}),
@@ -87,6 +160,9 @@ def stray(value):
         (FocalLoss(reduction="sum"), {**inputs_of((7, 5)), "inputs": np.full((7, 5), 3e38, np.float32)}, {}),
     ],
     ids=[
+        *("one number a box", "another type of gradient of boxes", "float64 boxes", "whole targets"),
+        *("boxes side by side", "half weights", "no boxes", "NaN in a box", "a box without end"),
+        *("weights beyond float32", "one centerness a row", "gaps between targets"),
         *("one number a row", "a gamma that is not whole", "another type of gradient", "float64", "float16"),
         *("gaps between logits", "gaps between labels", "no rows", "NaN", "infinity", "beyond float32"),
     ],
@@ -100,6 +176,10 @@ def test_a_gradient_that_lies_otherwise_is_left_to_tensors():
     prepared, options = loss.prepare(arguments), EvaluationOptions(gradients=("inputs",))
     for place in (np.zeros((7, 5), np.float32, order="F"), np.zeros((7, 5))):
         assert loss.evaluate_arrays(prepared, options, {"inputs": place}.get) is None
+    loss, options = GIoULoss(), EvaluationOptions(gradients=("pred_boxes",))
+    prepared = loss.prepare(boxes_of(7))
+    for place in (np.zeros((7, 4), np.float32, order="F"), np.zeros((7, 4))):
+        assert loss.evaluate_arrays(prepared, options, {"pred_boxes": place}.get) is None
 
 
 def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_looked_at():
@@ -111,6 +191,11 @@ def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_looked_at():
 
 
 def test_tensors_are_left_to_tensors():
-    loss = FocalLoss()
-    tensors = {name: torch.from_numpy(array) for name, array in inputs_of((7, 5)).items()}
-    assert loss.evaluate_arrays(loss.prepare(tensors), EvaluationOptions(), None) is None
+    given = [
+        (FocalLoss(), inputs_of((7, 5))),
+        (GIoULoss(), boxes_of(7)),
+        (CenternessLoss(), centerness_of((7,))),
+    ]
+    for loss, arguments in given:
+        tensors = {name: torch.from_numpy(array) for name, array in arguments.items()}
+        assert loss.evaluate_arrays(loss.prepare(tensors), EvaluationOptions(), None) is None

@@ -89,6 +89,7 @@ class Evaluator:
             outcomes.append(
                 LossOutcome(
                     loss=found.loss,
+                    components=found.components,
                     gradients={name: [gradient] for name, gradient in found.gradients.items()},
                     raw_sums=[found.raw_sums],
                     preset=found.preset,

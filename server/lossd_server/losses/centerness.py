@@ -1,17 +1,25 @@
 """Binary cross-entropy on centerness logits."""
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
-from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions
+from lossd_server.losses.evaluation import (
+    ArrayEvaluation,
+    Component,
+    Evaluation,
+    EvaluationOptions,
+)
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
-from lossd_server.losses.row_reduction import reduce_rows, total_weight
+from lossd_server.losses.row_reduction import reduce_arrays, reduce_rows, total_weight
 
 _LEAST_WEIGHT = 1e-7
 
@@ -81,6 +89,39 @@ class CenternessLoss(LossModule):
             "target_sum": float(target.sum(dtype=np.float64)),
             "weight": total_weight(arguments.get("weights"), target.size),
         }
+
+    def evaluate_arrays(
+        self, arguments: Arguments, options: EvaluationOptions, place: Callable[[str], NDArray[np.float32]]
+    ) -> ArrayEvaluation | None:
+        """Evaluates prepared logits in numpy; see `LossModule.evaluate_arrays`."""
+        pred, weight = arguments["pred"], arguments["weight"]
+        reduced = reduce_arrays(
+            RowFormula.CENTERNESS,
+            pred,
+            arguments["target"],
+            arguments.get("weights"),
+            reduction=self.reduction,
+            divisor=self.reduction.divisor(weight, least=_LEAST_WEIGHT, normalizer=options.normalizer),
+            options=options,
+            place=place,
+        )
+        if reduced is None:
+            return None
+        return ArrayEvaluation(
+            loss=reduced.loss,
+            components=(
+                ("centerness_loss", float(reduced.loss), 1.0),
+                ("centerness_floor", reduced.extra, 0.0),
+            ),
+            gradients=reduced.gradients,
+            raw_sums={
+                "centerness_loss": reduced.total,
+                "centerness_target": arguments["target_sum"],
+                "weight": weight,
+                "positive_count": float(pred.size),
+            },
+            preset=LossPreset.AUTOTIMM,
+        )
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared logits; see `LossModule.evaluate`."""

@@ -18,7 +18,12 @@ TensorOrLevels = Tensor | list[Tensor]
 Numbers = NDArray[np.float64] | Tensor
 """A few float64 numbers: numpy's on the host, on a GPU a tensor, so that nobody waits for it."""
 
+PLAIN_GRADIENTS = frozenset({None, torch.float32})
+"""Types that the gradients of float32 inputs may be wanted in where no tensor is made."""
+
 _NOTHING: Mapping[str, Any] = {}
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class EvaluationOptions(NamedTuple):
@@ -99,12 +104,14 @@ class ArrayEvaluation(NamedTuple):
         gradients: By input name.
         raw_sums: By the contract's name.
         preset: Whose numbers these are.
+        components: Name, value and weight of each term; empty where the loss has just one.
     """
 
     loss: NDArray[np.float32]
     gradients: Mapping[str, NDArray[np.float32]]
     raw_sums: Mapping[str, float]
     preset: LossPreset
+    components: Sequence[tuple[str, float, float]] = ()
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:
@@ -128,6 +135,11 @@ def as_tensor(number: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tenso
         return torch.scalar_tensor(number, dtype=dtype, device=like.device)
     except RuntimeError:  # beyond the type: torch makes infinity of that in a cast alone
         return torch.scalar_tensor(number, dtype=torch.float64, device=like.device).to(dtype)
+
+
+def as_float32(number: float) -> NDArray[np.float32] | None:
+    """Returns a number as a 0-d array; None where it is NaN or beyond the type."""
+    return np.array(number, np.float32) if abs(number) <= _LARGEST else None
 
 
 def to_float64(tensor: Tensor) -> Tensor:

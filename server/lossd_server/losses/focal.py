@@ -9,7 +9,14 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import ArrayEvaluation, Evaluation, EvaluationOptions, as_tensor
+from lossd_server.losses.evaluation import (
+    PLAIN_GRADIENTS,
+    ArrayEvaluation,
+    Evaluation,
+    EvaluationOptions,
+    as_float32,
+    as_tensor,
+)
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
@@ -22,11 +29,6 @@ from lossd_server.losses.reduction import Reduction
 _COUNTED = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
 _LOGITS = frozenset({"inputs"})
-
-_PLAIN_GRADIENTS = {None, torch.float32}
-"""Types that the gradients of float32 logits may be wanted in where no tensor is made."""
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class FocalLoss(LossModule):
@@ -159,17 +161,18 @@ class FocalLoss(LossModule):
         constants = self.constants
         if self.reduction is Reduction.NONE or not (constants.has_kernel and are_plain(logits, labels)):
             return None
-        if options.gradient_dtype not in _PLAIN_GRADIENTS:
+        if options.gradient_dtype not in PLAIN_GRADIENTS:
             return None
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
         if not all(are_alike(gradient, logits) for gradient in gradients.values()):
             return None
         total = focal_sum_of_arrays(logits, labels, gradients.get("inputs"), 1 / divisor, constants)
-        if total is None or not total / divisor <= _LARGEST:
+        mean = None if total is None else as_float32(total / divisor)
+        if total is None or mean is None:
             return None
         return ArrayEvaluation(
-            loss=np.array(total / divisor, np.float32),
+            loss=mean,
             gradients=gradients,
             raw_sums={"cls_loss": total, "valid_count": float(valid), "positive_count": float(valid)},
             preset=LossPreset.AUTOTIMM,

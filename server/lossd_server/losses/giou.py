@@ -1,17 +1,25 @@
 """Generalized IoU loss for matched boxes."""
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
-from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, to_float64
+from lossd_server.losses.evaluation import (
+    ArrayEvaluation,
+    Evaluation,
+    EvaluationOptions,
+    to_float64,
+)
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
-from lossd_server.losses.row_reduction import reduce_rows, total_weight
+from lossd_server.losses.row_reduction import reduce_arrays, reduce_rows, total_weight
 
 
 class GIoULoss(LossModule):
@@ -78,6 +86,35 @@ class GIoULoss(LossModule):
         """Checks arguments, numpy or torch, and returns them with the sum of the weights."""
         self.check(arguments)
         return {**arguments, "weight": total_weight(arguments.get("weights"), len(arguments["pred_boxes"]))}
+
+    def evaluate_arrays(
+        self, arguments: Arguments, options: EvaluationOptions, place: Callable[[str], NDArray[np.float32]]
+    ) -> ArrayEvaluation | None:
+        """Evaluates prepared boxes in numpy; see `LossModule.evaluate_arrays`."""
+        pred, weight = arguments["pred_boxes"], arguments["weight"]
+        reduced = reduce_arrays(
+            RowFormula.GIOU,
+            pred,
+            arguments["target_boxes"],
+            arguments.get("weights"),
+            reduction=self.reduction,
+            divisor=self.reduction.divisor(weight, least=self.eps, normalizer=options.normalizer),
+            options=options,
+            place=place,
+            floor=self.eps,
+        )
+        if reduced is None:
+            return None
+        return ArrayEvaluation(
+            loss=reduced.loss,
+            gradients=reduced.gradients,
+            raw_sums={
+                "reg_loss": reduced.total,
+                "weight": weight,
+                "positive_count": float(len(pred)),
+            },
+            preset=LossPreset.AUTOTIMM,
+        )
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared boxes; see `LossModule.evaluate`."""

@@ -1,15 +1,26 @@
 """How the losses of rows, weighted where weights are given, become one loss."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.checks import host_array
-from lossd_server.losses.evaluation import Numbers, as_tensor, to_float64
+from lossd_server.losses.evaluation import (
+    PLAIN_GRADIENTS,
+    EvaluationOptions,
+    Numbers,
+    as_float32,
+    as_tensor,
+    to_float64,
+)
 from lossd_server.losses.formulas import RowFormula
+from lossd_server.losses.native import row_sums_of_arrays, takes_rows
 from lossd_server.losses.reduction import Reduction
 from lossd_server.losses.row_group import RowGroup
 from lossd_server.losses.row_kernel import row_sums
@@ -28,6 +39,15 @@ class Reduced:
     loss: Tensor
     total: Numbers
     extra: float | Tensor
+
+
+class ReducedArrays(NamedTuple):
+    """Rows in arrays made into one number: as `Reduced`, and the gradients by name."""
+
+    loss: NDArray[np.float32]
+    total: float
+    extra: float
+    gradients: dict[str, NDArray[np.float32]]
 
 
 def total_weight(weights: Any, count: int) -> float:
@@ -77,3 +97,62 @@ def reduce_rows(
         total=losses,
         extra=extras[0] / divisor,
     )
+
+
+def reduce_arrays(
+    formula: RowFormula,
+    preds: Any,
+    targets: Any,
+    weights: Any,
+    *,
+    reduction: Reduction,
+    divisor: float,
+    options: EvaluationOptions,
+    place: Callable[[str], NDArray[np.float32]],
+    floor: float = 1e-7,
+) -> ReducedArrays | None:
+    """Evaluates and reduces all rows by the compiled kernel, to the bits of `reduce_rows`.
+
+    None where tensors have to be made: for other types and layouts, one loss a row, no rows at all, NaN and
+    infinity, which are to be told, and a loss beyond float32; and where there is no kernel.
+
+    Args:
+        formula: What is computed.
+        preds: The prediction, row after row.
+        targets: What it should be, likewise.
+        weights: One number a row, likewise, or None.
+        reduction: How.
+        divisor: See `reduce_rows`.
+        options: What is wanted.
+        place: See `LossModule.evaluate_arrays`.
+        floor: See `row_sums`.
+    """
+    if reduction is Reduction.NONE or options.gradient_dtype not in PLAIN_GRADIENTS:
+        return None
+    given = [preds, targets] if weights is None else [preds, targets, weights]
+    if not takes_rows(*given) or preds.dtype != np.float32 or not preds.size:
+        return None
+    if not all(map(_is_finite, given)):
+        return None
+    gradients = {name: place(name) for name in options.gradients}
+    if not all(takes_rows(each) and each.dtype == np.float32 for each in gradients.values()):
+        return None
+    sums = row_sums_of_arrays(
+        preds,
+        targets,
+        None if weights is None else weights.astype(np.float64, copy=False),
+        next(iter(gradients.values()), None),
+        formula,
+        scale=1 / divisor,
+        floor=floor,
+    )
+    loss = None if sums is None else as_float32(sums[0] / divisor)
+    if sums is None or loss is None:
+        return None
+    return ReducedArrays(loss=loss, total=sums[0], extra=sums[1] / divisor, gradients=gradients)
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether an array holds neither NaN nor infinity; large numbers may look like some."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(array.sum())

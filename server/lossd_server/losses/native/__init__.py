@@ -7,7 +7,7 @@ from lossd_server.losses.native.focal import (
     focal_sums_natively,
 )
 from lossd_server.losses.native.labels import count_objects_natively
-from lossd_server.losses.native.rows import row_sums_natively
+from lossd_server.losses.native.rows import row_sums_natively, row_sums_of_arrays, takes_rows
 
 __all__ = [
     "are_alike",
@@ -16,4 +16,6 @@ __all__ = [
     "focal_sum_of_arrays",
     "focal_sums_natively",
     "row_sums_natively",
+    "row_sums_of_arrays",
+    "takes_rows",
 ]

@@ -1,11 +1,14 @@
-"""The compiled kernel of row losses, called with tensors."""
+"""The compiled kernel of row losses, called with tensors, or with arrays where they are plain ones."""
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from lossd_server.kernels import loaded_library
+from lossd_server.kernels import address_of, loaded_library
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.native.numbers import FLOAT_TYPES, WIDE_TYPES, address, thread_count
 from lossd_server.losses.row_group import RowGroup, RowSums
@@ -20,6 +23,14 @@ _FORMULAS = {
     RowFormula.CENTERNESS: 3,
 }
 """The formulas, by their numbers in rows.c."""
+
+_NUMBERS = {formula: 1 if formula is RowFormula.CENTERNESS else 4 for formula in RowFormula}
+"""Numbers of a row."""
+
+_TARGET_TYPES = {
+    np.dtype(np.float32): WIDE_TYPES[torch.float32],
+    np.dtype(np.float64): WIDE_TYPES[torch.float64],
+}
 
 
 class _Group(ctypes.Structure):
@@ -54,6 +65,62 @@ def row_sums_natively(groups: Sequence[RowGroup], formula: RowFormula, floor: fl
     return RowSums(
         losses=np.array([problem.losses for problem in problems]),
         extras=np.array([problem.extras for problem in problems]),
+    )
+
+
+def row_sums_of_arrays(
+    preds: NDArray[np.float32],
+    targets: NDArray[Any],
+    factors: NDArray[np.float64] | None,
+    gradient: NDArray[np.float32] | None,
+    formula: RowFormula,
+    *,
+    scale: float,
+    floor: float,
+) -> tuple[float, float] | None:
+    """Returns what `row_sums` does of one group, given as arrays without gaps; None where there is no kernel.
+
+    Args:
+        preds: P rows of K numbers, in any shape.
+        targets: The same, float32 or float64.
+        factors: See `RowGroup`.
+        gradient: Like `preds`.
+        formula: What is computed.
+        scale: See `RowGroup`.
+        floor: See `row_sums`.
+    """
+    library = loaded_library()
+    if library is None:
+        return None
+    numbers = _NUMBERS[formula]
+    count, strides = preds.size // numbers, (0, 1, numbers)
+    problem = _Group(
+        address_of(preds),
+        None if gradient is None else address_of(gradient),
+        address_of(targets),
+        None,
+        None,
+        None if factors is None else address_of(factors),
+        None,
+        count,
+        *strides,
+        *strides,
+        scale,
+        floor,
+        FLOAT_TYPES[torch.float32],
+        FLOAT_TYPES[torch.float32],
+        _TARGET_TYPES[targets.dtype],
+    )
+    if library.lossd_rows(ctypes.byref(problem), 1, _FORMULAS[formula], thread_count(count, _SMALL)):
+        raise MemoryError
+    return problem.losses, problem.extras
+
+
+def takes_rows(*arrays: Any) -> bool:
+    """Whether `row_sums_of_arrays` takes arguments: arrays of numpy, float32 or float64, without gaps."""
+    return all(
+        isinstance(array, np.ndarray) and array.dtype in _TARGET_TYPES and array.flags.c_contiguous
+        for array in arrays
     )
 
 
