@@ -21,7 +21,7 @@ from lossd.varints import varint
 from lossd.wire import LARGE_BYTES, Buffer
 
 _VIEWED_BYTES = 4 << 10
-"""From here on elements are not copied before they are gathered: below, that is sooner than to view them."""
+"""Fewer are copied before they are gathered: that is sooner than to view them."""
 
 _ALIGNMENT = 4
 """Where large elements begin, a multiple of it: as float32 wants. More would take a varint of over five
