@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lossd_server.kernels import load_library
-from lossd_server.losses import CenternessLoss, EvaluationOptions, FocalLoss, GIoULoss
+from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss
 from tests.domain.support import needs_a_compiler
 
 LABEL_TYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
@@ -28,17 +28,29 @@ def inputs_of(shape, seed=0, label_type="int64"):
     return {"inputs": logits, "targets": labels}
 
 
+def levels(value):
+    return value if isinstance(value, list) else [value]
+
+
 def by_arrays(loss, arguments, *, gradients=None, **options):
     gradients = loss.differentiable if gradients is None else gradients
     prepared = loss.prepare(arguments)
-    places = {name: np.full_like(arguments[name], np.nan) for name in loss.differentiable}
+    places = {name: [np.full_like(each, np.nan) for each in levels(arguments[name])] for name in gradients}
     return loss.evaluate_arrays(prepared, EvaluationOptions(gradients=gradients, **options), places.get)
 
 
 def by_tensors(loss, arguments, *, gradients=None, **options):
     gradients = loss.differentiable if gradients is None else gradients
-    tensors = {name: torch.from_numpy(array) for name, array in arguments.items()}
-    return loss.evaluate(loss.prepare(tensors), EvaluationOptions(gradients=gradients, **options))
+    return loss.evaluate(
+        loss.prepare(tensors_of(arguments)), EvaluationOptions(gradients=gradients, **options)
+    )
+
+
+def tensors_of(value):
+    """The same arguments as tensors; objects of the ground truth are read on the host as they are."""
+    if isinstance(value, dict):
+        return {name: each if name == "ground_truth" else tensors_of(each) for name, each in value.items()}
+    return list(map(tensors_of, value)) if isinstance(value, list) else torch.from_numpy(value)
 
 
 @given(
@@ -64,12 +76,19 @@ def assert_has_the_bits_of_tensors(loss, arguments, **options):
     found, expected = by_arrays(loss, arguments, **options), by_tensors(loss, arguments, **options)
     assert found.loss.shape == ()
     assert found.loss.tobytes() == expected.loss.numpy().tobytes()
-    assert found.raw_sums == {name: float(numbers[0]) for name, numbers in expected.raw_sums.items()}
+    for name, numbers in expected.raw_sums.items():
+        assert [level[name] for level in found.raw_sums] == numbers.tolist()
+    assert all(level.keys() == expected.raw_sums.keys() for level in found.raw_sums)
     assert list(found.components) == [(c.name, float(c.value), c.weight) for c in expected.components]
     assert found.preset is expected.preset
+    assert found.negative_side_count == int(expected.negative_side_count)
+    assert {name: [*map(list, rows)] for name, rows in found.nonzero_rows.items()} == {
+        name: [*map(list, rows)] for name, rows in expected.nonzero_rows.items()
+    }
     assert set(found.gradients) == set(options["gradients"])
-    for name, gradient in found.gradients.items():
-        assert gradient.tobytes() == expected.gradients[name].numpy().tobytes()
+    for name, gradients in found.gradients.items():
+        wanted = levels(expected.gradients[name])
+        assert [each.tobytes() for each in gradients] == [each.numpy().tobytes() for each in wanted]
 
 
 def boxes_of(count, seed=0, target_type="f4", weight_type=None):
@@ -119,6 +138,77 @@ def test_centerness_has_the_bits_of_tensors(shape, reduction, normalizer, wanted
     )
 
 
+SIZES = [(9, 11), (5, 6), (3, 3)]
+LEVELS = {"strides": (8, 16, 32), "regress_ranges": ((-1, 32), (32, 64), (64, 1e8))}
+
+
+def head_of(batch, seed=0):
+    """Predictions of three levels, some of them with negative sides, and boxes with a crowd region."""
+    rng = np.random.default_rng(seed)
+    channels = {"cls_preds": 3, "reg_preds": 4, "centerness_preds": 1}
+    maps = {
+        name: [rng.standard_normal((batch, count, *size), np.float32) * count for size in SIZES]
+        for name, count in channels.items()
+    }
+    corners = rng.uniform(0, 40, (batch, 4, 2, 2)).cumsum(axis=2).reshape(batch, 4, 4).astype("f4")
+    crowd = np.array([False, False, False, True])
+    objects = [{"boxes": boxes, "labels": rng.integers(0, 3, 4), "iscrowd": crowd} for boxes in corners]
+    return {**maps, "ground_truth": objects}
+
+
+def dense_head_of(batch, seed=0, label_type="i8", target_type="f4"):
+    """The same with the targets of every location."""
+    arguments = head_of(batch, seed)
+    found = FCOSLoss(3, **LEVELS).assigner.assign(arguments.pop("ground_truth"), SIZES).dense()
+    return {
+        **arguments,
+        "cls_targets": [level.cls.astype(label_type) for level in found],
+        "reg_targets": [level.reg.astype(target_type) for level in found],
+        "centerness_targets": [level.centerness.astype(target_type) for level in found],
+        "ignored_targets": [level.ignored for level in found],
+    }
+
+
+HEADS = {
+    "batch": st.integers(1, 3),
+    "seed": st.integers(0, 99),
+    "preset": st.sampled_from(["autotimm", "documented"]),
+    "gamma": st.sampled_from([1.0, 2.0]),
+    "gradients": st.lists(st.sampled_from(FCOSLoss.differentiable), unique=True).map(tuple),
+    "component_gradients": st.booleans(),
+    "normalizer": st.sampled_from([None, 0.25, 37.0]),
+    "nonzero_rows": st.booleans(),
+}
+
+
+@given(**HEADS)
+def test_heads_with_ground_truth_have_the_bits_of_tensors(batch, seed, preset, gamma, **options):
+    loss = FCOSLoss(3, focal_gamma=gamma, reg_weight=2.5, preset=preset, **LEVELS)
+    assert_has_the_bits_of_tensors(loss, head_of(batch, seed), **options)
+
+
+@given(label_type=st.sampled_from(["i1", "i4", "i8"]), target_type=st.sampled_from(["f4", "f8"]), **HEADS)
+def test_heads_with_dense_targets_have_the_bits_of_tensors(
+    batch, seed, preset, gamma, label_type, target_type, **options
+):
+    loss = FCOSLoss(3, focal_gamma=gamma, centerness_weight=0.5, preset=preset, **LEVELS)
+    assert_has_the_bits_of_tensors(loss, dense_head_of(batch, seed, label_type, target_type), **options)
+
+
+def head_with(name, value):
+    """A head with one number of a prediction replaced."""
+    arguments = head_of(2)
+    arguments[name][1].reshape(-1)[3] = value
+    return arguments
+
+
+def head_in(name, dtype):
+    """A head with one prediction in another type."""
+    arguments = head_of(2)
+    arguments[name][1] = arguments[name][1].astype(dtype)
+    return arguments
+
+
 def boxes_with(name, value):
     """Boxes with one number of an argument replaced."""
     arguments = boxes_of(5, weight_type="f4")
@@ -158,6 +248,12 @@ def stray(value):
         (FocalLoss(), stray(np.nan), {}),
         (FocalLoss(), stray(-np.inf), {}),
         (FocalLoss(reduction="sum"), {**inputs_of((7, 5)), "inputs": np.full((7, 5), 3e38, np.float32)}, {}),
+        *((FCOSLoss(3, **LEVELS), head_with(name, np.nan), {}) for name in FCOSLoss.differentiable),
+        *((FCOSLoss(3, **LEVELS), head_in(name, np.float64), {}) for name in FCOSLoss.differentiable),
+        (FCOSLoss(3, **LEVELS), head_of(0), {}),
+        (FCOSLoss(3, **LEVELS), head_of(2), {"gradient_dtype": torch.float16}),
+        (FCOSLoss(3, focal_gamma=1.5, **LEVELS), head_of(2), {}),
+        (FCOSLoss(3, cls_weight=3e38, **LEVELS), head_of(2), {}),
     ],
     ids=[
         *("one number a box", "another type of gradient of boxes", "float64 boxes", "whole targets"),
@@ -165,6 +261,10 @@ def stray(value):
         *("weights beyond float32", "one centerness a row", "gaps between targets"),
         *("one number a row", "a gamma that is not whole", "another type of gradient", "float64", "float16"),
         *("gaps between logits", "gaps between labels", "no rows", "NaN", "infinity", "beyond float32"),
+        *(f"NaN in {name}" for name in FCOSLoss.differentiable),
+        *(f"float64 {name}" for name in FCOSLoss.differentiable),
+        *("no images", "another type of gradient of a head", "a gamma of a head that is not whole"),
+        "a head beyond float32",
     ],
 )
 def test_what_needs_more_than_the_kernel_is_left_to_tensors(loss, arguments, options):
@@ -175,19 +275,24 @@ def test_a_gradient_that_lies_otherwise_is_left_to_tensors():
     loss, arguments = FocalLoss(), inputs_of((7, 5))
     prepared, options = loss.prepare(arguments), EvaluationOptions(gradients=("inputs",))
     for place in (np.zeros((7, 5), np.float32, order="F"), np.zeros((7, 5))):
-        assert loss.evaluate_arrays(prepared, options, {"inputs": place}.get) is None
+        assert loss.evaluate_arrays(prepared, options, {"inputs": [place]}.get) is None
     loss, options = GIoULoss(), EvaluationOptions(gradients=("pred_boxes",))
     prepared = loss.prepare(boxes_of(7))
     for place in (np.zeros((7, 4), np.float32, order="F"), np.zeros((7, 4))):
-        assert loss.evaluate_arrays(prepared, options, {"pred_boxes": place}.get) is None
+        assert loss.evaluate_arrays(prepared, options, {"pred_boxes": [place]}.get) is None
+    loss, options = FCOSLoss(3, **LEVELS), EvaluationOptions(gradients=("reg_preds",))
+    prepared = loss.prepare(head_of(2))
+    places = [np.zeros_like(pred) for pred in prepared["reg_preds"]]
+    for place in (np.zeros_like(places[1], order="F"), places[1].astype(np.float64)):
+        found = loss.evaluate_arrays(prepared, options, {"reg_preds": [places[0], place, places[2]]}.get)
+        assert found is None
 
 
-def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_looked_at():
-    loss, column = FocalLoss(), np.random.default_rng(0).standard_normal((77, 1), np.float32)
+def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_as_in_tensors():
+    column = np.random.default_rng(0).standard_normal((77, 1), np.float32)
     arguments = {"inputs": column.T, "targets": np.zeros(1, np.int64)}
     assert arguments["inputs"].flags.c_contiguous
-    assert by_arrays(loss, arguments) is None
-    assert by_arrays(loss, {**arguments, "inputs": column.T.copy()}) is not None
+    assert_has_the_bits_of_tensors(FocalLoss(), arguments, gradients=("inputs",))
 
 
 def test_tensors_are_left_to_tensors():
@@ -195,7 +300,8 @@ def test_tensors_are_left_to_tensors():
         (FocalLoss(), inputs_of((7, 5))),
         (GIoULoss(), boxes_of(7)),
         (CenternessLoss(), centerness_of((7,))),
+        (FCOSLoss(3, **LEVELS), head_of(2)),
     ]
     for loss, arguments in given:
-        tensors = {name: torch.from_numpy(array) for name, array in arguments.items()}
-        assert loss.evaluate_arrays(loss.prepare(tensors), EvaluationOptions(), None) is None
+        prepared = loss.prepare(tensors_of(arguments))
+        assert loss.evaluate_arrays(prepared, EvaluationOptions(), None) is None

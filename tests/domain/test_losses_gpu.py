@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lossd_server.errors import InvalidInputError
 from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, fcos_terms, focal
 from lossd_server.losses.focal import count_objects_on_gpu
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, flat, grid, taking_part
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import (
     compile_programs,
@@ -113,8 +113,8 @@ def check(given, *, alpha=0.25, gamma=2.0, scale=0.3):
         gamma=gamma,
         background=given.background,
     )
-    taking_part = given.taking_part().cpu().numpy() | (given.labels.cpu().numpy() >= 0)
-    rows, slopes = rows * taking_part, slopes * taking_part[:, None]
+    counts = taking_part(given).cpu().numpy() | (given.labels.cpu().numpy() >= 0)
+    rows, slopes = rows * counts, slopes * counts[:, None]
     precision = (gamma + 1) * EXP_ERROR  # which a power multiplies
     oracle.assert_close(float(total), rows.sum(), rtol=precision)
     dtype = given.gradient.dtype
@@ -361,7 +361,7 @@ def test_a_loss_is_a_number_of_its_own(monkeypatch):
     monkeypatch.setattr(
         focal,
         "focal_sums",
-        lambda grids, constants: focal_sums_on_gpu([grid.flat() for grid in grids], constants),
+        lambda grids, constants: focal_sums_on_gpu(list(map(flat, grids)), constants),
     )
     logits, labels = logits_and_labels((1, 3, 2, 2))
     loss = FocalLoss()(logits, labels)
@@ -501,7 +501,7 @@ def test_the_loss_of_a_head_by_the_programs(monkeypatch, preset):
     monkeypatch.setattr(
         fcos_terms,
         "focal_sums",
-        lambda grids, constants: focal_sums_on_gpu([grid.flat() for grid in grids], constants),
+        lambda grids, constants: focal_sums_on_gpu(list(map(flat, grids)), constants),
     )
     monkeypatch.setattr(
         fcos_terms, "row_sums", lambda groups, formula: row_sums_on_gpu(groups, formula, 1e-7)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lossd_server.bench.assign_cases import assign_cases
 from lossd_server.bench.case import CaseSpec
+from lossd_server.bench.head_cases import head_cases
 from lossd_server.bench.loss_cases import loss_cases
 from lossd_server.bench.option_cases import option_cases
 from lossd_server.bench.queue_cases import queue_cases
@@ -15,6 +16,7 @@ CASES: tuple[CaseSpec, ...] = (
     *assign_cases(),
     *queue_cases(),
     *transport_cases(),
+    *head_cases(),
     *stream_cases(),
     *option_cases(),
 )

@@ -171,13 +171,20 @@ def _fcos_autotimm(bench: Workbench) -> Case:
 
 def _fcos_documented(bench: Workbench) -> Case:
     preds, boxes, labels, _sizes = _head(bench)
-    objects = [{"boxes": b, "labels": c} for b, c in zip(boxes, labels, strict=True)]
+    eager, targets = eager_documented(boxes, labels)
+    return _fcos_case(bench, eager, preds, targets)
+
+
+def eager_documented(
+    boxes: Sequence[Tensor], labels: Sequence[Tensor]
+) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """Returns the eager form of a head's loss by its levels, one by one, and the ground truth by name."""
 
     def eager(*leaves: Tensor) -> Tensor:
         typed = [image.to(leaves[0].dtype) for image in boxes]
         return reference.fcos_documented(_by_kind(leaves), typed, labels)
 
-    return _fcos_case(bench, eager, preds, {"ground_truth": objects})
+    return eager, {"ground_truth": [{"boxes": b, "labels": c} for b, c in zip(boxes, labels, strict=True)]}
 
 
 def _fcos_case(

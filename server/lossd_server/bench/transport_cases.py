@@ -1,8 +1,9 @@
 """The cases of the transports: the same focal loss in this process and in another."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import grpc
 import torch
@@ -25,7 +26,7 @@ from lossd_server.bench.child import ECHO, SINK, STOCK
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.engine.transfer import on_gpu
-from lossd_server.losses import EvaluationOptions, FocalLoss
+from lossd_server.losses import EvaluationOptions, FocalLoss, LossModule
 from lossd_server.targets import FCOSAssigner
 
 _COMPUTE_LOSS = "/lossd.v1.LossService/ComputeLoss"
@@ -96,7 +97,7 @@ def _assign(bench: Workbench) -> Case:
     def by_call() -> None:
         client.assign_targets(AssignerConfig(), ground_truth, image_size=_IMAGE, sparse=True)
 
-    echo = _bare(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO)
+    echo = bare_call(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO)
     paths = (Path(name="here", call=here), Path(name="rpc", call=by_call), Path(name="bare", call=echo))
     return Case(paths=paths, base="bare")
 
@@ -104,6 +105,7 @@ def _assign(bench: Workbench) -> Case:
 def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Case:
     logits, labels = inputs.logits_and_labels(shape)
     here = {"inputs": logits.to(bench.device), "targets": labels.to(bench.device)}
+    on_host = {"inputs": logits.numpy(), "targets": labels.numpy()}
     exact = eager_call(
         lambda leaf: reference.focal_loss(leaf, here["targets"]),
         [here["inputs"]],
@@ -113,7 +115,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
     return Case(
         paths=(
             Path(name="evaluate", call=partial(evaluate, FocalLoss(), here, gradients=gradients)),
-            Path(name="engine", call=_engine(bench, logits, labels, gradients=gradients)),
+            Path(name="engine", call=engine_call(bench, FocalLoss(), on_host, gradients=gradients)),
             *_gpu_paths(bench, logits, labels, gradients=gradients),
             Path(name="allocated", call=_allocated(bench, logits, labels, gradients=gradients)),
             Path(name="shared", call=_shared(bench, logits, labels, gradients=gradients)),
@@ -124,7 +126,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
                 for wire in _WIRE_TYPES
             ),
             Path(name="stock", call=_stock(bench, logits, labels, gradients=gradients)),
-            Path(name="bare", call=_bare(bench, [logits, labels], method=ECHO if gradients else SINK)),
+            Path(name="bare", call=bare_call(bench, [logits, labels], method=ECHO if gradients else SINK)),
             copy_path([logits]),
         ),
         base="bare",
@@ -132,10 +134,11 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
     )
 
 
-def _engine(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
+def engine_call(
+    bench: Workbench, loss: LossModule, arguments: Mapping[str, Any], *, gradients: bool
+) -> Callable[[], Outcome]:
     """Returns a call of the engine with arrays on the host, as the service makes it."""
-    engine, loss = Engine(bench.device), FocalLoss()
-    arguments = {"inputs": logits.numpy(), "targets": labels.numpy()}
+    engine = Engine(bench.device)
     options = EvaluationOptions(gradients=loss.differentiable if gradients else ())
 
     def compute() -> Outcome:
@@ -251,7 +254,7 @@ def _outcome(answer: Parcel[pb.ComputeLossResponse]) -> Outcome:
     return [unpack(result.loss, answer.payloads), *gradients]
 
 
-def _bare(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callable[[], None]:
+def bare_call(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callable[[], None]:
     """Returns a call that sends the same bytes to a handler that makes nothing of them."""
     channel = _channel(bench, bench.child().bare_address)
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)

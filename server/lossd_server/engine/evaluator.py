@@ -83,29 +83,33 @@ class Evaluator:
             task.asker.check()
             if task.job.strict and item.outputs:
                 return None  # what may be refused is not written to a caller's memory
-            found = loss.evaluate_arrays(item.arguments, item.options, partial(self._place, item))
+            found = loss.evaluate_arrays(item.arguments, item.options, partial(self._places, item))
             if found is None:
                 return None
             outcomes.append(
                 LossOutcome(
                     loss=found.loss,
                     components=found.components,
-                    gradients={name: [gradient] for name, gradient in found.gradients.items()},
-                    raw_sums=[found.raw_sums],
+                    gradients={name: [*arrays] for name, arrays in found.gradients.items()},
+                    raw_sums=found.raw_sums,
                     preset=found.preset,
+                    negative_side_count=found.negative_side_count,
+                    nonzero_rows=found.nonzero_rows,
                 )
             )
         return outcomes
 
-    def _place(self, item: LossItem, name: str) -> NDArray[np.float32]:
-        """Returns the array that the gradient of a float32 array is written to."""
+    def _places(self, item: LossItem, name: str) -> list[NDArray[np.float32]]:
+        """Returns the arrays that the gradient of a float32 input is written to, one or one a level."""
         if name in item.outputs:
             given: Any = item.outputs[name]
-            place: NDArray[np.float32] = given[0]
-            return place
-        like = item.arguments[name]
-        memory = self.buffers.allocate(like.nbytes)
-        return np.empty_like(like) if memory is None else memory.view(like.dtype).reshape(like.shape)
+            return [*given]
+        likes = item.arguments[name]
+        return [self._empty_like(like) for like in (likes if isinstance(likes, list) else [likes])]
+
+    def _empty_like(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        memory = self.buffers.allocate(array.nbytes)
+        return np.empty_like(array) if memory is None else memory.view(array.dtype).reshape(array.shape)
 
     def _by_tensors(self, tasks: Sequence[Task]) -> None:
         found = self._together(tasks)

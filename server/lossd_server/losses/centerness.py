@@ -1,9 +1,6 @@
 """Binary cross-entropy on centerness logits."""
 
-from collections.abc import Callable
-
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
@@ -12,6 +9,7 @@ from lossd_server.losses.evaluation import (
     Component,
     Evaluation,
     EvaluationOptions,
+    Place,
 )
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import load_kernels
@@ -91,7 +89,7 @@ class CenternessLoss(LossModule):
         }
 
     def evaluate_arrays(
-        self, arguments: Arguments, options: EvaluationOptions, place: Callable[[str], NDArray[np.float32]]
+        self, arguments: Arguments, options: EvaluationOptions, place: Place
     ) -> ArrayEvaluation | None:
         """Evaluates prepared logits in numpy; see `LossModule.evaluate_arrays`."""
         pred, weight = arguments["pred"], arguments["weight"]
@@ -114,12 +112,14 @@ class CenternessLoss(LossModule):
                 ("centerness_floor", reduced.extra, 0.0),
             ),
             gradients=reduced.gradients,
-            raw_sums={
-                "centerness_loss": reduced.total,
-                "centerness_target": arguments["target_sum"],
-                "weight": weight,
-                "positive_count": float(pred.size),
-            },
+            raw_sums=[
+                {
+                    "centerness_loss": reduced.total,
+                    "centerness_target": arguments["target_sum"],
+                    "weight": weight,
+                    "positive_count": float(pred.size),
+                }
+            ],
             preset=LossPreset.AUTOTIMM,
         )
 

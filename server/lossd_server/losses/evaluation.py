@@ -21,6 +21,9 @@ Numbers = NDArray[np.float64] | Tensor
 PLAIN_GRADIENTS = frozenset({None, torch.float32})
 """Types that the gradients of float32 inputs may be wanted in where no tensor is made."""
 
+Place = Callable[[str], list[NDArray[np.float32]]]
+"""Returns the dense arrays that the gradient of an input is written to: one in its shape, or one a level."""
+
 _NOTHING: Mapping[str, Any] = {}
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -101,17 +104,21 @@ class ArrayEvaluation(NamedTuple):
 
     Attributes:
         loss: 0-d float32.
-        gradients: By input name.
-        raw_sums: By the contract's name.
+        gradients: By input name, one array or one a level.
+        raw_sums: By the contract's name, one mapping a level.
         preset: Whose numbers these are.
         components: Name, value and weight of each term; empty where the loss has just one.
+        negative_side_count: As in `Evaluation`.
+        nonzero_rows: As in `Evaluation`.
     """
 
     loss: NDArray[np.float32]
-    gradients: Mapping[str, NDArray[np.float32]]
-    raw_sums: Mapping[str, float]
+    gradients: Mapping[str, list[NDArray[np.float32]]]
+    raw_sums: Sequence[Mapping[str, float]]
     preset: LossPreset
     components: Sequence[tuple[str, float, float]] = ()
+    negative_side_count: int = 0
+    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:

@@ -1,15 +1,25 @@
 """The combined loss of an FCOS head (Tian et al., "FCOS", 2019, §3.1)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, as_tensor
+from lossd_server.losses.arrays import FLOAT32, are_finite, are_plain
+from lossd_server.losses.evaluation import (
+    PLAIN_GRADIENTS,
+    ArrayEvaluation,
+    Component,
+    Evaluation,
+    EvaluationOptions,
+    Place,
+    as_float32,
+    as_tensor,
+)
 from lossd_server.losses.fcos_arguments import (
     COMPONENTS,
     DENSE_TARGETS,
@@ -21,19 +31,20 @@ from lossd_server.losses.fcos_arguments import (
     member_named,
     read_dense_targets,
 )
+from lossd_server.losses.fcos_reduction import HeadReduction
 from lossd_server.losses.fcos_terms import (
     GradientRequest,
     nonzero_rows,
-    over,
     term_sums,
+    term_sums_of_arrays,
 )
 from lossd_server.losses.focal import check_focal_constants
 from lossd_server.losses.focal_grid import FocalConstants
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
-from lossd_server.losses.locations import LevelTargets, from_assignment
+from lossd_server.losses.locations import from_assignment
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients, scalar, widest_dtype
-from lossd_server.losses.presets import LOSS_RULES, Divisors, LossPreset, LossRules
+from lossd_server.losses.presets import LossPreset
 from lossd_server.targets import DEFAULT_STRIDES, BoxFormat, FCOSAssigner, GroundTruth
 
 
@@ -204,38 +215,70 @@ class FCOSLoss(LossModule):
 
     def evaluate(self, arguments: Arguments, options: EvaluationOptions) -> Evaluation:
         """Evaluates prepared predictions; see `LossModule.evaluate`."""
-        levels: list[LevelTargets] = arguments["targets"]
-        rules = LOSS_RULES[arguments["preset"]]
-        positives = np.array([float(targets.positive_count) for targets in levels])
-        valid = positives
-        if rules.background:
-            valid = np.array([float(targets.location_count) for targets in levels])
-        normalizer = max(positives.sum(), 1.0) if options.normalizer is None else options.normalizer
-        divisors = rules.divisors(valid, positives, normalizer)
+        reduction = self._reduction(arguments, options)
         preds = [arguments[name] for name in PREDICTIONS]
-        requests = self._gradient_requests(preds, options, rules, divisors)
+        buffers = [
+            gradient_buffers(options, name, kind) for name, kind in zip(PREDICTIONS, preds, strict=True)
+        ]
+        requests = [
+            None if kind is None else GradientRequest(scales=scales, buffers=kind)
+            for kind, scales in zip(buffers, reduction.scales(options), strict=True)
+        ]
+        levels, rules = reduction.levels, reduction.rules
         sums, finite = term_sums(preds, levels, self.focal, rules, requests)
-        ones = np.ones_like(valid)
-        values = over(sums, np.array([*divisors, ones, divisors.centerness]))
-        components = self._components([*values[:3], values[4]], rules)
+        values = reduction.values(sums)
+        components = reduction.components(values)
         dtype = widest_dtype(pred for kind in preds for pred in kind)
         return Evaluation(
             loss=as_tensor(_weighted_total(components), preds[0][0], dtype),
-            components=components,
+            components=tuple(Component(name=n, value=value, weight=w) for n, value, w in components),
             gradients={
-                name: list(request.buffers)
-                for name, request in zip(PREDICTIONS, requests, strict=True)
-                if request is not None
+                name: kind for name, kind in zip(PREDICTIONS, buffers, strict=True) if kind is not None
             },
-            raw_sums={
-                **dict(zip(COMPONENTS, sums[:3], strict=True)),
-                "centerness_target": np.array([t.centerness.sum(dtype=np.float64) for t in levels]),
-                "valid_count": valid,
-                "positive_count": positives,
-            },
+            raw_sums=reduction.raw_sums(sums),
             preset=arguments["preset"],
             negative_side_count=values[3],
             finite_inputs=frozenset(f"cls_preds[{i}]" for i in range(len(levels)) if finite),
+            nonzero_rows=nonzero_rows(levels, rules) if options.nonzero_rows else {},
+        )
+
+    def evaluate_arrays(
+        self, arguments: Arguments, options: EvaluationOptions, place: Place
+    ) -> ArrayEvaluation | None:
+        """Evaluates prepared predictions in numpy; see `LossModule.evaluate_arrays`."""
+        preds = [arguments[name] for name in PREDICTIONS]
+        if (
+            options.gradient_dtype not in PLAIN_GRADIENTS
+            or not are_plain(FLOAT32, *chain(*preds))
+            or not all(logits.size for logits in preds[0])
+            or not are_finite(*preds[1], *preds[2])
+        ):
+            return None
+        reduction = self._reduction(arguments, options)
+        gradients = {name: place(name) for name in options.gradients}
+        if not are_plain(FLOAT32, *chain(*gradients.values())):
+            return None
+        requests = [
+            GradientRequest(scales=scales, buffers=gradients[name]) if name in gradients else None
+            for name, scales in zip(PREDICTIONS, reduction.scales(options), strict=True)
+        ]
+        levels, rules = reduction.levels, reduction.rules
+        found = term_sums_of_arrays(preds, levels, self.focal, rules, requests)
+        if found is None or not found.finite:
+            return None
+        values = reduction.values(found.numbers)
+        components = [(name, float(value), weight) for name, value, weight in reduction.components(values)]
+        loss = as_float32(float(_weighted_total(components)))
+        if loss is None:
+            return None
+        sums = {name: numbers.tolist() for name, numbers in reduction.raw_sums(found.numbers).items()}
+        return ArrayEvaluation(
+            loss=loss,
+            components=components,
+            gradients=gradients,
+            raw_sums=[dict(zip(sums, level, strict=True)) for level in zip(*sums.values(), strict=True)],
+            preset=arguments["preset"],
+            negative_side_count=int(values[3]),
             nonzero_rows=nonzero_rows(levels, rules) if options.nonzero_rows else {},
         )
 
@@ -246,36 +289,9 @@ class FCOSLoss(LossModule):
         dense = arguments.get("ground_truth") is None
         return LossPreset.AUTOTIMM if dense else LossPreset.DOCUMENTED
 
-    def _gradient_requests(
-        self,
-        preds: Sequence[Sequence[Tensor]],
-        options: EvaluationOptions,
-        rules: LossRules,
-        divisors: Divisors,
-    ) -> list[GradientRequest | None]:
-        """Returns where the gradients of each kind of prediction go, and how each level is scaled."""
-        # A component's gradient leaves the weight out where the component itself does.
-        bare = options.component_gradients and not rules.weighted_components
-        requests: list[GradientRequest | None] = []
-        for name, kind, weight, divisor in zip(PREDICTIONS, preds, self.weights, divisors, strict=True):
-            buffers = gradient_buffers(options, name, kind)
-            scales = (1.0 if bare else weight) / divisor
-            requests.append(None if buffers is None else GradientRequest(scales=scales, buffers=buffers))
-        return requests
-
-    def _components(self, values: Sequence[float | Tensor], rules: LossRules) -> tuple[Component, ...]:
-        """Returns the components of the values of the three terms and of the floor of centerness."""
-        weights = (*self.weights, self.weights[2])
-        if rules.weighted_components:
-            values = [value * weight for value, weight in zip(values, weights, strict=True)]
-            weights = (1.0, 1.0, 1.0, 1.0)
-        names = (*COMPONENTS, "centerness_floor")
-        shares = (*weights[:3], 0.0)
-        return tuple(
-            Component(name=name, value=value, weight=weight)
-            for name, value, weight in zip(names, values, shares, strict=True)
-        )
+    def _reduction(self, arguments: Arguments, options: EvaluationOptions) -> HeadReduction:
+        return HeadReduction.of(arguments["targets"], arguments["preset"], self.weights, options.normalizer)
 
 
-def _weighted_total(components: Sequence[Component]) -> float | Tensor:
-    return sum((c.value * c.weight for c in components if c.weight), start=0.0)
+def _weighted_total(components: Sequence[tuple[str, float | Tensor, float]]) -> float | Tensor:
+    return sum((value * weight for _, value, weight in components if weight), start=0.0)

@@ -1,39 +1,41 @@
 """The three terms of an FCOS loss, each with its sums and its gradients level by level."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd_server.losses.arrays import A
 from lossd_server.losses.evaluation import Numbers
 from lossd_server.losses.fcos_arguments import PREDICTIONS
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, grid
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, flat, grid
 from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.gpu import head_sums_on_gpu
 from lossd_server.losses.gradients import clear
 from lossd_server.losses.locations import LevelTargets
+from lossd_server.losses.native import focal_sums_natively, row_sums_natively
 from lossd_server.losses.presets import LossRules
-from lossd_server.losses.row_group import RowGroup
+from lossd_server.losses.row_group import RowGroup, RowSums
 from lossd_server.losses.row_kernel import row_sums
-from lossd_server.losses.uploads import uploaded
+from lossd_server.losses.uploads import in_rows, uploaded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GradientRequest:
+class GradientRequest(Generic[A]):
     """How a term's gradients are wanted.
 
     Attributes:
         scales: What the derivative of each level's sum is multiplied by, `[L]`.
-        buffers: Where they are written, one tensor a level, like the predictions.
+        buffers: Where they are written, one a level, like the predictions.
     """
 
     scales: NDArray[np.float64]
-    buffers: Sequence[Tensor]
+    buffers: Sequence[A]
 
 
 class TermSums(NamedTuple):
@@ -55,7 +57,7 @@ def term_sums(
     levels: Sequence[LevelTargets],
     constants: FocalConstants,
     rules: LossRules,
-    requests: Sequence[GradientRequest | None],
+    requests: Sequence[GradientRequest[Tensor] | None],
 ) -> TermSums:
     """Returns the sums of the three terms, and writes gradients.
 
@@ -67,19 +69,33 @@ def term_sums(
         requests: How each kind's gradients are wanted.
     """
     device = preds[0][0].device
-    targets = _on_device(levels, device)
-    grids = _grids(preds[0], targets, requests[0], background=rules.background)
-    boxes = _groups(preds[1], targets, [level.ltrb for level in targets], requests[1])
-    centerness = _groups(preds[2], targets, [level.centerness for level in targets], requests[2])
+    head = _head(preds, levels, uploaded(_arrays_of(levels), device), rules, requests)
     if device.type == "cuda":
-        flat = [grid.flat() for grid in grids]
-        numbers = head_sums_on_gpu(flat, constants, boxes, rules.box_formula, centerness)
+        grids = list(map(flat, head.grids))
+        numbers = head_sums_on_gpu(grids, constants, head.boxes, rules.box_formula, head.centerness)
         if numbers is not None:
             return TermSums(numbers=numbers, finite=None)
-    cls = focal_sums(grids, constants)
-    reg, entropies = row_sums(boxes, rules.box_formula), row_sums(centerness, RowFormula.CENTERNESS)
-    rows = (cls.losses, reg.losses, entropies.losses, reg.extras, entropies.extras)
-    return TermSums(numbers=_stacked(rows), finite=cls.finite)
+    cls = focal_sums(head.grids, constants)
+    reg = row_sums(head.boxes, rules.box_formula)
+    entropies = row_sums(head.centerness, RowFormula.CENTERNESS)
+    return _together(cls, reg, entropies)
+
+
+def term_sums_of_arrays(
+    preds: Sequence[Sequence[NDArray[np.float32]]],
+    levels: Sequence[LevelTargets],
+    constants: FocalConstants,
+    rules: LossRules,
+    requests: Sequence[GradientRequest[NDArray[Any]] | None],
+) -> TermSums | None:
+    """Returns what `term_sums` does, of arrays of the host; None where the compiled kernels cannot."""
+    head = _head(preds, levels, map(in_rows, _arrays_of(levels)), rules, requests)
+    cls = focal_sums_natively(head.grids, constants)
+    reg = row_sums_natively(head.boxes, rules.box_formula)
+    entropies = row_sums_natively(head.centerness, RowFormula.CENTERNESS)
+    if cls is None or reg is None or entropies is None:
+        return None
+    return _together(cls, reg, entropies)
 
 
 def nonzero_rows(levels: Sequence[LevelTargets], rules: LossRules) -> dict[str, list[NDArray[np.int64]]]:
@@ -88,94 +104,85 @@ def nonzero_rows(levels: Sequence[LevelTargets], rules: LossRules) -> dict[str, 
     return dict.fromkeys(PREDICTIONS[1:] if rules.background else PREDICTIONS, positives)
 
 
-def over(sums: Numbers, divisors: NDArray[np.float64]) -> Numbers:
-    """Returns each row of sums over its divisors, added up: `[5]` of `[5, L]`."""
-    if isinstance(sums, Tensor):
-        return (sums / torch.from_numpy(divisors).to(sums.device, non_blocking=True)).sum(dim=1)
-    found: NDArray[np.float64] = (sums / divisors).sum(axis=1)
+class _Head(NamedTuple, Generic[A]):
+    """What the kernels work on, one of each a level."""
+
+    grids: list[FocalGrid[A]]
+    boxes: list[RowGroup[A]]
+    centerness: list[RowGroup[A]]
+
+
+def _head(
+    preds: Sequence[Sequence[A]],
+    levels: Sequence[LevelTargets],
+    targets: Iterable[A],
+    rules: LossRules,
+    requests: Sequence[GradientRequest[A] | None],
+) -> _Head[A]:
+    """Returns the problems of a head; gradients at locations without an object are made exactly zero.
+
+    Args:
+        preds: As in `term_sums`, like the last two.
+        levels: As well.
+        targets: The arrays of the levels, where the predictions are.
+        rules: As well.
+        requests: As well.
+    """
+    for request in requests[1:]:
+        clear(() if request is None else request.buffers)
+    head: _Head[A] = _Head(grids=[], boxes=[], centerness=[])
+    there = iter(targets)
+    for i, level in enumerate(levels):
+        labels, ignored = next(there), None if level.ignored is None else next(there)
+        gradient, scale = _wanted(requests[0], i)
+        head.grids.append(
+            FocalGrid(
+                logits=preds[0][i],
+                labels=labels,
+                background=rules.background,
+                ignored=ignored,
+                gradient=gradient,
+                scale=scale,
+            )
+        )
+        places = next(there), next(there)
+        head.boxes.append(_group(preds[1][i], next(there), places, _wanted(requests[1], i)))
+        head.centerness.append(_group(preds[2][i], next(there), places, _wanted(requests[2], i)))
+    return head
+
+
+def _group(pred: A, targets: A, places: tuple[A, A], wanted: tuple[A | None, float]) -> RowGroup[A]:
+    """Returns the positives of a level, given the image and the cell of each."""
+    gradient, scale = wanted
+    return RowGroup(
+        preds=grid(pred),
+        targets=targets,
+        images=places[0],
+        cells=places[1],
+        gradient=None if gradient is None else grid(gradient),
+        scale=scale,
+    )
+
+
+def _wanted(request: GradientRequest[A] | None, level: int) -> tuple[A | None, float]:
+    """Returns where the gradient of a level goes, and what it is multiplied by."""
+    return (None, 1.0) if request is None else (request.buffers[level], float(request.scales[level]))
+
+
+def _arrays_of(levels: Sequence[LevelTargets]) -> list[NDArray[Any]]:
+    """Returns the arrays of all levels in the order in which `_head` takes them."""
+    found = []
+    for level in levels:
+        ignored = () if level.ignored is None else (level.ignored,)
+        found += [level.labels, *ignored, level.image, level.cell, level.ltrb, level.centerness[:, None]]
     return found
 
 
-class _Targets(NamedTuple):
-    """A level's targets, as `LevelTargets`, on the device of the predictions."""
-
-    labels: Tensor
-    ignored: Tensor | None
-    image: Tensor
-    cell: Tensor
-    ltrb: Tensor
-    centerness: Tensor
-
-
-def _on_device(levels: Sequence[LevelTargets], device: torch.device) -> list[_Targets]:
-    arrays = [
-        array
-        for level in levels
-        for array in (
-            level.labels,
-            level.ignored,
-            level.image,
-            level.cell,
-            level.ltrb,
-            level.centerness[:, None],
-        )
-        if array is not None
-    ]
-    there = iter(uploaded(arrays, device))
-    return [
-        _Targets(
-            labels=next(there),
-            ignored=None if level.ignored is None else next(there),
-            image=next(there),
-            cell=next(there),
-            ltrb=next(there),
-            centerness=next(there),
-        )
-        for level in levels
-    ]
+def _together(cls: FocalSums, reg: RowSums, entropies: RowSums) -> TermSums:
+    rows = (cls.losses, reg.losses, entropies.losses, reg.extras, entropies.extras)
+    return TermSums(numbers=_stacked(rows), finite=cls.finite)
 
 
 def _stacked(rows: Sequence[Numbers]) -> Numbers:
     tensors = [row for row in rows if isinstance(row, Tensor)]
     return torch.stack(tensors) if tensors else np.array(rows)
-
-
-def _grids(
-    preds: Sequence[Tensor],
-    targets: Sequence[_Targets],
-    request: GradientRequest | None,
-    *,
-    background: bool,
-) -> list[FocalGrid]:
-    return [
-        FocalGrid(
-            logits=pred,
-            labels=level.labels,
-            background=background,
-            ignored=level.ignored,
-            gradient=None if request is None else request.buffers[i],
-            scale=1.0 if request is None else float(request.scales[i]),
-        )
-        for i, (pred, level) in enumerate(zip(preds, targets, strict=True))
-    ]
-
-
-def _groups(
-    preds: Sequence[Tensor],
-    targets: Sequence[_Targets],
-    wanted: Sequence[Tensor],
-    request: GradientRequest | None,
-) -> list[RowGroup]:
-    """Returns the positives of each level; the gradient of every other location is made exactly zero."""
-    clear(() if request is None else request.buffers)
-    return [
-        RowGroup(
-            preds=grid(pred),
-            targets=wanted[i],
-            images=level.image,
-            cells=level.cell,
-            gradient=None if request is None else grid(request.buffers[i]),
-            scale=1.0 if request is None else float(request.scales[i]),
-        )
-        for i, (pred, level) in enumerate(zip(preds, targets, strict=True))
-    ]

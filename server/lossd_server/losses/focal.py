@@ -1,19 +1,18 @@
 """Focal loss for dense classification."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
+from lossd_server.losses.arrays import FLOAT32, are_plain
 from lossd_server.losses.evaluation import (
     PLAIN_GRADIENTS,
     ArrayEvaluation,
     Evaluation,
     EvaluationOptions,
+    Place,
     as_float32,
     as_tensor,
 )
@@ -22,7 +21,7 @@ from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import are_alike, are_plain, count_objects_natively, focal_sum_of_arrays
+from lossd_server.losses.native import LABEL_TYPES, count_objects_natively, focal_sums_natively
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
@@ -154,27 +153,31 @@ class FocalLoss(LossModule):
         )
 
     def evaluate_arrays(
-        self, arguments: Arguments, options: EvaluationOptions, place: Callable[[str], NDArray[np.float32]]
+        self, arguments: Arguments, options: EvaluationOptions, place: Place
     ) -> ArrayEvaluation | None:
         """Evaluates prepared logits and labels in numpy; see `LossModule.evaluate_arrays`."""
         logits, labels, valid = arguments["inputs"], arguments["targets"], arguments["valid_count"]
-        constants = self.constants
-        if self.reduction is Reduction.NONE or not (constants.has_kernel and are_plain(logits, labels)):
+        if self.reduction is Reduction.NONE or options.gradient_dtype not in PLAIN_GRADIENTS:
             return None
-        if options.gradient_dtype not in PLAIN_GRADIENTS:
+        if not (are_plain(FLOAT32, logits) and are_plain(LABEL_TYPES, labels) and logits.size):
             return None
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
-        if not all(are_alike(gradient, logits) for gradient in gradients.values()):
+        (gradient,) = gradients.get("inputs", [None])
+        if gradient is not None and not are_plain(FLOAT32, gradient):
             return None
-        total = focal_sum_of_arrays(logits, labels, gradients.get("inputs"), 1 / divisor, constants)
-        mean = None if total is None else as_float32(total / divisor)
-        if total is None or mean is None:
+        problem = FocalGrid(logits=logits, labels=labels, gradient=gradient, scale=1 / divisor)
+        sums = focal_sums_natively([problem], self.constants)
+        if sums is None or not sums.finite:
+            return None
+        total = float(sums.losses[0])
+        mean = as_float32(total / divisor)
+        if mean is None:
             return None
         return ArrayEvaluation(
             loss=mean,
             gradients=gradients,
-            raw_sums={"cls_loss": total, "valid_count": float(valid), "positive_count": float(valid)},
+            raw_sums=[{"cls_loss": total, "valid_count": float(valid), "positive_count": float(valid)}],
             preset=LossPreset.AUTOTIMM,
         )
 

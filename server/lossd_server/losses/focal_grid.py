@@ -1,10 +1,13 @@
 """What the focal kernels work on: a grid of logits with its labels, and the constants."""
 
-from typing import NamedTuple
+import math
+from typing import Generic, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lossd_server.losses.arrays import A, strides_of
 from lossd_server.losses.evaluation import Numbers
 
 _LARGEST_GAMMA = 4
@@ -33,10 +36,10 @@ class FocalConstants(NamedTuple):
         return 1.0 if self.alpha is None or self.alpha < 0 else 1 - self.alpha
 
 
-class FocalGrid(NamedTuple):
-    """Logits, what is at their locations, and where the results go.
+class FocalGrid(NamedTuple, Generic[A]):
+    """Logits, what is at their locations, and where the results go: tensors, or arrays of numpy.
 
-    In a grid that is `flat`, tensors have the shapes that are given here. In any other, there may be one more
+    In one that is `flat`, tensors have the shapes that are given here. In any other, there may be one more
     axis for the locations, `[H, W]` in place of `[S]`, or `[N, C]` logits and `[N]` of the rest.
 
     Attributes:
@@ -53,32 +56,14 @@ class FocalGrid(NamedTuple):
             location, summed over classes; None if not wanted.
     """
 
-    logits: Tensor
-    labels: Tensor
+    logits: A
+    labels: A
     background: bool = False
-    ignored: Tensor | None = None
-    gradient: Tensor | None = None
+    ignored: A | None = None
+    gradient: A | None = None
     scale: float = 1.0
     divisor: float = 1.0
-    rows: Tensor | None = None
-
-    def flat(self) -> "FocalGrid":
-        """Returns the grid with the locations of each image in a row, what is written to as a view."""
-        logits = grid(self.logits)
-        batch, _, locations = logits.shape
-        return self._replace(
-            logits=logits,
-            labels=_row_by_row(self.labels, batch, locations),
-            ignored=None if self.ignored is None else _row_by_row(self.ignored, batch, locations),
-            gradient=None if self.gradient is None else grid(self.gradient),
-            rows=None if self.rows is None else self.rows.view(batch, locations),
-        )
-
-    def taking_part(self) -> Tensor:
-        """Returns which locations count, `[B, S]` bool."""
-        if not self.background:
-            return self.labels >= 0
-        return torch.ones_like(self.labels, dtype=torch.bool) if self.ignored is None else ~self.ignored
+    rows: A | None = None
 
 
 class FocalSums(NamedTuple):
@@ -95,14 +80,40 @@ class FocalSums(NamedTuple):
     means: Tensor | None = None
 
 
-def grid(tensor: Tensor) -> Tensor:
+def flat(problem: FocalGrid[A]) -> FocalGrid[A]:
+    """Returns a grid with the locations of each image in a row, what is written to as a view."""
+    logits = grid(problem.logits)
+    batch, _, locations = logits.shape
+    return problem._replace(
+        logits=logits,
+        labels=_row_by_row(problem.labels, batch, locations),
+        ignored=None if problem.ignored is None else _row_by_row(problem.ignored, batch, locations),
+        gradient=None if problem.gradient is None else grid(problem.gradient),
+        rows=None if problem.rows is None else problem.rows.reshape(batch, locations),
+    )
+
+
+def taking_part(problem: FocalGrid[Tensor]) -> Tensor:
+    """Returns which locations of a flat grid count, `[B, S]` bool."""
+    if not problem.background:
+        return problem.labels >= 0
+    if problem.ignored is None:
+        return torch.ones_like(problem.labels, dtype=torch.bool)
+    return ~problem.ignored
+
+
+def grid(array: A) -> A:
     """Returns `[N, C]` as `[1, C, N]` and `[B, C, H, W]` as `[B, C, H·W]`, a view wherever strides allow.
 
     What is `[B, C, S]` already stays as it is.
     """
-    return tensor.t().unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(2)
+    if array.ndim == 2:
+        return array.T[None]
+    return array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
 
 
-def _row_by_row(tensor: Tensor, batch: int, locations: int) -> Tensor:
-    flat = tensor.reshape(batch, locations)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+def _row_by_row(array: A, batch: int, locations: int) -> A:
+    flat = array.reshape(batch, locations)
+    if strides_of(flat)[1] == 1:
+        return flat
+    return np.ascontiguousarray(flat) if isinstance(flat, np.ndarray) else flat.contiguous()

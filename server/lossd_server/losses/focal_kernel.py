@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossd_server.losses.evaluation import fixed_order_sum, stacked
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, flat, taking_part
 from lossd_server.losses.formulas import focal_terms
 from lossd_server.losses.gpu import focal_sums_on_gpu
 from lossd_server.losses.native import focal_sums_natively
@@ -21,12 +21,12 @@ _PORTION_OF_GPU = 1 << 24
 """The same on a GPU, where a launch costs more than memory."""
 
 
-def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums:
+def focal_sums(grids: Sequence[FocalGrid[Tensor]], constants: FocalConstants) -> FocalSums:
     """Returns the summed focal loss of each grid, and writes gradients and rows."""
     compiled = focal_sums_natively(grids, constants)
     if compiled is not None:
         return compiled
-    grids = [grid.flat() for grid in grids]
+    grids = list(map(flat, grids))
     compiled = focal_sums_on_gpu(grids, constants) if any(grid.logits.is_cuda for grid in grids) else None
     if compiled is not None:
         return compiled
@@ -34,22 +34,22 @@ def focal_sums(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSu
     return FocalSums(losses=stacked(losses), finite=None)
 
 
-def _sum_by_torch(grid: FocalGrid, constants: FocalConstants) -> Tensor:
+def _sum_by_torch(grid: FocalGrid[Tensor], constants: FocalConstants) -> Tensor:
     logits, labels = grid.logits, grid.labels.to(torch.int64)
     rows = grid.rows
     if rows is None:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         rows = torch.empty(labels.shape, dtype=dtype, device=logits.device)
     rows.zero_()
-    taking_part = grid.taking_part()
+    idle = ~taking_part(grid)
     portion = _PORTION_OF_GPU if logits.is_cuda else _PORTION
     for images, cells in _portions(logits.shape, portion) if logits.shape[1] else ():
         at = images, slice(None), cells
         loss, slope = _portion(logits[at], labels[images, cells], constants, rows.dtype)
-        idle = ~taking_part[images, cells]
-        rows[images, cells] = loss.masked_fill_(idle, 0)
+        idle_here = idle[images, cells]
+        rows[images, cells] = loss.masked_fill_(idle_here, 0)
         if grid.gradient is not None:
-            grid.gradient[at] = slope.mul_(grid.scale).masked_fill_(idle.unsqueeze(1), 0)
+            grid.gradient[at] = slope.mul_(grid.scale).masked_fill_(idle_here.unsqueeze(1), 0)
     return fixed_order_sum(rows)
 
 

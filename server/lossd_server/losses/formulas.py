@@ -26,6 +26,11 @@ class RowFormula(Enum):
     CENTERNESS = auto()
     """`centerness_terms` of `[N, 1]`, and the entropy of the target."""
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers a row has."""
+        return 1 if self is RowFormula.CENTERNESS else 4
+
 
 class RowTerms(NamedTuple):
     """Losses `[N]`, their derivatives `[N, K]`, and what else the formula tells of each row, `[N]`."""

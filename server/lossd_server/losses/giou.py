@@ -1,9 +1,6 @@
 """Generalized IoU loss for matched boxes."""
 
-from collections.abc import Callable
-
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server import checks
@@ -11,6 +8,7 @@ from lossd_server.losses.evaluation import (
     ArrayEvaluation,
     Evaluation,
     EvaluationOptions,
+    Place,
     to_float64,
 )
 from lossd_server.losses.formulas import RowFormula
@@ -88,7 +86,7 @@ class GIoULoss(LossModule):
         return {**arguments, "weight": total_weight(arguments.get("weights"), len(arguments["pred_boxes"]))}
 
     def evaluate_arrays(
-        self, arguments: Arguments, options: EvaluationOptions, place: Callable[[str], NDArray[np.float32]]
+        self, arguments: Arguments, options: EvaluationOptions, place: Place
     ) -> ArrayEvaluation | None:
         """Evaluates prepared boxes in numpy; see `LossModule.evaluate_arrays`."""
         pred, weight = arguments["pred_boxes"], arguments["weight"]
@@ -108,11 +106,13 @@ class GIoULoss(LossModule):
         return ArrayEvaluation(
             loss=reduced.loss,
             gradients=reduced.gradients,
-            raw_sums={
-                "reg_loss": reduced.total,
-                "weight": weight,
-                "positive_count": float(len(pred)),
-            },
+            raw_sums=[
+                {
+                    "reg_loss": reduced.total,
+                    "weight": weight,
+                    "positive_count": float(len(pred)),
+                }
+            ],
             preset=LossPreset.AUTOTIMM,
         )
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd_server.losses.arrays import A, is_on_host
 from lossd_server.losses.evaluation import EvaluationOptions
 
 _NUMPY_TYPES: dict[torch.dtype, np.dtype[Any]] = {
@@ -31,13 +32,17 @@ def gradient_buffers(options: EvaluationOptions, name: str, inputs: Sequence[Ten
     return list(given) if given is not None else [_empty(tensor, options) for tensor in inputs]
 
 
-def clear(buffers: Sequence[Tensor]) -> None:
-    """Fills dense tensors of one device with zeros; on a CPU without waking torch's helpers."""
-    if buffers and buffers[0].is_cuda:
-        torch._foreach_zero_(list(buffers))  # one launch; what torch's own optimizers call
+def clear(buffers: Sequence[A]) -> None:
+    """Fills dense tensors of one device, or arrays, with zeros; on a CPU without waking torch's helpers."""
+    if buffers and not is_on_host(buffers[0]):
+        # One launch; what torch's own optimizers call.
+        torch._foreach_zero_(list(buffers))  # type: ignore[arg-type]  # tensors
         return
     for buffer in buffers:
-        ctypes.memset(buffer.data_ptr(), 0, buffer.nbytes)
+        if isinstance(buffer, np.ndarray):
+            buffer.fill(0)
+        else:
+            ctypes.memset(buffer.data_ptr(), 0, buffer.nbytes)
 
 
 def _empty(tensor: Tensor, options: EvaluationOptions) -> Tensor:

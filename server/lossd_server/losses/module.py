@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import ArrayEvaluation, Evaluation, EvaluationOptions
+from lossd_server.losses.evaluation import ArrayEvaluation, Evaluation, EvaluationOptions, Place
 from lossd_server.losses.reduction import Reduction
 
 Arguments = Mapping[str, Any]
@@ -76,7 +74,7 @@ class LossModule(nn.Module):
         self,
         arguments: Arguments,  # noqa: ARG002  # of those that do more
         options: EvaluationOptions,  # noqa: ARG002
-        place: Callable[[str], NDArray[np.float32]],  # noqa: ARG002
+        place: Place,  # noqa: ARG002
     ) -> ArrayEvaluation | None:
         """Evaluates prepared numpy arrays by compiled code alone: to the bit what `evaluate` makes of them.
 
@@ -85,7 +83,7 @@ class LossModule(nn.Module):
         Args:
             arguments: Prepared arguments.
             options: What is wanted; `outputs` and `allocate` are not looked at.
-            place: Returns the dense array, in the shape of an input, that its gradient is written to.
+            place: Where gradients are written.
 
         Returns:
             None where that is not possible, as for most losses, types and layouts, or where it is not all

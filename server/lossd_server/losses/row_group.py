@@ -1,16 +1,16 @@
 """What the kernels of row losses work on: rows of a map, what they should be, and where results go."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
-from torch import Tensor
-
+from lossd_server.losses.arrays import A
 from lossd_server.losses.evaluation import Numbers
 
+FLOOR = 1e-7
+"""Least area, and least IoU under a logarithm, unless told otherwise."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowGroup:
-    """P rows of K numbers each, picked from a map.
+
+class RowGroup(NamedTuple, Generic[A]):
+    """P rows of K numbers each, picked from a map: tensors, or arrays of numpy.
 
     Attributes:
         preds: The map, `[B, K, S]`, any float type and any strides.
@@ -24,14 +24,14 @@ class RowGroup:
         rows: `[P]` float64, written with the loss of each row; None if not wanted.
     """
 
-    preds: Tensor
-    targets: Tensor
-    images: Tensor | None = None
-    cells: Tensor | None = None
-    factors: Tensor | None = None
-    gradient: Tensor | None = None
+    preds: A
+    targets: A
+    images: A | None = None
+    cells: A | None = None
+    factors: A | None = None
+    gradient: A | None = None
     scale: float = 1.0
-    rows: Tensor | None = None
+    rows: A | None = None
 
 
 class RowSums(NamedTuple):

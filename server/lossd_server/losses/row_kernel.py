@@ -11,10 +11,10 @@ from lossd_server.losses.evaluation import fixed_order_sum, stacked
 from lossd_server.losses.formulas import RowFormula, row_terms
 from lossd_server.losses.gpu import row_sums_on_gpu
 from lossd_server.losses.native import row_sums_natively
-from lossd_server.losses.row_group import RowGroup, RowSums
+from lossd_server.losses.row_group import FLOOR, RowGroup, RowSums
 
 
-def row_sums(groups: Sequence[RowGroup], formula: RowFormula, floor: float = 1e-7) -> RowSums:
+def row_sums(groups: Sequence[RowGroup[Tensor]], formula: RowFormula, floor: float = FLOOR) -> RowSums:
     """Returns the sums of each group, and writes gradients and rows.
 
     Args:
@@ -31,7 +31,7 @@ def row_sums(groups: Sequence[RowGroup], formula: RowFormula, floor: float = 1e-
     return RowSums(losses=stacked(losses), extras=stacked(extras))
 
 
-def _sums_by_torch(group: RowGroup, formula: RowFormula, floor: float) -> tuple[Tensor, Tensor]:
+def _sums_by_torch(group: RowGroup[Tensor], formula: RowFormula, floor: float) -> tuple[Tensor, Tensor]:
     terms = row_terms(formula, _picked(group).double(), group.targets.double(), floor)
     losses, slopes, extras = terms.losses, terms.slopes, terms.extras
     if group.factors is not None:
@@ -44,12 +44,12 @@ def _sums_by_torch(group: RowGroup, formula: RowFormula, floor: float) -> tuple[
     return fixed_order_sum(losses), fixed_order_sum(extras)
 
 
-def _picked(group: RowGroup) -> Tensor:
+def _picked(group: RowGroup[Tensor]) -> Tensor:
     """Returns the predictions of the rows, `[P, K]`."""
     return group.preds[0].t() if group.cells is None else group.preds[group.images, :, group.cells]
 
 
-def _put(group: RowGroup, values: Tensor) -> None:
+def _put(group: RowGroup[Tensor], values: Tensor) -> None:
     gradient = group.gradient
     if gradient is None:
         return

@@ -1,7 +1,5 @@
 """How the losses of rows, weighted where weights are given, become one loss."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,19 +9,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.checks import host_array
+from lossd_server.losses.arrays import FLOAT32, are_finite, are_plain
 from lossd_server.losses.evaluation import (
     PLAIN_GRADIENTS,
     EvaluationOptions,
     Numbers,
+    Place,
     as_float32,
     as_tensor,
     to_float64,
 )
 from lossd_server.losses.formulas import RowFormula
-from lossd_server.losses.native import row_sums_of_arrays, takes_rows
+from lossd_server.losses.native import row_sums_natively
 from lossd_server.losses.reduction import Reduction
-from lossd_server.losses.row_group import RowGroup
+from lossd_server.losses.row_group import FLOOR, RowGroup
 from lossd_server.losses.row_kernel import row_sums
+
+_FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +49,7 @@ class ReducedArrays(NamedTuple):
     loss: NDArray[np.float32]
     total: float
     extra: float
-    gradients: dict[str, NDArray[np.float32]]
+    gradients: dict[str, list[NDArray[np.float32]]]
 
 
 def total_weight(weights: Any, count: int) -> float:
@@ -64,7 +66,7 @@ def reduce_rows(
     reduction: Reduction,
     divisor: float,
     gradient: Tensor | None,
-    floor: float = 1e-7,
+    floor: float = FLOOR,
 ) -> Reduced:
     """Evaluates and reduces all rows of a prediction.
 
@@ -108,8 +110,8 @@ def reduce_arrays(
     reduction: Reduction,
     divisor: float,
     options: EvaluationOptions,
-    place: Callable[[str], NDArray[np.float32]],
-    floor: float = 1e-7,
+    place: Place,
+    floor: float = FLOOR,
 ) -> ReducedArrays | None:
     """Evaluates and reduces all rows by the compiled kernel, to the bits of `reduce_rows`.
 
@@ -127,32 +129,31 @@ def reduce_arrays(
         place: See `LossModule.evaluate_arrays`.
         floor: See `row_sums`.
     """
-    if reduction is Reduction.NONE or options.gradient_dtype not in PLAIN_GRADIENTS:
-        return None
     given = [preds, targets] if weights is None else [preds, targets, weights]
-    if not takes_rows(*given) or preds.dtype != np.float32 or not preds.size:
-        return None
-    if not all(map(_is_finite, given)):
+    if (
+        reduction is Reduction.NONE
+        or options.gradient_dtype not in PLAIN_GRADIENTS
+        or not (are_plain(FLOAT32, preds) and are_plain(_FLOATS, *given) and preds.size)
+        or not are_finite(*given)
+    ):
         return None
     gradients = {name: place(name) for name in options.gradients}
-    if not all(takes_rows(each) and each.dtype == np.float32 for each in gradients.values()):
+    (gradient,) = next(iter(gradients.values()), [None])
+    if gradient is not None and not are_plain(FLOAT32, gradient):
         return None
-    sums = row_sums_of_arrays(
-        preds,
-        targets,
-        None if weights is None else weights.astype(np.float64, copy=False),
-        next(iter(gradients.values()), None),
-        formula,
+    shape = -1, formula.numbers
+    group = RowGroup(
+        preds=preds.reshape(shape).T[None],
+        targets=targets.reshape(shape),
+        factors=None if weights is None else weights.astype(np.float64, copy=False),
+        gradient=None if gradient is None else gradient.reshape(shape).T[None],
         scale=1 / divisor,
-        floor=floor,
     )
-    loss = None if sums is None else as_float32(sums[0] / divisor)
-    if sums is None or loss is None:
+    sums = row_sums_natively([group], formula, floor)
+    if sums is None:
         return None
-    return ReducedArrays(loss=loss, total=sums[0], extra=sums[1] / divisor, gradients=gradients)
-
-
-def _is_finite(array: NDArray[Any]) -> bool:
-    """Whether an array holds neither NaN nor infinity; large numbers may look like some."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(array.sum())
+    total, extra = float(sums.losses[0]), float(sums.extras[0])
+    loss = as_float32(total / divisor)
+    if loss is None:
+        return None
+    return ReducedArrays(loss=loss, total=total, extra=extra / divisor, gradients=gradients)

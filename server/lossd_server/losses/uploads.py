@@ -18,7 +18,7 @@ def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tenso
     Nobody waits for it: it comes from pinned memory, which torch keeps until it has been read.
     """
     if device.type == "cpu":
-        return [torch.from_numpy(_in_rows(array)) for array in arrays]
+        return [torch.from_numpy(in_rows(array)) for array in arrays]
     starts, end = [], 0
     for array in arrays:
         starts.append(end)
@@ -35,6 +35,6 @@ def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tenso
     ]
 
 
-def _in_rows(array: NDArray[Any]) -> NDArray[Any]:
+def in_rows(array: NDArray[Any]) -> NDArray[Any]:
     """Returns an array whose last axis is dense, which may be the one that came."""
     return np.ascontiguousarray(array) if array.ndim and array.strides[-1] != array.itemsize else array

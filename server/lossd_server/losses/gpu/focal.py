@@ -97,7 +97,7 @@ FOCAL_VARIANTS = frozenset(
 """All there are: what a request can reach is among them, or is computed by torch."""
 
 
-def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums | None:
+def focal_sums_on_gpu(grids: Sequence[FocalGrid[Tensor]], constants: FocalConstants) -> FocalSums | None:
     """Returns what `focal_sums` does, by the program; None where that does not apply.
 
     It applies for every type but float64. All grids take one launch, unless they differ in type or
@@ -112,7 +112,7 @@ def focal_sums_on_gpu(grids: Sequence[FocalGrid], constants: FocalConstants) -> 
     return FocalSums(losses=losses, finite=None, means=means)
 
 
-def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
+def applies(grid: FocalGrid[Tensor], constants: FocalConstants) -> bool:
     """Whether there is a program for the grid."""
     return (
         variant_of(grid, constants) in FOCAL_VARIANTS
@@ -122,7 +122,7 @@ def applies(grid: FocalGrid, constants: FocalConstants) -> bool:
     )
 
 
-def variant_of(grid: FocalGrid, constants: FocalConstants) -> FocalVariant:
+def variant_of(grid: FocalGrid[Tensor], constants: FocalConstants) -> FocalVariant:
     """Returns what the program has to be compiled for."""
     _, class_stride, cell_stride = grid.logits.stride()
     return FocalVariant(
@@ -134,7 +134,7 @@ def variant_of(grid: FocalGrid, constants: FocalConstants) -> FocalVariant:
 
 
 def focal_launches(
-    grids: Sequence[FocalGrid], constants: FocalConstants, programs: ModuleType, first_mean: int
+    grids: Sequence[FocalGrid[Tensor]], constants: FocalConstants, programs: ModuleType, first_mean: int
 ) -> list[Launch]:
     """Returns the launches: grids of one variant go together, up to `MOST_GRIDS`.
 
@@ -148,7 +148,7 @@ def focal_launches(
 
 
 def _launch(
-    grids: Sequence[FocalGrid],
+    grids: Sequence[FocalGrid[Tensor]],
     numbers: Sequence[int],
     constants: FocalConstants,
     variant: FocalVariant,
@@ -175,7 +175,7 @@ def _launch(
     )
 
 
-def _labels(grid: FocalGrid) -> Tensor:
+def _labels(grid: FocalGrid[Tensor]) -> Tensor:
     """Returns the labels as the program reads them: int32 or int64."""
     return grid.labels if grid.labels.dtype in {torch.int32, torch.int64} else grid.labels.to(torch.int32)
 
@@ -196,7 +196,7 @@ class _Shares(NamedTuple):
     tile_count: int
 
 
-def _shares(grid: FocalGrid, tile: _Tile) -> _Shares:
+def _shares(grid: FocalGrid[Tensor], tile: _Tile) -> _Shares:
     """Returns how a grid is divided. Rows are written whole."""
     images, classes, cells = grid.logits.shape
     blocks = -(-cells // tile.cells)
@@ -244,7 +244,7 @@ def _steps_each(blocks: int, steps: int, room: int) -> int:
     return min((-(-steps // some) for some in parts), key=time_of)
 
 
-def _fields(grid: FocalGrid, labels: Tensor, variant: FocalVariant, shares: _Shares) -> Words:
+def _fields(grid: FocalGrid[Tensor], labels: Tensor, variant: FocalVariant, shares: _Shares) -> Words:
     """Returns the grid's words but the last four; the program knows them by their places."""
     gradient = grid.logits if grid.gradient is None else grid.gradient
     ignored = labels if grid.ignored is None else grid.ignored

@@ -10,18 +10,15 @@ from lossd_server.losses.gpu.focal import applies, focal_launches
 from lossd_server.losses.gpu.launch import run
 from lossd_server.losses.gpu.library import loaded_programs
 from lossd_server.losses.gpu.rows import row_launches, rows_apply
-from lossd_server.losses.row_group import RowGroup
-
-_FLOOR = 1e-7
-"""As of `row_sums`."""
+from lossd_server.losses.row_group import FLOOR, RowGroup
 
 
 def head_sums_on_gpu(
-    grids: Sequence[FocalGrid],
+    grids: Sequence[FocalGrid[Tensor]],
     constants: FocalConstants,
-    boxes: Sequence[RowGroup],
+    boxes: Sequence[RowGroup[Tensor]],
     box_formula: RowFormula,
-    centerness: Sequence[RowGroup],
+    centerness: Sequence[RowGroup[Tensor]],
 ) -> Tensor | None:
     """Returns what `term_sums` does of a head's L levels, `[5, L]`, by the programs.
 
@@ -37,6 +34,6 @@ def head_sums_on_gpu(
         return None
     wanted = len(grids) + 2 * len(problems)
     launches = focal_launches(grids, constants, programs, first_mean=wanted)
-    launches += row_launches(problems, _FLOOR, programs, len(grids))
+    launches += row_launches(problems, FLOOR, programs, len(grids))
     totals = run(launches, wanted + len(grids), grids[0].logits.device, programs)
     return totals[:wanted].view(5, len(grids))

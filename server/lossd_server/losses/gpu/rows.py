@@ -28,7 +28,7 @@ _FORMULAS = {
 }
 """The formulas, by their numbers in programs/rows.py."""
 
-Problem = tuple[RowGroup, RowFormula]
+Problem = tuple[RowGroup[Tensor], RowFormula]
 """Rows, and what is computed of them."""
 
 
@@ -52,7 +52,7 @@ ROWS_VARIANTS = frozenset(
 """All there are, as `FOCAL_VARIANTS`."""
 
 
-def row_sums_on_gpu(groups: Sequence[RowGroup], formula: RowFormula, floor: float) -> RowSums | None:
+def row_sums_on_gpu(groups: Sequence[RowGroup[Tensor]], formula: RowFormula, floor: float) -> RowSums | None:
     """Returns what `row_sums` does, by the program; None where that does not apply.
 
     It applies for every type of predictions but float64. All groups take one launch, unless they
@@ -67,7 +67,7 @@ def row_sums_on_gpu(groups: Sequence[RowGroup], formula: RowFormula, floor: floa
     return RowSums(totals[: len(groups)], totals[len(groups) :])
 
 
-def rows_apply(group: RowGroup) -> bool:
+def rows_apply(group: RowGroup[Tensor]) -> bool:
     """Whether there is a program for the rows."""
     return (
         variant_of(group) in ROWS_VARIANTS
@@ -77,7 +77,7 @@ def rows_apply(group: RowGroup) -> bool:
     )
 
 
-def variant_of(group: RowGroup) -> RowsVariant:
+def variant_of(group: RowGroup[Tensor]) -> RowsVariant:
     """Returns what the program has to be compiled for."""
     return RowsVariant(
         preds=group.preds.dtype, gradient=None if group.gradient is None else group.gradient.dtype
@@ -129,13 +129,13 @@ def _launch(
     )
 
 
-def _targets(group: RowGroup) -> Tensor:
+def _targets(group: RowGroup[Tensor]) -> Tensor:
     """Returns the targets as the program reads them: in float32 or float64, row by row."""
     wide = torch.promote_types(group.targets.dtype, torch.float32)
     return group.targets.to(wide).contiguous()
 
 
-def _fields(group: RowGroup, formula: RowFormula, targets: Tensor, floor: float) -> Words:
+def _fields(group: RowGroup[Tensor], formula: RowFormula, targets: Tensor, floor: float) -> Words:
     """Returns the group's words but the last four; the program knows them by their places."""
     gradient = group.preds if group.gradient is None else group.gradient
     addresses = (group.preds, group.gradient, targets, group.images, group.cells, group.factors, group.rows)

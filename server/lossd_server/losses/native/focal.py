@@ -1,4 +1,4 @@
-"""The compiled focal kernel, called with tensors, or with arrays where they are plain ones."""
+"""The compiled focal kernel, called with tensors or arrays."""
 
 import ctypes
 import math
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.kernels import address_of, loaded_library
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
-from lossd_server.losses.native.numbers import FLOAT_TYPES, address, thread_count
+from lossd_server.losses.arrays import A, address, is_dense, is_on_host, strides_of
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, flat
+from lossd_server.losses.native.numbers import FLOAT_TYPES, thread_count
 
 _SMALL = 1 << 16
 """Logits below which another thread costs more than it saves."""
 
-_LABEL_TYPES = {
+LABEL_TYPES = {
     dtype: number
     for number, names in enumerate(
         (("int8",), ("uint8",), ("int16",), ("uint16",), ("int32", "uint32"), ("int64", "uint64"))
@@ -28,7 +29,6 @@ _LABEL_TYPES = {
 }
 """Types of labels, numpy's and torch's, by their numbers in focal.c."""
 
-_FLOAT32 = np.dtype(np.float32)
 _MATRIX = 2
 
 
@@ -55,7 +55,7 @@ class _Constants(ctypes.Structure):
     )
 
 
-def focal_sums_natively(grids: Sequence[FocalGrid], constants: FocalConstants) -> FocalSums | None:
+def focal_sums_natively(grids: Sequence[FocalGrid[A]], constants: FocalConstants) -> FocalSums | None:
     """Returns what `focal_sums` does, by the compiled kernel; None where that does not apply.
 
     It applies on the CPU, for every type but float64 and for whole gammas up to 4.
@@ -63,80 +63,14 @@ def focal_sums_natively(grids: Sequence[FocalGrid], constants: FocalConstants) -
     library, weights = loaded_library(), _weights(constants)
     if library is None or weights is None or not all(map(_applies, grids)):
         return None
-    grids = [grid if _lies_in_rows(grid) else grid.flat() for grid in grids]
+    grids = list(map(_in_rows, grids))  # kept until the kernel has run: some may be copies
     problems = (_Grid * len(grids))(*map(_problem, grids))
-    threads = thread_count(sum(grid.logits.numel() for grid in grids), _SMALL)
+    threads = thread_count(sum(math.prod(grid.logits.shape) for grid in grids), _SMALL)
     losses = np.empty(len(grids))
     stray = library.lossd_focal(problems, len(grids), weights, threads, address_of(losses))
     if stray < 0:
         raise MemoryError
     return FocalSums(losses=losses, finite=not stray)
-
-
-def are_plain(logits: Any, labels: Any) -> bool:
-    """Whether `focal_sum_of_arrays` takes logits and labels: float32 and integers of numpy, without gaps."""
-    return (
-        isinstance(logits, np.ndarray)
-        and isinstance(labels, np.ndarray)
-        and logits.dtype == _FLOAT32
-        and labels.dtype in _LABEL_TYPES
-        # Those of an extent of 1 as well: by them the kernel decides in which order it adds.
-        and logits.strides == _dense_layout(logits.shape).byte_strides
-        and labels.flags.c_contiguous
-        and logits.size > 0
-    )
-
-
-def are_alike(gradient: NDArray[Any], logits: NDArray[np.float32]) -> bool:
-    """Whether an array lies as the logits do, whose gradient it is to hold."""
-    return gradient.dtype == logits.dtype and gradient.strides == logits.strides
-
-
-def focal_sum_of_arrays(
-    logits: NDArray[np.float32],
-    labels: NDArray[Any],
-    gradient: NDArray[np.float32] | None,
-    scale: float,
-    constants: FocalConstants,
-) -> float | None:
-    """Returns the summed focal loss of plain arrays, and writes its gradient.
-
-    Args:
-        logits: `[N, C]` or `[N, C, H, W]`.
-        labels: `[N]` or `[N, H, W]`, 0..C-1, or negative for a row that takes no part.
-        gradient: As the logits, written with `scale · ∂loss/∂logit`; None if not wanted.
-        scale: What the gradient is multiplied by.
-        constants: The constants of the loss.
-
-    Returns:
-        None where a logit is not finite, or there is no kernel.
-    """
-    library, weights = loaded_library(), _weights(constants)
-    if library is None or weights is None:
-        return None
-    layout = _dense_layout(logits.shape).layout
-    grid = _Grid(
-        address_of(logits),
-        None if gradient is None else address_of(gradient),
-        address_of(labels),
-        None,
-        None,
-        *layout.extents,
-        *layout.strides,
-        *layout.strides,
-        layout.extents[2],
-        0,
-        scale,
-        FLOAT_TYPES[torch.float32],
-        FLOAT_TYPES[torch.float32],
-        _LABEL_TYPES[labels.dtype],
-    )
-    total = ctypes.c_double()
-    threads = thread_count(logits.size, _SMALL)
-    stray = library.lossd_focal(ctypes.byref(grid), 1, weights, threads, ctypes.addressof(total))
-    if stray < 0:
-        raise MemoryError
-    return None if stray else total.value
 
 
 @lru_cache
@@ -148,52 +82,53 @@ def _weights(constants: FocalConstants) -> Any:
     return ctypes.byref(_Constants(*weights, int(constants.gamma)))
 
 
-def _applies(grid: FocalGrid) -> bool:
+def _applies(grid: FocalGrid[A]) -> bool:
     logits, gradient = grid.logits, grid.gradient
     return (
-        logits.is_cpu
-        and grid.labels.is_cpu
+        is_on_host(logits)
+        and is_on_host(grid.labels)
         and logits.dtype in FLOAT_TYPES
         and (gradient is None or gradient.dtype in FLOAT_TYPES)
-        and (grid.rows is None or grid.rows.is_contiguous())
+        and (grid.rows is None or is_dense(grid.rows))
     )
 
 
-def _lies_in_rows(grid: FocalGrid) -> bool:
-    """Whether the locations of each image lie at one distance from each other, as the kernel wants them."""
-    return (
+def _in_rows(grid: FocalGrid[A]) -> FocalGrid[A]:
+    """Returns a grid with the locations of each image at one distance, as the kernel wants them."""
+    lies_so = (
         _layout_of(grid.logits) is not None
         and (grid.gradient is None or _layout_of(grid.gradient) is not None)
         and _is_row_by_row(grid.labels)
-        and (grid.ignored is None or _is_row_by_row(grid.ignored))
+        and _is_row_by_row(grid.ignored)
     )
+    return grid if lies_so else flat(grid)
 
 
-def _is_row_by_row(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1)
-
-
-def _problem(grid: FocalGrid) -> _Grid:
-    """Returns the grid in the kernel's terms; it points into the tensors."""
-    logits, gradient, labels, ignored = grid.logits, grid.gradient, grid.labels, grid.ignored
+def _problem(grid: FocalGrid[A]) -> _Grid:
+    """Returns the grid in the kernel's terms; it points into the arrays."""
+    logits, gradient = grid.logits, grid.gradient
     layout = _layout_of(logits)
     return _Grid(
-        logits.data_ptr(),
+        address(logits),
         address(gradient),
-        labels.data_ptr(),
-        address(ignored),
+        address(grid.labels),
+        address(grid.ignored),
         address(grid.rows),
         *layout.extents,
         *layout.strides,
         *(layout if gradient is None else _layout_of(gradient)).strides,
-        labels.stride(0) if labels.dim() == 2 else layout.extents[2],
-        0 if ignored is None else ignored.stride(0) if ignored.dim() == 2 else layout.extents[2],
+        _row_stride(grid.labels, layout),
+        _row_stride(grid.ignored, layout),
         grid.scale,
         FLOAT_TYPES[logits.dtype],
         FLOAT_TYPES[logits.dtype if gradient is None else gradient.dtype],
-        _LABEL_TYPES[labels.dtype],
+        LABEL_TYPES[grid.labels.dtype],
         grid.background,
     )
+
+
+def _is_row_by_row(array: Tensor | NDArray[Any] | None) -> bool:
+    return array is None or is_dense(array) or (array.ndim == _MATRIX and strides_of(array)[1] == 1)
 
 
 class _Layout(NamedTuple):
@@ -203,28 +138,16 @@ class _Layout(NamedTuple):
     strides: tuple[int, int, int]
 
 
-def _layout_of(tensor: Tensor) -> Any:
-    """Returns the `_Layout` of a tensor, or None: see `_layout`, which knows those that it has met."""
-    return _layout(tensor.shape, tensor.stride())
+def _row_stride(array: Tensor | NDArray[Any] | None, layout: _Layout) -> int:
+    """Returns how far the locations of one image are from those of the next."""
+    if array is None:
+        return 0
+    return strides_of(array)[0] if array.ndim == _MATRIX else layout.extents[2]
 
 
-class _DenseLayout(NamedTuple):
-    """The `_Layout` of float32 logits without gaps, and their strides in bytes, as numpy has them."""
-
-    layout: _Layout
-    byte_strides: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def _dense_layout(shape: tuple[int, ...]) -> _DenseLayout:
-    """Returns the layout of logits `[N, C]` or `[N, C, H, W]`."""
-    if len(shape) == _MATRIX:
-        layout = _Layout((1, shape[1], shape[0]), (0, 1, shape[1]))
-    else:
-        batch, classes, cells = shape[0], shape[1], math.prod(shape[2:])
-        layout = _Layout((batch, classes, cells), (classes * cells, cells, 1))
-    strides = (_FLOAT32.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return _DenseLayout(layout, tuple(strides))
+def _layout_of(array: Tensor | NDArray[Any]) -> Any:
+    """Returns the `_Layout` of logits, or None: see `_layout`, which knows those that it has met."""
+    return _layout(array.shape, strides_of(array))
 
 
 @lru_cache(maxsize=1024)

@@ -1,18 +1,21 @@
 """What the kernels' C structures are filled with."""
 
+from typing import Any
+
+import numpy as np
 import torch
-from torch import Tensor
 
-FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Types that the kernels read and write, by their numbers in arithmetic.h."""
+FLOAT_TYPES: dict[Any, int] = {
+    torch.float32: 0,
+    np.dtype(np.float32): 0,
+    torch.float16: 1,
+    np.dtype(np.float16): 1,
+    torch.bfloat16: 2,
+}
+"""Types that the kernels read and write, torch's and numpy's, by their numbers in arithmetic.h."""
 
-WIDE_TYPES = {**FLOAT_TYPES, torch.float64: 3}
+WIDE_TYPES = {**FLOAT_TYPES, torch.float64: 3, np.dtype(np.float64): 3}
 """The same, and the type that they only read."""
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Returns where a tensor's elements begin; None, the null pointer, where there is none."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def thread_count(work: int, small: int) -> int:

@@ -1,17 +1,15 @@
-"""The compiled kernel of row losses, called with tensors, or with arrays where they are plain ones."""
+"""The compiled kernel of row losses, called with tensors or arrays."""
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from lossd_server.kernels import address_of, loaded_library
+from lossd_server.kernels import loaded_library
+from lossd_server.losses.arrays import A, address, is_dense, is_on_host, strides_of
 from lossd_server.losses.formulas import RowFormula
-from lossd_server.losses.native.numbers import FLOAT_TYPES, WIDE_TYPES, address, thread_count
-from lossd_server.losses.row_group import RowGroup, RowSums
+from lossd_server.losses.native.numbers import FLOAT_TYPES, WIDE_TYPES, thread_count
+from lossd_server.losses.row_group import FLOOR, RowGroup, RowSums
 
 _SMALL = 1 << 14
 """Rows below which another thread costs more than it saves."""
@@ -23,14 +21,6 @@ _FORMULAS = {
     RowFormula.CENTERNESS: 3,
 }
 """The formulas, by their numbers in rows.c."""
-
-_NUMBERS = {formula: 1 if formula is RowFormula.CENTERNESS else 4 for formula in RowFormula}
-"""Numbers of a row."""
-
-_TARGET_TYPES = {
-    np.dtype(np.float32): WIDE_TYPES[torch.float32],
-    np.dtype(np.float64): WIDE_TYPES[torch.float64],
-}
 
 
 class _Group(ctypes.Structure):
@@ -50,7 +40,9 @@ class _Group(ctypes.Structure):
     )
 
 
-def row_sums_natively(groups: Sequence[RowGroup], formula: RowFormula, floor: float) -> RowSums | None:
+def row_sums_natively(
+    groups: Sequence[RowGroup[A]], formula: RowFormula, floor: float = FLOOR
+) -> RowSums | None:
     """Returns what `row_sums` does, by the compiled kernel; None where that does not apply.
 
     It applies on the CPU, to predictions of every type but float64.
@@ -62,93 +54,35 @@ def row_sums_natively(groups: Sequence[RowGroup], formula: RowFormula, floor: fl
     threads = thread_count(sum(len(group.targets) for group in groups), _SMALL)
     if library.lossd_rows(problems, len(groups), _FORMULAS[formula], threads):
         raise MemoryError
-    return RowSums(
-        losses=np.array([problem.losses for problem in problems]),
-        extras=np.array([problem.extras for problem in problems]),
-    )
+    losses, extras = np.array([(problem.losses, problem.extras) for problem in problems]).T
+    return RowSums(losses=losses, extras=extras)
 
 
-def row_sums_of_arrays(
-    preds: NDArray[np.float32],
-    targets: NDArray[Any],
-    factors: NDArray[np.float64] | None,
-    gradient: NDArray[np.float32] | None,
-    formula: RowFormula,
-    *,
-    scale: float,
-    floor: float,
-) -> tuple[float, float] | None:
-    """Returns what `row_sums` does of one group, given as arrays without gaps; None where there is no kernel.
-
-    Args:
-        preds: P rows of K numbers, in any shape.
-        targets: The same, float32 or float64.
-        factors: See `RowGroup`.
-        gradient: Like `preds`.
-        formula: What is computed.
-        scale: See `RowGroup`.
-        floor: See `row_sums`.
-    """
-    library = loaded_library()
-    if library is None:
-        return None
-    numbers = _NUMBERS[formula]
-    count, strides = preds.size // numbers, (0, 1, numbers)
-    problem = _Group(
-        address_of(preds),
-        None if gradient is None else address_of(gradient),
-        address_of(targets),
-        None,
-        None,
-        None if factors is None else address_of(factors),
-        None,
-        count,
-        *strides,
-        *strides,
-        scale,
-        floor,
-        FLOAT_TYPES[torch.float32],
-        FLOAT_TYPES[torch.float32],
-        _TARGET_TYPES[targets.dtype],
-    )
-    if library.lossd_rows(ctypes.byref(problem), 1, _FORMULAS[formula], thread_count(count, _SMALL)):
-        raise MemoryError
-    return problem.losses, problem.extras
-
-
-def takes_rows(*arrays: Any) -> bool:
-    """Whether `row_sums_of_arrays` takes arguments: arrays of numpy, float32 or float64, without gaps."""
-    return all(
-        isinstance(array, np.ndarray) and array.dtype in _TARGET_TYPES and array.flags.c_contiguous
-        for array in arrays
-    )
-
-
-def _applies(group: RowGroup) -> bool:
+def _applies(group: RowGroup[A]) -> bool:
     preds, gradient, targets = group.preds, group.gradient, group.targets
     return (
-        preds.device.type == "cpu"
+        is_on_host(preds)
         and preds.dtype in FLOAT_TYPES
         and (gradient is None or gradient.dtype in FLOAT_TYPES)
         and targets.dtype in WIDE_TYPES
-        and targets.is_contiguous()
+        and is_dense(targets)
     )
 
 
-def _problem(group: RowGroup, floor: float) -> _Group:
-    """Returns the group in the kernel's terms; it points into the tensors."""
+def _problem(group: RowGroup[A], floor: float) -> _Group:
+    """Returns the group in the kernel's terms; it points into the arrays."""
     gradient = group.preds if group.gradient is None else group.gradient
     return _Group(
-        group.preds.data_ptr(),
+        address(group.preds),
         address(group.gradient),
-        group.targets.data_ptr(),
+        address(group.targets),
         address(group.images),
         address(group.cells),
         address(group.factors),
         address(group.rows),
         len(group.targets),
-        *group.preds.stride(),
-        *gradient.stride(),
+        *strides_of(group.preds),
+        *strides_of(gradient),
         group.scale,
         floor,
         FLOAT_TYPES[group.preds.dtype],

@@ -1,0 +1,66 @@
+"""Tensors, and arrays of numpy where there is no need of tensors, seen alike."""
+
+import math
+from collections.abc import Container
+from functools import lru_cache
+from typing import Any, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lossd_server.kernels import address_of
+
+A = TypeVar("A", Tensor, NDArray[Any])
+"""Tensors of one device, or arrays of numpy: never some of these and some of those."""
+
+FLOAT32 = frozenset({np.dtype(np.float32)})
+
+
+@overload
+def address(array: Tensor | NDArray[Any]) -> int: ...
+
+
+@overload
+def address(array: None) -> None: ...
+
+
+def address(array: Tensor | NDArray[Any] | None) -> int | None:
+    """Returns where the elements begin; None, the null pointer, where there is nothing."""
+    if array is None:
+        return None
+    return address_of(array) if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def strides_of(array: Tensor | NDArray[Any]) -> tuple[int, ...]:
+    """Returns how many elements neighbours along each axis are apart."""
+    return _in_elements(array.strides, array.itemsize) if isinstance(array, np.ndarray) else array.stride()
+
+
+def is_on_host(array: Tensor | NDArray[Any]) -> bool:
+    """Whether the host's compiled kernels can read it."""
+    return isinstance(array, np.ndarray) or array.is_cpu
+
+
+def is_dense(array: Tensor | NDArray[Any]) -> bool:
+    """Whether the elements lie in order and without gaps."""
+    return array.flags.c_contiguous if isinstance(array, np.ndarray) else array.is_contiguous()
+
+
+def are_plain(types: Container[Any], *arrays: Any) -> bool:
+    """Whether all are arrays of numpy, of certain types, whose elements lie in order and without gaps."""
+    return all(
+        isinstance(array, np.ndarray) and array.dtype in types and array.flags.c_contiguous
+        for array in arrays
+    )
+
+
+def are_finite(*arrays: NDArray[Any]) -> bool:
+    """Whether arrays hold neither NaN nor infinity; large numbers may look like some."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(math.isfinite(array.sum()) for array in arrays)
+
+
+@lru_cache(maxsize=1024)
+def _in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(stride // itemsize for stride in strides)
