@@ -3,8 +3,8 @@
 Both sides use it, as they do `lossd.tensors`.
 """
 
-import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ Places = NDArray[Any]
 """Places of rows, the K numbers of one location, counted along `[B, H, W]`; ascending integers."""
 
 _TAGS = tags_of(pb.SparseTensor.DESCRIPTOR)
+
+_PLACE_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
 
 _HEADER_BYTES = 40
 """What a sparse tensor's two parts take on the wire beyond a dense one's, at most."""
@@ -42,11 +44,10 @@ def sparse_tensor_field(tag: bytes, array: Array, places: Places) -> list[Piece]
         array: The whole.
         places: Which of its rows; all others are exactly zero.
     """
-    rows = np.moveaxis(array, 1, -1)
-    about = pb.SparseTensor(shape=array.shape).SerializeToString()
+    batch, _, height, width = array.shape
+    rows = _rows_of(array)[np.unravel_index(places, (batch, height, width))]
     numbers = tensor_field(_TAGS["places"], places.astype(_place_type(array.shape), copy=False))
-    values = tensor_field(_TAGS["values"], rows[np.unravel_index(places, rows.shape[:-1])])
-    return message_field(tag, [about, *numbers, *values])
+    return message_field(tag, [_shape_field(array.shape), *numbers, *tensor_field(_TAGS["values"], rows)])
 
 
 def unpack_sparse(
@@ -73,19 +74,34 @@ def unpack_sparse(
     values = unpack(sparse.values, payloads)
     if values.shape != (len(places), channels):
         _refuse(f"values are {list(values.shape)}, want {[len(places), channels]}", "INVALID_SHAPE")
-    array = np.zeros(shape, values.dtype if dtype is None else dtype)
-    with np.errstate(over="ignore"):
-        np.moveaxis(array, 1, -1)[np.unravel_index(places, (batch, height, width))] = values
+    if dtype is not None and dtype != values.dtype:
+        with np.errstate(over="ignore"):
+            values = values.astype(dtype)
+    array = np.zeros(shape, values.dtype)
+    if len(places):
+        _rows_of(array)[np.unravel_index(places, (batch, height, width))] = values
     return array
+
+
+def _rows_of(array: Array) -> Array:
+    """Returns a view `[B, H, W, K]` of an array `[B, K, H, W]`."""
+    return array.transpose(0, 2, 3, 1)
+
+
+@lru_cache(maxsize=1024)
+def _shape_field(shape: tuple[int, ...]) -> bytes:
+    return pb.SparseTensor(shape=shape).SerializeToString()
 
 
 def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | None) -> Places:
     """Returns the places of a sparse tensor of so many; raises `TensorError` where they are none."""
     dtype, shape = layout(tensor)
-    if dtype.name not in {"int32", "int64"} or len(shape) != 1:
+    if dtype not in _PLACE_TYPES or len(shape) != 1:
         _refuse(f"places are {dtype.name} {list(shape)}, want int32 or int64 [P]", "INVALID_TENSOR")
     places = unpack(tensor, payloads)
-    if len(places) and not (places[0] >= 0 and places[-1] < count):
+    if not len(places):
+        return places
+    if not (places[0] >= 0 and places[-1] < count):
         _refuse(f"places are {places[0]} to {places[-1]}, want 0..{count - 1}", "INVALID_TENSOR")
     if (places[1:] <= places[:-1]).any():
         _refuse("places are not in order", "INVALID_TENSOR")
@@ -94,7 +110,7 @@ def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | Non
 
 def _place_type(shape: Sequence[int]) -> np.dtype[Any]:
     batch, _, height, width = shape
-    return np.dtype(np.int32 if math.prod((batch, height, width)) <= 2**31 else np.int64)
+    return _PLACE_TYPES[batch * height * width > 2**31]
 
 
 def _refuse(message: str, reason: str) -> None:

@@ -90,7 +90,7 @@ class Evaluator:
                 LossOutcome(
                     loss=found.loss,
                     components=found.components,
-                    gradients={name: [*arrays] for name, arrays in found.gradients.items()},
+                    gradients=found.gradients,
                     raw_sums=found.raw_sums,
                     preset=found.preset,
                     negative_side_count=found.negative_side_count,
@@ -105,7 +105,7 @@ class Evaluator:
             given: Any = item.outputs[name]
             return [*given]
         likes = item.arguments[name]
-        return [self._empty_like(like) for like in (likes if isinstance(likes, list) else [likes])]
+        return list(map(self._empty_like, likes)) if isinstance(likes, list) else [self._empty_like(likes)]
 
     def _empty_like(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
         memory = self.buffers.allocate(array.nbytes)

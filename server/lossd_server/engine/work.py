@@ -80,7 +80,7 @@ class LossOutcome(NamedTuple):
 
     loss: Array
     components: Sequence[tuple[str, float, float]] = ()
-    gradients: Mapping[str, list[AnyArray]] = _NOTHING
+    gradients: Mapping[str, Sequence[AnyArray]] = _NOTHING
     raw_sums: Sequence[Mapping[str, float]] = ()
     non_finite: Sequence[NonFinite] = ()
     preset: LossPreset | None = None

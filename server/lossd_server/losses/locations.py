@@ -4,9 +4,8 @@ Read on the host, where boxes and labels come from and are checked.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from lossd_server.checks import host_array
 from lossd_server.targets import Assignment
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LevelTargets:
+class LevelTargets(NamedTuple):
     """Targets of B images on one level of S locations, of which P are positive.
 
     Attributes:
@@ -70,21 +68,25 @@ def from_dense(
 def from_assignment(assignment: Assignment) -> list[LevelTargets]:
     """Returns the targets that an assignment found."""
     labels, ignored, found = assignment.label_map(), assignment.ignored, assignment.found
-    starts = assignment.pyramid.starts
-    spans = list(map(slice, starts[:-1].tolist(), starts[1:].tolist()))
     image, location = found.places(assignment.pyramid)
-    here = [(location >= s.start) & (location < s.stop) for s in spans]
-    return [
-        LevelTargets(
-            labels=labels[:, span],
-            ignored=None if ignored is None else ignored[:, span],
-            image=image[mask],
-            cell=location[mask] - span.start,
-            ltrb=found.ltrb[mask],
-            centerness=found.centerness[mask],
+    order = np.argsort(found.cells[:, 1], kind="stable")  # of levels, and of images within each
+    image, location = image[order], location[order]
+    ltrb, centerness = found.ltrb[order], found.centerness[order]
+    starts, ends = assignment.pyramid.starts.tolist(), np.cumsum(found.level_counts).tolist()
+    levels = []
+    for level, end in enumerate(ends):
+        span, here = slice(starts[level], starts[level + 1]), slice(end - found.level_counts[level], end)
+        levels.append(
+            LevelTargets(
+                labels=labels[:, span],
+                ignored=None if ignored is None else ignored[:, span],
+                image=image[here],
+                cell=location[here] - span.start,
+                ltrb=ltrb[here],
+                centerness=centerness[here],
+            )
         )
-        for span, mask in zip(spans, here, strict=True)
-    ]
+    return levels
 
 
 def host_levels(levels: Sequence[Any]) -> list[NDArray[Any]]:

@@ -133,7 +133,7 @@ def reduce_arrays(
     if (
         reduction is Reduction.NONE
         or options.gradient_dtype not in PLAIN_GRADIENTS
-        or not (are_plain(FLOAT32, preds) and are_plain(_FLOATS, *given) and preds.size)
+        or not (are_plain(_FLOATS, *given) and preds.dtype in FLOAT32 and preds.size)
         or not are_finite(*given)
     ):
         return None
@@ -141,7 +141,7 @@ def reduce_arrays(
     (gradient,) = next(iter(gradients.values()), [None])
     if gradient is not None and not are_plain(FLOAT32, gradient):
         return None
-    shape = -1, formula.numbers
+    shape = (-1, formula.numbers)
     group = RowGroup(
         preds=preds.reshape(shape).T[None],
         targets=targets.reshape(shape),

@@ -63,8 +63,11 @@ def focal_sums_natively(grids: Sequence[FocalGrid[A]], constants: FocalConstants
     library, weights = loaded_library(), _weights(constants)
     if library is None or weights is None or not all(map(_applies, grids)):
         return None
-    grids = list(map(_in_rows, grids))  # kept until the kernel has run: some may be copies
-    problems = (_Grid * len(grids))(*map(_problem, grids))
+    found = list(map(_problem, grids))
+    if None in found:
+        grids = list(map(flat, grids))  # kept until the kernel has run: some may be copies
+        found = list(map(_problem, grids))
+    problems = (_Grid * len(grids))(*filter(None, found))
     threads = thread_count(sum(math.prod(grid.logits.shape) for grid in grids), _SMALL)
     losses = np.empty(len(grids))
     stray = library.lossd_focal(problems, len(grids), weights, threads, address_of(losses))
@@ -93,21 +96,19 @@ def _applies(grid: FocalGrid[A]) -> bool:
     )
 
 
-def _in_rows(grid: FocalGrid[A]) -> FocalGrid[A]:
-    """Returns a grid with the locations of each image at one distance, as the kernel wants them."""
-    lies_so = (
-        _layout_of(grid.logits) is not None
-        and (grid.gradient is None or _layout_of(grid.gradient) is not None)
-        and _is_row_by_row(grid.labels)
-        and _is_row_by_row(grid.ignored)
-    )
-    return grid if lies_so else flat(grid)
+def _problem(grid: FocalGrid[A]) -> _Grid | None:
+    """Returns the grid in the kernel's terms; it points into the arrays.
 
-
-def _problem(grid: FocalGrid[A]) -> _Grid:
-    """Returns the grid in the kernel's terms; it points into the arrays."""
+    None where the locations of an image do not lie at one distance from each other, as the kernel wants them.
+    """
     logits, gradient = grid.logits, grid.gradient
     layout = _layout_of(logits)
+    like = layout if gradient is None else _layout_of(gradient)
+    if layout is None or like is None:
+        return None
+    labels_stride, ignored_stride = _row_stride(grid.labels, layout), _row_stride(grid.ignored, layout)
+    if labels_stride is None or ignored_stride is None:
+        return None
     return _Grid(
         address(logits),
         address(gradient),
@@ -116,19 +117,15 @@ def _problem(grid: FocalGrid[A]) -> _Grid:
         address(grid.rows),
         *layout.extents,
         *layout.strides,
-        *(layout if gradient is None else _layout_of(gradient)).strides,
-        _row_stride(grid.labels, layout),
-        _row_stride(grid.ignored, layout),
+        *like.strides,
+        labels_stride,
+        ignored_stride,
         grid.scale,
         FLOAT_TYPES[logits.dtype],
         FLOAT_TYPES[logits.dtype if gradient is None else gradient.dtype],
         LABEL_TYPES[grid.labels.dtype],
         grid.background,
     )
-
-
-def _is_row_by_row(array: Tensor | NDArray[Any] | None) -> bool:
-    return array is None or is_dense(array) or (array.ndim == _MATRIX and strides_of(array)[1] == 1)
 
 
 class _Layout(NamedTuple):
@@ -138,14 +135,17 @@ class _Layout(NamedTuple):
     strides: tuple[int, int, int]
 
 
-def _row_stride(array: Tensor | NDArray[Any] | None, layout: _Layout) -> int:
-    """Returns how far the locations of one image are from those of the next."""
+def _row_stride(array: Tensor | NDArray[Any] | None, layout: _Layout) -> int | None:
+    """Returns how far the locations of one image are from those of the next; None where they have no row."""
     if array is None:
         return 0
-    return strides_of(array)[0] if array.ndim == _MATRIX else layout.extents[2]
+    if is_dense(array):
+        return layout.extents[2]
+    strides = strides_of(array)
+    return strides[0] if array.ndim == _MATRIX and strides[1] == 1 else None
 
 
-def _layout_of(array: Tensor | NDArray[Any]) -> Any:
+def _layout_of(array: Tensor | NDArray[Any]) -> _Layout | None:
     """Returns the `_Layout` of logits, or None: see `_layout`, which knows those that it has met."""
     return _layout(array.shape, strides_of(array))
 

@@ -71,6 +71,8 @@ def _applies(group: RowGroup[A]) -> bool:
 
 def _problem(group: RowGroup[A], floor: float) -> _Group:
     """Returns the group in the kernel's terms; it points into the arrays."""
+    if not len(group.targets):
+        return _Group()
     gradient = group.preds if group.gradient is None else group.gradient
     return _Group(
         address(group.preds),
