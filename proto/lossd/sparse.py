@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lossd.tensors import Array, TensorError, layout, unpack
+from lossd.tensors import Array, TensorError, array_of, layout, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
@@ -44,10 +44,10 @@ def sparse_tensor_field(tag: bytes, array: Array, places: Places) -> list[Piece]
         array: The whole.
         places: Which of its rows; all others are exactly zero.
     """
+    if not len(places):
+        return [_field_without_rows(tag, array.shape, array.dtype)]
     batch, _, height, width = array.shape
-    rows = _rows_of(array)[np.unravel_index(places, (batch, height, width))]
-    numbers = tensor_field(_TAGS["places"], places.astype(_place_type(array.shape), copy=False))
-    return message_field(tag, [_shape_field(array.shape), *numbers, *tensor_field(_TAGS["values"], rows)])
+    return _field(tag, array.shape, places, _rows_of(array)[np.unravel_index(places, (batch, height, width))])
 
 
 def unpack_sparse(
@@ -88,9 +88,17 @@ def _rows_of(array: Array) -> Array:
     return array.transpose(0, 2, 3, 1)
 
 
+def _field(tag: bytes, shape: tuple[int, ...], places: Places, rows: Array) -> list[Piece]:
+    about = pb.SparseTensor(shape=shape).SerializeToString()
+    numbers = tensor_field(_TAGS["places"], places.astype(_place_type(shape), copy=False))
+    return message_field(tag, [about, *numbers, *tensor_field(_TAGS["values"], rows)])
+
+
 @lru_cache(maxsize=1024)
-def _shape_field(shape: tuple[int, ...]) -> bytes:
-    return pb.SparseTensor(shape=shape).SerializeToString()
+def _field_without_rows(tag: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """Returns what is written of a level without an object, of which there are many."""
+    pieces: Sequence[Any] = _field(tag, shape, np.empty(0, np.int64), np.empty((0, shape[1]), dtype))
+    return b"".join(pieces)
 
 
 def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | None) -> Places:
@@ -98,7 +106,7 @@ def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | Non
     dtype, shape = layout(tensor)
     if dtype not in _PLACE_TYPES or len(shape) != 1:
         _refuse(f"places are {dtype.name} {list(shape)}, want int32 or int64 [P]", "INVALID_TENSOR")
-    places = unpack(tensor, payloads)
+    places = array_of(tensor.inline if payloads is None else payloads.get(tensor.inline), dtype, shape)
     if not len(places):
         return places
     if not (places[0] >= 0 and places[-1] < count):

@@ -58,7 +58,7 @@ def are_plain(types: Container[Any], *arrays: Any) -> bool:
 def are_finite(*arrays: NDArray[Any]) -> bool:
     """Whether arrays hold neither NaN nor infinity; large numbers may look like some."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return all(math.isfinite(array.sum()) for array in arrays)
+        return all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)
 
 
 @lru_cache(maxsize=1024)

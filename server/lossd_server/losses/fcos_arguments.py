@@ -57,8 +57,9 @@ def check_predictions(arguments: Arguments, num_classes: int) -> list[tuple[int,
     checks.require_shape("cls_preds[0]", cls_preds[0], ["B", num_classes, "H", "W"])
     batch = cls_preds[0].shape[0]
     for level, cls_pred in enumerate(cls_preds):
-        checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, num_classes, "H", "W"])
-        _, _, height, width = cls_pred.shape
+        if tuple(cls_pred.shape[:-2]) != (batch, num_classes):
+            checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, num_classes, "H", "W"])
+        height, width = cls_pred.shape[-2:]
         sizes.append((batch, height, width))
         for name, channels in zip(PREDICTIONS, (num_classes, 4, 1), strict=True):
             field, pred = f"{name}[{level}]", arguments[name][level]

@@ -1,7 +1,7 @@
 """How the sums of an FCOS head become its loss: what each is divided by, and what it weighs."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,7 +89,12 @@ class HeadReduction(NamedTuple):
         """Returns the sums of the three terms, and what else is reported of each level, by name."""
         return {
             **dict(zip(COMPONENTS, sums[:3], strict=True)),
-            "centerness_target": np.array([t.centerness.sum(dtype=np.float64) for t in self.levels]),
+            "centerness_target": np.array([_sum_of(targets.centerness) for targets in self.levels]),
             "valid_count": self.valid,
             "positive_count": self.positives,
         }
+
+
+def _sum_of(numbers: NDArray[Any]) -> float:
+    """Returns the sum of numbers; of none, as on a level without an object, without asking numpy."""
+    return float(numbers.sum(dtype=np.float64)) if len(numbers) else 0.0
