@@ -1,8 +1,7 @@
 """A call of a method: what goes out and what its answer means, whoever waits for it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -24,8 +23,7 @@ SMALL_BYTES = 1 << 20
 _SERVICE = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call(Generic[R]):
+class Call(NamedTuple, Generic[R]):
     """One call.
 
     Attributes:

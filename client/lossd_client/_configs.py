@@ -15,6 +15,10 @@ from lossd_client._storage import Storage
 
 _ITEM = tags_of(pb.LossItem.DESCRIPTOR)
 
+_WEIGHTS = tuple(
+    f"{term}{name}" for term in ("cls", "reg", "centerness") for name in ("_weight", "_loss_weight")
+)
+
 
 class LossConfig:
     """A loss that the server can evaluate.
@@ -90,6 +94,11 @@ class FocalLoss(LossConfig):
     gamma: float = 2.0
     reduction: str = "mean"
 
+    def __post_init__(self) -> None:
+        """Keeps plain numbers and names: losses are told apart by them, and nobody changes them."""
+        alpha = None if self.alpha is None else plain_number(self.alpha)
+        _keep(self, alpha=alpha, gamma=plain_number(self.gamma), reduction=str(self.reduction))
+
     def message(self) -> losses_pb2.FocalLoss:
         """Returns the configuration as the contract's message."""
         alpha = -1.0 if self.alpha is None else self.alpha
@@ -115,6 +124,10 @@ class GIoULoss(LossConfig):
     reduction: str = "mean"
     eps: float = 1e-7
 
+    def __post_init__(self) -> None:
+        """Keeps plain numbers and names, as a focal loss does."""
+        _keep(self, reduction=str(self.reduction), eps=plain_number(self.eps))
+
     def message(self) -> losses_pb2.GIoULoss:
         """Returns the configuration as the contract's message."""
         return losses_pb2.GIoULoss(reduction=_reduction(self.kind, self.reduction), eps=self.eps)
@@ -133,6 +146,10 @@ class CenternessLoss(LossConfig):
     differentiable = ("pred",)
 
     reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Keeps a plain name, as a focal loss does."""
+        _keep(self, reduction=str(self.reduction))
 
     def message(self) -> losses_pb2.CenternessLoss:
         """Returns the configuration as the contract's message."""
@@ -159,14 +176,13 @@ class FCOSAssigner:
     def __post_init__(self) -> None:
         """Keeps plain numbers and names: assigners are told apart by them, and nobody changes them."""
         ranges = self.regress_ranges
-        plain = {
-            "strides": () if self.strides is None else tuple(map(whole_number, self.strides)),
-            "regress_ranges": None if ranges is None else tuple((float(a), float(b)) for a, b in ranges),
-            "preset": str(self.preset),
-            "box_format": str(self.box_format),
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        _keep(
+            self,
+            strides=() if self.strides is None else tuple(map(whole_number, self.strides)),
+            regress_ranges=None if ranges is None else tuple((float(a), float(b)) for a, b in ranges),
+            preset=str(self.preset),
+            box_format=str(self.box_format),
+        )
 
     def message(self, path: str = "assigner") -> losses_pb2.FCOSAssigner:
         """Returns the configuration as the contract's message; `path` is where it stands, for errors."""
@@ -233,16 +249,25 @@ class FCOSLoss(LossConfig):
     centerness_loss_weight: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a weight under both of its names with `TypeError`."""
+        """Refuses a weight under both of its names with `TypeError`; keeps plain numbers and names."""
         for name in ("cls", "reg", "centerness"):
             if None not in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_loss_weight")):
                 raise TypeError(f"{name}_weight and {name}_loss_weight are one: give one")
+        assigner = self._assigner()
+        _keep(
+            self,
+            num_classes=whole_number(self.num_classes),
+            strides=assigner.strides,
+            regress_ranges=assigner.regress_ranges,
+            box_format=assigner.box_format,
+            preset=None if self.preset is None else str(self.preset),
+        )
+        for name in ("focal_alpha", "focal_gamma", *_WEIGHTS):
+            value = getattr(self, name)
+            _keep(self, **{name: None if value is None else plain_number(value)})
 
     def message(self) -> losses_pb2.FCOSLoss:
         """Returns the configuration as the contract's message."""
-        assigner = FCOSAssigner(
-            strides=self.strides, regress_ranges=self.regress_ranges, box_format=self.box_format
-        )
         return losses_pb2.FCOSLoss(
             num_classes=self.num_classes,
             focal_alpha=-1.0 if self.focal_alpha is None else self.focal_alpha,
@@ -251,7 +276,7 @@ class FCOSLoss(LossConfig):
             reg_weight=_given(self.reg_weight, self.reg_loss_weight),
             centerness_weight=_given(self.centerness_weight, self.centerness_loss_weight),
             preset=_enum(losses_pb2.LossPreset, "LOSS_PRESET_", "fcos.preset", self.preset or "unspecified"),
-            assigner=assigner.message("fcos.assigner"),
+            assigner=self._assigner().message("fcos.assigner"),
         )
 
     def item(self, arguments: Sequence[Any], path: str, storage: Storage) -> list[Piece]:
@@ -270,6 +295,11 @@ class FCOSLoss(LossConfig):
         if len(arguments) == 4:
             pieces += pack_ground_truth(f"{path}.ground_truth", tags["ground_truth"], arguments[3], storage)
         return message_field(_ITEM[self.kind], pieces)
+
+    def _assigner(self) -> FCOSAssigner:
+        return FCOSAssigner(
+            strides=self.strides, regress_ranges=self.regress_ranges, box_format=self.box_format
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +337,22 @@ class CustomLoss(LossConfig):
         return f"{path}.tensors[{name}]"
 
 
+@lru_cache
 def _tags_of_inputs(kind: str) -> dict[str, bytes]:
     return tags_of(pb.LossItem.DESCRIPTOR.fields_by_name[kind].message_type)
+
+
+def _keep(config: Any, **plain: Any) -> None:
+    """Sets attributes of a configuration that is being made."""
+    for name, value in plain.items():
+        object.__setattr__(config, name, value)
+
+
+def plain_number(value: Any) -> float:
+    """Returns a number as Python's own; raises `TypeError` for what is none, text among it."""
+    if isinstance(value, str):
+        raise TypeError(f"must be real number, not {value!r}")
+    return float(value)
 
 
 def whole_number(value: Any) -> int:

@@ -1,10 +1,9 @@
 """What both clients send of losses: builds requests, and splits those that are too large."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +25,7 @@ from lossd_client._wire_form import WireForm
 _ITEM = tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossBatch:
+class LossBatch(NamedTuple):
     """A batch of evaluations, to go out in one message or, where that is too large, in several.
 
     Attributes:
@@ -108,46 +106,67 @@ def loss_batch(
     storage: Storage,
 ) -> LossBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
-    storage.form, config = _wire_form(loss, options), loss.message()
+    storage.form, config = _wire_form(loss, options), _config(loss)
     arguments = [*items]
     if normalizers is not None and len(normalizers) != len(arguments):
         raise ValueError(f"normalizers has {len(normalizers)} entries, want {len(arguments)} as items")
     paths = [f"items[{index}].{loss.kind}" for index in range(len(arguments))]
     inputs = [loss.item(given, path, storage) for given, path in zip(arguments, paths, strict=True)]
-    request = pb.ComputeLossRequest(
-        gradients=_gradient_names(loss, arguments, options.gradients, storage),
-        component_gradients=options.component_gradients,
-        strict=options.strict,
-        **{loss.kind: config},
-    )
-    if storage.form.is_narrow:
-        # Gradients of a mean are below what float16 holds.
-        request.gradient_dtype = tensor_pb2.DATA_TYPE_BFLOAT16
-    elif options.gradient_dtype is not None:
-        request.gradient_dtype = _gradient_dtype(options.gradient_dtype)
-    request.sparse_gradients = isinstance(loss, FCOSLoss) and bool(request.gradients)
+    names = _gradient_names(loss, arguments, options.gradients, storage)
+    gradient_dtype = _sent_gradient_dtype(options, storage)
+    is_sparse = isinstance(loss, FCOSLoss) and bool(names)
+    wanted = _wanted(names, gradient_dtype, options.component_gradients, options.strict, is_sparse)
     abouts = [
-        _about(loss, path, request, normalizer, storage)
+        _about(loss, path, names, gradient_dtype, normalizer, storage)
         for path, normalizer in zip(paths, normalizers or [None] * len(paths), strict=True)
     ]
     storage.wait_for_gpu()
     return LossBatch(
         kind=loss.kind,
-        head=request.SerializeToString(),
+        head=config + wanted,
         items=[message_field(_ITEM, [*pieces, about]) for pieces, about in zip(inputs, abouts, strict=True)],
         storage=storage,
     )
 
 
+@lru_cache(maxsize=64)
+def _config(loss: LossConfig) -> bytes:
+    """Returns the part of a request that says which loss it is."""
+    return pb.ComputeLossRequest(**{loss.kind: loss.message()}).SerializeToString()
+
+
+@lru_cache(maxsize=64)
+def _wanted(
+    gradients: tuple[str, ...],
+    gradient_dtype: Any,
+    component_gradients: bool,  # noqa: FBT001  # by place, as it is sooner known again
+    strict: bool,  # noqa: FBT001
+    sparse_gradients: bool,  # noqa: FBT001
+) -> bytes:
+    """Returns the part of a request that says what is wanted of each item."""
+    request = pb.ComputeLossRequest(
+        gradients=gradients,
+        gradient_dtype=gradient_dtype,
+        component_gradients=component_gradients,
+        strict=strict,
+        sparse_gradients=sparse_gradients,
+    )
+    return request.SerializeToString()
+
+
 def _about(
-    loss: LossConfig, path: str, request: pb.ComputeLossRequest, normalizer: float | None, storage: Storage
+    loss: LossConfig,
+    path: str,
+    names: tuple[str, ...],
+    gradient_dtype: Any,
+    normalizer: float | None,
+    storage: Storage,
 ) -> bytes:
     """Returns what an item holds beside its inputs."""
-    names = (
-        name for name in request.gradients if name in loss.differentiable or isinstance(loss, CustomLoss)
-    )
-    paths = ((name, loss.input_path(path, name)) for name in names)
-    outputs = storage.outputs(paths, request.gradient_dtype)
+    outputs: list[pb.GradientOutput] = []
+    if storage.has_pool:
+        known = (name for name in names if name in loss.differentiable or isinstance(loss, CustomLoss))
+        outputs = storage.outputs([(name, loss.input_path(path, name)) for name in known], gradient_dtype)
     if normalizer is None and not outputs:
         return b""
     return pb.LossItem(normalizer=normalizer, outputs=outputs).SerializeToString()
@@ -191,6 +210,13 @@ def _wire_form(loss: LossConfig, options: EvaluationOptions) -> WireForm:
     return WireForm(dtype, DTYPES[wanted])
 
 
+def _sent_gradient_dtype(options: EvaluationOptions, storage: Storage) -> Any:
+    """Returns the `DataType` that gradients are asked for in; 0 for that of each input."""
+    if storage.form.is_narrow:
+        return tensor_pb2.DATA_TYPE_BFLOAT16  # those of a mean are below what float16 holds
+    return 0 if options.gradient_dtype is None else _gradient_dtype(options.gradient_dtype)
+
+
 def _gradient_dtype(dtype: Any) -> Any:
     try:
         return data_type_of(np.dtype(dtype))
@@ -201,14 +227,14 @@ def _gradient_dtype(dtype: Any) -> Any:
 
 def _gradient_names(
     loss: LossConfig, items: Sequence[Sequence[Any]], gradients: Gradients, storage: Storage
-) -> Sequence[str]:
+) -> tuple[str, ...]:
     if isinstance(gradients, str):
-        return [gradients]
+        return (gradients,)
     if not isinstance(gradients, bool):
-        return list(gradients)
+        return tuple(gradients)
     if not gradients:
-        return []
+        return ()
     if isinstance(loss, CustomLoss):
         path, names = f"items[0].{loss.kind}", items[0][0] if items else ()
-        return sorted(name for name in names if storage.floats_at(loss.input_path(path, name)))
+        return tuple(sorted(name for name in names if storage.floats_at(loss.input_path(path, name))))
     return loss.differentiable

@@ -1,8 +1,7 @@
 """What a caller can ask of an evaluation, for one call, a batch and a stream alike."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 Gradients = bool | str | Sequence[str]
 """True for all, or the name or names of the inputs whose gradient is wanted."""
@@ -18,8 +17,7 @@ class LossOptions(TypedDict, total=False):
     strict: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationOptions:
+class EvaluationOptions(NamedTuple):
     """The same with its defaults, as it goes from there on."""
 
     gradients: Gradients = False

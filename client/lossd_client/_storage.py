@@ -84,6 +84,11 @@ class Storage:
         return isinstance(error, MemoryInUseError)
 
     @property
+    def has_pool(self) -> bool:
+        """Whether there is shared memory."""
+        return self._pool is not None
+
+    @property
     def shares_memory(self) -> bool:
         """Whether a tensor of the request or its answer lies in shared memory."""
         return bool(self._regions)
@@ -155,8 +160,6 @@ class Storage:
             wanted: The inputs whose gradients are wanted: the name of each, and where it stands.
             gradient_dtype: A `DataType`, or 0 for that of each input.
         """
-        if self._pool is None:
-            return []
         paths = dict(wanted)
         found = (self._output(name, self.floats_at(path), gradient_dtype) for name, path in paths.items())
         return [output for output in found if output is not None]

@@ -21,7 +21,7 @@ Places = NDArray[Any]
 
 _TAGS = tags_of(pb.SparseTensor.DESCRIPTOR)
 
-_PLACE_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 _HEADER_BYTES = 40
 """What a sparse tensor's two parts take on the wire beyond a dense one's, at most."""
@@ -104,7 +104,7 @@ def _field_without_rows(tag: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]
 def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | None) -> Places:
     """Returns the places of a sparse tensor of so many; raises `TensorError` where they are none."""
     dtype, shape = layout(tensor)
-    if dtype not in _PLACE_TYPES or len(shape) != 1:
+    if dtype not in {_INT32, _INT64} or len(shape) != 1:
         _refuse(f"places are {dtype.name} {list(shape)}, want int32 or int64 [P]", "INVALID_TENSOR")
     places = array_of(tensor.inline if payloads is None else payloads.get(tensor.inline), dtype, shape)
     if not len(places):
@@ -118,7 +118,7 @@ def _read_places(tensor: tensor_pb2.Tensor, count: int, payloads: Payloads | Non
 
 def _place_type(shape: Sequence[int]) -> np.dtype[Any]:
     batch, _, height, width = shape
-    return _PLACE_TYPES[batch * height * width > 2**31]
+    return _INT32 if batch * height * width <= 2**31 else _INT64
 
 
 def _refuse(message: str, reason: str) -> None:

@@ -33,7 +33,7 @@ from lossd_server.errors import (
     UnavailableError,
 )
 from lossd_server.kernels import load_library
-from lossd_server.losses import EvaluationOptions, FocalLoss, LossModule
+from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, LossModule
 from lossd_server.targets import FCOSAssigner
 from tests.domain.jobs import MAKERS, TYPES, bits_of, cpu_engine, custom_job, random_job
 from tests.domain.regions import wait_until
@@ -276,6 +276,15 @@ def test_arrays_are_evaluated_to_the_bit_as_tensors_are(monkeypatch, kind, has_o
         for outcome, item in zip(found, job.items, strict=True):
             for name in job.loss.differentiable:
                 assert outcome.gradients[name][0] is item.outputs[name][0]
+
+
+def test_arrays_are_not_tried_where_there_is_no_kernel_for_the_loss(monkeypatch):
+    job = random_job("head", [5], 1)
+    job = job._replace(loss=FCOSLoss(3, focal_gamma=1.5, strides=(8,), regress_ranges=((-1, 64),)))
+    monkeypatch.setattr(FCOSLoss, "evaluate_arrays", None)
+    with closing(cpu_engine()) as engine:
+        (outcome,) = engine.compute(job)[0]
+    assert np.isfinite(outcome.loss)
 
 
 def test_a_step_of_which_one_item_needs_tensors_goes_by_tensors_whole():

@@ -187,7 +187,11 @@ def test_heads_with_ground_truth_have_the_bits_of_tensors(batch, seed, preset, g
     assert_has_the_bits_of_tensors(loss, head_of(batch, seed), **options)
 
 
-@given(label_type=st.sampled_from(["i1", "i4", "i8"]), target_type=st.sampled_from(["f4", "f8"]), **HEADS)
+@given(
+    label_type=st.sampled_from(["i1", "i2", "i4", "i8"]),
+    target_type=st.sampled_from(["f2", "f4", "f8"]),
+    **HEADS,
+)
 def test_heads_with_dense_targets_have_the_bits_of_tensors(
     batch, seed, preset, gamma, label_type, target_type, **options
 ):
@@ -271,28 +275,56 @@ def test_what_needs_more_than_the_kernel_is_left_to_tensors(loss, arguments, opt
     assert by_arrays(loss, arguments, **options) is None
 
 
+def places_other_than(shape):
+    """Arrays of a shape that the kernels do not write to: in another order or type, and read-only."""
+    fixed = np.zeros(shape, np.float32)
+    fixed.flags.writeable = False
+    return np.zeros(shape, np.float32, order="F"), np.zeros(shape), fixed
+
+
 def test_a_gradient_that_lies_otherwise_is_left_to_tensors():
     loss, arguments = FocalLoss(), inputs_of((7, 5))
     prepared, options = loss.prepare(arguments), EvaluationOptions(gradients=("inputs",))
-    for place in (np.zeros((7, 5), np.float32, order="F"), np.zeros((7, 5))):
+    for place in (*places_other_than((7, 5)), np.zeros((1, 5), np.float32)):
         assert loss.evaluate_arrays(prepared, options, {"inputs": [place]}.get) is None
     loss, options = GIoULoss(), EvaluationOptions(gradients=("pred_boxes",))
     prepared = loss.prepare(boxes_of(7))
-    for place in (np.zeros((7, 4), np.float32, order="F"), np.zeros((7, 4))):
+    for place in (*places_other_than((7, 4)), np.zeros((1, 4), np.float32)):
         assert loss.evaluate_arrays(prepared, options, {"pred_boxes": [place]}.get) is None
     loss, options = FCOSLoss(3, **LEVELS), EvaluationOptions(gradients=("reg_preds",))
     prepared = loss.prepare(head_of(2))
     places = [np.zeros_like(pred) for pred in prepared["reg_preds"]]
-    for place in (np.zeros_like(places[1], order="F"), places[1].astype(np.float64)):
+    for place in (*places_other_than(places[1].shape), places[2]):
         found = loss.evaluate_arrays(prepared, options, {"reg_preds": [places[0], place, places[2]]}.get)
         assert found is None
 
 
-def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_as_in_tensors():
-    column = np.random.default_rng(0).standard_normal((77, 1), np.float32)
-    arguments = {"inputs": column.T, "targets": np.zeros(1, np.int64)}
+def with_strides_of_one_location(logits):
+    """The same logits `[1, C, 1, 1]`, as a map has them whose channels are last, cut to one location."""
+    wide = np.zeros((1, 2, 3, logits.shape[1]), np.float32)
+    wide[:, :1, :1] = logits.transpose(0, 2, 3, 1)
+    return wide.transpose(0, 3, 1, 2)[:, :, :1, :1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {
+            "inputs": np.random.default_rng(0).standard_normal((77, 1), np.float32).T,
+            "targets": np.zeros(1, int),
+        },
+        {
+            "inputs": with_strides_of_one_location(inputs_of((1, 77, 1, 1))["inputs"]),
+            "targets": np.zeros((1, 1, 1), int),
+        },
+    ],
+    ids=["rows", "maps"],
+)
+def test_an_axis_of_one_decides_the_order_of_a_sum_and_so_is_as_in_tensors(arguments):
     assert arguments["inputs"].flags.c_contiguous
-    assert_has_the_bits_of_tensors(FocalLoss(), arguments, gradients=("inputs",))
+    loss = FocalLoss()
+    found, expected = by_arrays(loss, arguments), by_tensors(loss, arguments)
+    assert found is None or found.loss.tobytes() == expected.loss.numpy().tobytes()
 
 
 def test_tensors_are_left_to_tensors():

@@ -221,6 +221,8 @@ def test_none_passes_each_rows_upstream_gradient_to_that_row():
     oracle.assert_close(inputs.grad, slopes * factors[:, None])
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("settings", [{}, {"reduction": "none"}, {"gamma": 1.5}], ids=str)
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -234,8 +236,8 @@ def test_none_passes_each_rows_upstream_gradient_to_that_row():
         torch.uint64,
     ],
 )
-def test_labels_of_every_integer_type_are_taken(dtype):
-    inputs, targets = random_case()
+def test_labels_of_every_integer_type_are_taken(dtype, settings, wide):
+    inputs, targets = random_case(dtype=torch.float64 if wide else torch.float32)
     targets = targets.abs()
-    expected = FocalLoss()(inputs, targets)
-    assert FocalLoss()(inputs, targets.to(dtype)).equal(expected)
+    expected = FocalLoss(**settings)(inputs, targets)
+    assert FocalLoss(**settings)(inputs, targets.to(dtype)).equal(expected)

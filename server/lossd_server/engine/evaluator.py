@@ -18,6 +18,7 @@ from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
 from lossd_server.engine.work import LossItem, LossJob, LossOutcome
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
+from lossd_server.kernels import loaded_library
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
@@ -77,7 +78,7 @@ class Evaluator:
 
     def _by_arrays(self, task: Task) -> list[LossOutcome] | None:
         loss, outcomes = task.job.loss, []
-        if not isinstance(loss, LossModule):
+        if not isinstance(loss, LossModule) or not loss.has_kernels or loaded_library() is None:
             return None
         for item in task.steps[0].items:
             task.asker.check()

@@ -18,9 +18,8 @@ class _Interface(ctypes.Structure):
     )
 
 
-_content_of = ctypes.pythonapi.PyCapsule_GetPointer
-_content_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
-_content_of.restype = ctypes.c_void_p
+_Getter = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+_content_of = _Getter(("PyCapsule_GetPointer", ctypes.pythonapi))
 
 
 def address_of(array: "NDArray[Any]") -> int:

@@ -1,7 +1,7 @@
 """Tensors, and arrays of numpy where there is no need of tensors, seen alike."""
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar, overload
 
@@ -50,9 +50,24 @@ def is_dense(array: Tensor | NDArray[Any]) -> bool:
 def are_plain(types: Container[Any], *arrays: Any) -> bool:
     """Whether all are arrays of numpy, of certain types, whose elements lie in order and without gaps."""
     return all(
-        isinstance(array, np.ndarray) and array.dtype in types and array.flags.c_contiguous
+        isinstance(array, np.ndarray)
+        and array.dtype in types
+        and (flags := array.flags).c_contiguous
+        and flags.aligned
         for array in arrays
     )
+
+
+def are_places(places: Sequence[Any], likes: Sequence[NDArray[np.float32]]) -> bool:
+    """Whether the gradients of float32 arrays can be written to places: plain ones of the same shapes."""
+    return are_plain(FLOAT32, *places) and all(
+        place.shape == like.shape and place.flags.writeable for place, like in zip(places, likes, strict=True)
+    )
+
+
+def in_rows(array: NDArray[Any]) -> NDArray[Any]:
+    """Returns an array whose last axis is dense, which may be the one that came."""
+    return np.ascontiguousarray(array) if array.ndim and array.strides[-1] != array.itemsize else array
 
 
 def are_finite(*arrays: NDArray[Any]) -> bool:

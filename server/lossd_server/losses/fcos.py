@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.arrays import FLOAT32, are_finite, are_plain
+from lossd_server.losses.arrays import FLOAT32, are_finite, are_places, are_plain
 from lossd_server.losses.evaluation import (
     PLAIN_GRADIENTS,
     ArrayEvaluation,
@@ -256,7 +256,7 @@ class FCOSLoss(LossModule):
             return None
         reduction = self._reduction(arguments, options)
         gradients = {name: place(name) for name in options.gradients}
-        if not are_plain(FLOAT32, *chain(*gradients.values())):
+        if not all(are_places(places, arguments[name]) for name, places in gradients.items()):
             return None
         requests = [
             GradientRequest(scales=scales, buffers=gradients[name]) if name in gradients else None

@@ -57,9 +57,8 @@ def check_predictions(arguments: Arguments, num_classes: int) -> list[tuple[int,
     checks.require_shape("cls_preds[0]", cls_preds[0], ["B", num_classes, "H", "W"])
     batch = cls_preds[0].shape[0]
     for level, cls_pred in enumerate(cls_preds):
-        if tuple(cls_pred.shape[:-2]) != (batch, num_classes):
-            checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, num_classes, "H", "W"])
-        height, width = cls_pred.shape[-2:]
+        checks.require_shape(f"cls_preds[{level}]", cls_pred, [batch, num_classes, "H", "W"])
+        _, _, height, width = cls_pred.shape
         sizes.append((batch, height, width))
         for name, channels in zip(PREDICTIONS, (num_classes, 4, 1), strict=True):
             field, pred = f"{name}[{level}]", arguments[name][level]

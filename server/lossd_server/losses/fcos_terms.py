@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossd_server.losses.arrays import A
+from lossd_server.losses.arrays import A, in_rows
 from lossd_server.losses.evaluation import Numbers
 from lossd_server.losses.fcos_arguments import PREDICTIONS
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, flat, grid
@@ -22,7 +22,7 @@ from lossd_server.losses.native import focal_sums_natively, row_sums_natively
 from lossd_server.losses.presets import LossRules
 from lossd_server.losses.row_group import RowGroup, RowSums
 from lossd_server.losses.row_kernel import row_sums
-from lossd_server.losses.uploads import in_rows, uploaded
+from lossd_server.losses.uploads import uploaded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,12 +121,7 @@ def _head(
 ) -> _Head[A]:
     """Returns the problems of a head; gradients at locations without an object are made exactly zero.
 
-    Args:
-        preds: As in `term_sums`, like the last two.
-        levels: As well.
-        targets: The arrays of the levels, where the predictions are.
-        rules: As well.
-        requests: As well.
+    Args as for `term_sums`, and `targets`, the arrays of the levels where the predictions are.
     """
     for request in requests[1:]:
         clear(() if request is None else request.buffers)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.arrays import FLOAT32, are_plain
+from lossd_server.losses.arrays import FLOAT32, are_places, are_plain
 from lossd_server.losses.evaluation import (
     PLAIN_GRADIENTS,
     ArrayEvaluation,
@@ -148,7 +148,7 @@ class FocalLoss(LossModule):
             gradients={} if gradients is None else {"inputs": gradients[0]},
             raw_sums={"cls_loss": sums.losses, "valid_count": count, "positive_count": count},
             preset=LossPreset.AUTOTIMM,
-            kept_rows=None if rows is None else (labels >= 0).flatten().nonzero().flatten(),
+            kept_rows=None if rows is None else _have_object(labels).flatten().nonzero().flatten(),
             finite_inputs=_LOGITS if sums.finite else frozenset(),
         )
 
@@ -164,7 +164,7 @@ class FocalLoss(LossModule):
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
         (gradient,) = gradients.get("inputs", [None])
-        if gradient is not None and not are_plain(FLOAT32, gradient):
+        if gradient is not None and not are_places([gradient], [logits]):
             return None
         problem = FocalGrid(logits=logits, labels=labels, gradient=gradient, scale=1 / divisor)
         sums = focal_sums_natively([problem], self.constants)
@@ -202,5 +202,10 @@ def check_focal_constants(constants: FocalConstants, *, alpha_field: str, gamma_
 
 
 def _kept(rows: Tensor, labels: Tensor) -> Tensor:
-    kept = rows[labels >= 0]
+    kept = rows[_have_object(labels)]
     return kept if len(kept) else rows.new_zeros(())
+
+
+def _have_object(labels: Tensor) -> Tensor:
+    """Returns which labels are of an object; torch compares no unsigned numbers of more than a byte."""
+    return labels.to(torch.int64) >= 0

@@ -3,11 +3,10 @@
 import math
 from typing import Generic, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lossd_server.losses.arrays import A, strides_of
+from lossd_server.losses.arrays import A
 from lossd_server.losses.evaluation import Numbers
 
 _LARGEST_GAMMA = 4
@@ -80,7 +79,7 @@ class FocalSums(NamedTuple):
     means: Tensor | None = None
 
 
-def flat(problem: FocalGrid[A]) -> FocalGrid[A]:
+def flat(problem: FocalGrid[Tensor]) -> FocalGrid[Tensor]:
     """Returns a grid with the locations of each image in a row, what is written to as a view."""
     logits = grid(problem.logits)
     batch, _, locations = logits.shape
@@ -89,7 +88,7 @@ def flat(problem: FocalGrid[A]) -> FocalGrid[A]:
         labels=_row_by_row(problem.labels, batch, locations),
         ignored=None if problem.ignored is None else _row_by_row(problem.ignored, batch, locations),
         gradient=None if problem.gradient is None else grid(problem.gradient),
-        rows=None if problem.rows is None else problem.rows.reshape(batch, locations),
+        rows=None if problem.rows is None else problem.rows.view(batch, locations),
     )
 
 
@@ -112,8 +111,6 @@ def grid(array: A) -> A:
     return array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
 
 
-def _row_by_row(array: A, batch: int, locations: int) -> A:
-    flat = array.reshape(batch, locations)
-    if strides_of(flat)[1] == 1:
-        return flat
-    return np.ascontiguousarray(flat) if isinstance(flat, np.ndarray) else flat.contiguous()
+def _row_by_row(tensor: Tensor, batch: int, locations: int) -> Tensor:
+    in_rows = tensor.reshape(batch, locations)
+    return in_rows if in_rows.stride(1) == 1 else in_rows.contiguous()

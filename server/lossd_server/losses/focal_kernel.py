@@ -27,7 +27,8 @@ def focal_sums(grids: Sequence[FocalGrid[Tensor]], constants: FocalConstants) ->
     if compiled is not None:
         return compiled
     grids = list(map(flat, grids))
-    compiled = focal_sums_on_gpu(grids, constants) if any(grid.logits.is_cuda for grid in grids) else None
+    on_gpu = any(grid.logits.is_cuda for grid in grids)
+    compiled = (focal_sums_on_gpu if on_gpu else focal_sums_natively)(grids, constants)
     if compiled is not None:
         return compiled
     losses = [_sum_by_torch(grid, constants) for grid in grids]
@@ -35,7 +36,8 @@ def focal_sums(grids: Sequence[FocalGrid[Tensor]], constants: FocalConstants) ->
 
 
 def _sum_by_torch(grid: FocalGrid[Tensor], constants: FocalConstants) -> Tensor:
-    logits, labels = grid.logits, grid.labels.to(torch.int64)
+    grid = grid._replace(labels=grid.labels.to(torch.int64))
+    logits, labels = grid.logits, grid.labels
     rows = grid.rows
     if rows is None:
         dtype = torch.promote_types(logits.dtype, torch.float32)

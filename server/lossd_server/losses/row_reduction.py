@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.checks import host_array
-from lossd_server.losses.arrays import FLOAT32, are_finite, are_plain
+from lossd_server.losses.arrays import FLOAT32, are_finite, are_places, are_plain
 from lossd_server.losses.evaluation import (
     PLAIN_GRADIENTS,
     EvaluationOptions,
@@ -139,7 +139,7 @@ def reduce_arrays(
         return None
     gradients = {name: place(name) for name in options.gradients}
     (gradient,) = next(iter(gradients.values()), [None])
-    if gradient is not None and not are_plain(FLOAT32, gradient):
+    if gradient is not None and not are_places([gradient], [preds]):
         return None
     shape = (-1, formula.numbers)
     group = RowGroup(

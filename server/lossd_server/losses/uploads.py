@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd_server.losses.arrays import in_rows
+
 _ALIGNMENT = 16
 """Bytes: the widest that a GPU reads at a time."""
 
@@ -33,8 +35,3 @@ def uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tenso
         there[start : start + array.nbytes].view(types[array.dtype]).view(array.shape)
         for start, array in zip(starts, arrays, strict=True)
     ]
-
-
-def in_rows(array: NDArray[Any]) -> NDArray[Any]:
-    """Returns an array whose last axis is dense, which may be the one that came."""
-    return np.ascontiguousarray(array) if array.ndim and array.strides[-1] != array.itemsize else array

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lossd_server.kernels import address_of, loaded_library
 from lossd_server.losses.arrays import A, address, is_dense, is_on_host, strides_of
-from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums, flat
+from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.native.numbers import FLOAT_TYPES, thread_count
 
 _SMALL = 1 << 16
@@ -58,16 +58,16 @@ class _Constants(ctypes.Structure):
 def focal_sums_natively(grids: Sequence[FocalGrid[A]], constants: FocalConstants) -> FocalSums | None:
     """Returns what `focal_sums` does, by the compiled kernel; None where that does not apply.
 
-    It applies on the CPU, for every type but float64 and for whole gammas up to 4.
+    It applies on the CPU, for every type but float64, for whole gammas up to 4, and where the locations of
+    each image lie at one distance from each other.
     """
     library, weights = loaded_library(), _weights(constants)
     if library is None or weights is None or not all(map(_applies, grids)):
         return None
-    found = list(map(_problem, grids))
-    if None in found:
-        grids = list(map(flat, grids))  # kept until the kernel has run: some may be copies
-        found = list(map(_problem, grids))
-    problems = (_Grid * len(grids))(*filter(None, found))
+    found = [problem for grid in grids if (problem := _problem(grid)) is not None]
+    if len(found) < len(grids):
+        return None
+    problems = (_Grid * len(grids))(*found)
     threads = thread_count(sum(math.prod(grid.logits.shape) for grid in grids), _SMALL)
     losses = np.empty(len(grids))
     stray = library.lossd_focal(problems, len(grids), weights, threads, address_of(losses))
@@ -97,10 +97,7 @@ def _applies(grid: FocalGrid[A]) -> bool:
 
 
 def _problem(grid: FocalGrid[A]) -> _Grid | None:
-    """Returns the grid in the kernel's terms; it points into the arrays.
-
-    None where the locations of an image do not lie at one distance from each other, as the kernel wants them.
-    """
+    """Returns the grid in the kernel's terms, which points into the arrays; None where it has none."""
     logits, gradient = grid.logits, grid.gradient
     layout = _layout_of(logits)
     like = layout if gradient is None else _layout_of(gradient)

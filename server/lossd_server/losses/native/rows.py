@@ -54,7 +54,8 @@ def row_sums_natively(
     threads = thread_count(sum(len(group.targets) for group in groups), _SMALL)
     if library.lossd_rows(problems, len(groups), _FORMULAS[formula], threads):
         raise MemoryError
-    losses, extras = np.array([(problem.losses, problem.extras) for problem in problems]).T
+    found = [(problem.losses, problem.extras) for problem in problems]
+    losses, extras = np.array(found).reshape(len(problems), 2).T
     return RowSums(losses=losses, extras=extras)
 
 
