@@ -60,8 +60,12 @@ def are_plain(types: Container[Any], *arrays: Any) -> bool:
 
 def are_places(places: Sequence[Any], likes: Sequence[NDArray[np.float32]]) -> bool:
     """Whether the gradients of float32 arrays can be written to places: plain ones of the same shapes."""
-    return are_plain(FLOAT32, *places) and all(
-        place.shape == like.shape and place.flags.writeable for place, like in zip(places, likes, strict=True)
+    return all(
+        isinstance(place, np.ndarray)
+        and place.dtype in FLOAT32
+        and place.shape == like.shape
+        and place.flags.carray  # in order, aligned, and to be written to
+        for place, like in zip(places, likes, strict=True)
     )
 
 
