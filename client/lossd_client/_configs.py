@@ -96,8 +96,8 @@ class FocalLoss(LossConfig):
 
     def __post_init__(self) -> None:
         """Keeps plain numbers and names: losses are told apart by them, and nobody changes them."""
-        alpha = None if self.alpha is None else plain_number(self.alpha)
-        _keep(self, alpha=alpha, gamma=plain_number(self.gamma), reduction=str(self.reduction))
+        alpha, gamma = plain_number(self.alpha), plain_number(self.gamma)
+        _keep(self, alpha=alpha, gamma=gamma, reduction=str(self.reduction))
 
     def message(self) -> losses_pb2.FocalLoss:
         """Returns the configuration as the contract's message."""
@@ -263,8 +263,7 @@ class FCOSLoss(LossConfig):
             preset=None if self.preset is None else str(self.preset),
         )
         for name in ("focal_alpha", "focal_gamma", *_WEIGHTS):
-            value = getattr(self, name)
-            _keep(self, **{name: None if value is None else plain_number(value)})
+            _keep(self, **{name: plain_number(getattr(self, name))})
 
     def message(self) -> losses_pb2.FCOSLoss:
         """Returns the configuration as the contract's message."""
@@ -348,11 +347,11 @@ def _keep(config: Any, **plain: Any) -> None:
         object.__setattr__(config, name, value)
 
 
-def plain_number(value: Any) -> float:
-    """Returns a number as Python's own; raises `TypeError` for what is none, text among it."""
+def plain_number(value: Any) -> float | None:
+    """Returns a number as Python's own, None as it is; raises `TypeError` for text and what else is none."""
     if isinstance(value, str):
         raise TypeError(f"must be real number, not {value!r}")
-    return float(value)
+    return None if value is None else float(value)
 
 
 def whole_number(value: Any) -> int:

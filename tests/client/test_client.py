@@ -224,6 +224,38 @@ def test_sizes_and_strides_are_those_of_the_moment(client):
         FCOSAssigner(strides=(8.0, 16))
 
 
+def test_settings_of_losses_are_those_of_the_moment(client, rng):
+    """What a request says of a loss is not written again, whatever kind of number it was made with."""
+    inputs, gamma, strides = focal(rng), torch.tensor(1.0), [8, 16]
+    loss = FocalLoss(alpha=np.float32(0.5), gamma=gamma, reduction="sum")
+    head = FCOSLoss(
+        np.int64(3), cls_weight=torch.tensor(2), strides=strides, regress_ranges=[[-1, 9], [9, 99]]
+    )
+    before = client.compute_loss(loss, *inputs).loss
+    gamma.fill_(3.0)
+    strides.append(32)
+    assert loss == FocalLoss(0.5, 1, "sum")
+    assert client.compute_loss(loss, *inputs).loss == before
+    assert client.compute_loss(FocalLoss(0.5, gamma, "sum"), *inputs).loss != before
+    assert head == FCOSLoss(3, cls_weight=2.0, strides=(8, 16), regress_ranges=((-1.0, 9.0), (9.0, 99.0)))
+    assert hash(head) != hash(FCOSLoss(3, cls_weight=1.0, strides=(8, 16)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FocalLoss(gamma="2"),
+        lambda: GIoULoss(eps="1e-7"),
+        lambda: FCOSLoss("3"),
+        lambda: FCOSLoss(3.5),
+        lambda: FCOSLoss(3, reg_weight="1"),
+    ],
+)
+def test_text_is_no_number_of_a_loss(make):
+    with pytest.raises(TypeError):
+        make()
+
+
 def test_a_large_tensor_of_a_custom_loss_lies_as_its_reader_wants_it():
     array = np.arange(LARGE_BYTES, dtype=np.float32)
     for length in range(1, 5):
