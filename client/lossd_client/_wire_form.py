@@ -1,6 +1,5 @@
 """In what form the predictions of a call travel, and how their gradients are given back."""
 
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,8 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Payloads
 from lossd_client._arrays import AnyArray, Array
 from lossd_client._narrow import narrowed
+
+_FLOAT64 = np.dtype(np.float64)
 
 
 class Layout(NamedTuple):
@@ -55,13 +56,16 @@ class WireForm:
         """
         layout = Layout(DTYPES[data_type_of(array.dtype)], array.shape)
         self._predictions[path] = layout
-        if layout.dtype == np.float64:
+        if layout.dtype == _FLOAT64:
             self._float64_items.add(path.rpartition(".")[0])
         return array if keep or isinstance(array, GpuArray) else narrowed(path, array, self._dtype)
 
     def levels(self, path: str) -> int:
         """Returns of how many levels the input at a path is; 0 for one without levels."""
-        return next(level for level in count() if f"{path}[{level}]" not in self._predictions)
+        level = 0
+        while f"{path}[{level}]" in self._predictions:
+            level += 1
+        return level
 
     def loss(self, path: str, value: Array) -> Array:
         """Returns the value of the item at a path, float64 where the caller's predictions were."""
