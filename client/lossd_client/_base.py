@@ -88,8 +88,9 @@ class ClientBase(Generic[C]):
 
     def _hedge(self, call: Call[Any], data: bytes) -> float | None:
         """Returns after how many seconds without an answer a request is sent a second time, if it is."""
-        is_worth_it = len(data) < LARGEST_BYTES and not call.storage.shares_memory
-        return self._hedge_after if is_worth_it else None
+        if self._hedge_after is None or len(data) >= LARGEST_BYTES or call.storage.shares_memory:
+            return None
+        return self._hedge_after
 
 
 def _restored(kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:

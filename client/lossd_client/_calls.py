@@ -1,16 +1,16 @@
 """A call of a method: what goes out and what its answer means, whoever waits for it."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from lossd.chunks import LEAST_BYTES
 from lossd.tensors import TensorError
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Buffer, Parcel
-from lossd.writing import Piece, placed, size_of
+from lossd.writing import Piece, placed
 from lossd_client._errors import LossdError, ServerError, error_of_call
 from lossd_client._results import ServerInfo, read_server_info
 from lossd_client._storage import Storage
@@ -32,7 +32,7 @@ class Call(NamedTuple, Generic[R]):
         read: Makes the result of the answer.
         storage: What the request is packed into.
         first_item: Place of the request's first item in the caller's batch, when that was split.
-        may_be_cut: Whether the method has a twin whose messages come in chunks.
+        goes_in_chunks: Whether the method has a twin whose messages come in chunks, and it is large enough.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Call(NamedTuple, Generic[R]):
     read: Callable[[Parcel[Any]], R]
     storage: Storage
     first_item: int = 0
-    may_be_cut: bool = False
+    goes_in_chunks: bool = False
 
     @property
     def path(self) -> str:
@@ -52,15 +52,10 @@ class Call(NamedTuple, Generic[R]):
         """What gRPC calls its twin whose messages come in chunks."""
         return method_path(f"{self.method}InChunks")
 
-    @property
-    def size(self) -> int:
-        """How long the request is."""
-        return size_of(self.request)
-
     def outgoing(self) -> bytes | list[Buffer]:
         """Returns the bytes to send: all in one, or the pieces of what goes in chunks."""
         pieces = placed(self.request)
-        return pieces if self.may_be_cut and self.size >= LEAST_BYTES else b"".join(pieces)
+        return pieces if self.goes_in_chunks else b"".join(pieces)
 
     def result(self, data: Buffer) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
@@ -91,12 +86,17 @@ def method_path(method: str) -> str:
 
 def read_answer(method: str, data: Buffer) -> Parcel[Any]:
     """Returns the answer of a method; raises `ServerError` for bytes that are none."""
-    name = f"{method}Response"
     try:
-        return Parcel.read(getattr(pb, name), data)
+        return Parcel.read(_answer_type(method), data)
     except DecodeError:
-        message = f"the server's answer of {len(data)} bytes is no {name}"
+        message = f"the server's answer of {len(data)} bytes is no {method}Response"
         raise ServerError(grpc.StatusCode.INTERNAL, message) from None
+
+
+@lru_cache
+def _answer_type(method: str) -> type[Any]:
+    found: type[Any] = getattr(pb, f"{method}Response")
+    return found
 
 
 def info_call() -> Call[ServerInfo]:

@@ -1,12 +1,13 @@
 """What both clients send of losses: builds requests, and splits those that are too large."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lossd.chunks import LEAST_BYTES
 from lossd.tensors import DTYPES, TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
@@ -32,23 +33,20 @@ class LossBatch(NamedTuple):
         kind: Name of the loss in the contract's `oneof`.
         head: What each message has beside items.
         items: The items, each as a field.
+        size: How long all of it is in one message.
         storage: Where its tensors lie, and those of its answer.
     """
 
     kind: str
     head: bytes
     items: Sequence[Sequence[Piece]]
+    size: int
     storage: Storage
 
     @property
     def pieces(self) -> list[Piece]:
         """All of it in one message."""
         return [self.head, *chain.from_iterable(self.items)]
-
-    @property
-    def size(self) -> int:
-        """How long that is."""
-        return len(self.head) + sum(map(size_of, self.items))
 
     @property
     def is_small(self) -> bool:
@@ -65,20 +63,18 @@ class LossBatch(NamedTuple):
             TooLargeError: One item alone is too large.
         """
         if max_bytes is None or self.size <= max_bytes:
-            return [self._call(self.pieces, 0)]
-        return [
-            self._call([self.head, *chain.from_iterable(part)], first)
-            for first, part in self._parts(max_bytes)
-        ]
+            return [self._call(self.pieces, self.size, 0)]
+        parts = [(first, [self.head, *chain.from_iterable(part)]) for first, part in self._parts(max_bytes)]
+        return [self._call(request, size_of(request), first) for first, request in parts]
 
-    def _call(self, request: Sequence[Piece], first_item: int) -> Call[list[LossResult]]:
+    def _call(self, request: Sequence[Piece], size: int, first_item: int) -> Call[list[LossResult]]:
         return Call(
             method="ComputeLoss",
             request=request,
             read=partial(read_loss_results, self.kind, self.storage, first_item),
             storage=self.storage,
             first_item=first_item,
-            may_be_cut=True,
+            goes_in_chunks=size >= LEAST_BYTES,
         )
 
     def _parts(self, max_bytes: int) -> Iterator[tuple[int, list[Sequence[Piece]]]]:
@@ -100,19 +96,20 @@ class LossBatch(NamedTuple):
 
 def loss_batch(
     loss: LossConfig,
-    items: Iterable[Sequence[Any]],
+    items: Sequence[Sequence[Any]],
     options: EvaluationOptions,
     normalizers: Sequence[float | None] | None,
     storage: Storage,
 ) -> LossBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
-    storage.form, config = _wire_form(loss, options), _config(loss)
-    arguments = [*items]
-    if normalizers is not None and len(normalizers) != len(arguments):
-        raise ValueError(f"normalizers has {len(normalizers)} entries, want {len(arguments)} as items")
-    paths = [f"items[{index}].{loss.kind}" for index in range(len(arguments))]
-    inputs = [loss.item(given, path, storage) for given, path in zip(arguments, paths, strict=True)]
-    names = _gradient_names(loss, arguments, options.gradients, storage)
+    if options.wire_dtype is not None:
+        storage.form = _narrow_form(loss, options)
+    config = _config(loss)
+    if normalizers is not None and len(normalizers) != len(items):
+        raise ValueError(f"normalizers has {len(normalizers)} entries, want {len(items)} as items")
+    paths = [f"items[{index}].{loss.kind}" for index in range(len(items))]
+    inputs = [loss.item(given, path, storage) for given, path in zip(items, paths, strict=True)]
+    names = _gradient_names(loss, items, options.gradients, storage)
     gradient_dtype = _sent_gradient_dtype(options, storage)
     is_sparse = isinstance(loss, FCOSLoss) and bool(names)
     wanted = _wanted(names, gradient_dtype, options.component_gradients, options.strict, is_sparse)
@@ -121,12 +118,10 @@ def loss_batch(
         for path, normalizer in zip(paths, normalizers or [None] * len(paths), strict=True)
     ]
     storage.wait_for_gpu()
-    return LossBatch(
-        kind=loss.kind,
-        head=config + wanted,
-        items=[message_field(_ITEM, [*pieces, about]) for pieces, about in zip(inputs, abouts, strict=True)],
-        storage=storage,
-    )
+    head = config + wanted
+    fields = [message_field(_ITEM, [*pieces, about]) for pieces, about in zip(inputs, abouts, strict=True)]
+    size = len(head) + sum(map(size_of, fields))
+    return LossBatch(kind=loss.kind, head=head, items=fields, size=size, storage=storage)
 
 
 @lru_cache(maxsize=64)
@@ -194,10 +189,8 @@ def loss_stream(
     )
 
 
-def _wire_form(loss: LossConfig, options: EvaluationOptions) -> WireForm:
+def _narrow_form(loss: LossConfig, options: EvaluationOptions) -> WireForm:
     dtype = wire_type(options.wire_dtype)
-    if dtype is None:
-        return WireForm()
     if isinstance(loss, CustomLoss):
         message = "does not go with a custom loss, which does not say what of its inputs are predictions"
         raise refused_here(pb.ERROR_REASON_UNEXPECTED_FIELD, message, field="wire_dtype", value=dtype.name)

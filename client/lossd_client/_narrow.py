@@ -20,17 +20,15 @@ _FLOATS = frozenset(map(np.dtype, ("f4", "f8")))
 """The types that are narrowed."""
 
 
-def wire_type(dtype: Any) -> np.dtype[Any] | None:
-    """Returns the type that predictions are sent in, None for their own.
+def wire_type(dtype: Any) -> np.dtype[Any]:
+    """Returns the type that predictions are to be sent in.
 
     Args:
-        dtype: `float16` or `bfloat16`, as a name or as numpy's or torch's type; or None.
+        dtype: `float16` or `bfloat16`, as a name or as numpy's or torch's type.
 
     Raises:
         InvalidInputError: It is neither.
     """
-    if dtype is None:
-        return None
     name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
     if name not in _WIRE_TYPES:
         reason, allowed = pb.ERROR_REASON_INVALID_OPTION, " or ".join(_WIRE_TYPES)

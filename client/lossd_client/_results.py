@@ -157,7 +157,7 @@ def _read_loss_result(
     components = {component.name: component.value for component in result.components}
     if path.endswith("fcos"):
         components.update(dict.fromkeys(TOTAL_NAMES, float(loss)))
-    level_sums = tuple(_sums(level) for level in result.raw_sums)
+    level_sums = tuple(map(_sums, result.raw_sums))
     return LossResult(
         loss=loss,
         components=components,
@@ -170,10 +170,7 @@ def _read_loss_result(
         level_sums=level_sums,
         preset=preset_name(losses_pb2.LossPreset, result.preset) if result.preset else None,
         kept_rows=optional_array(result, "kept_rows", payloads),
-        non_finite=tuple(
-            NonFinite(input=found.input, count=found.count, first_index=tuple(found.first_index))
-            for found in result.non_finite
-        ),
+        non_finite=tuple(map(_non_finite, result.non_finite)),
         negative_side_count=result.negative_side_count,
         timings=timings,
     )
@@ -185,3 +182,7 @@ def _added(level_sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _sums(level: pb.RawSums) -> dict[str, float]:
     return dict(zip(_SUMS, _read_sums(level), strict=True))
+
+
+def _non_finite(found: pb.NonFinite) -> NonFinite:
+    return NonFinite(input=found.input, count=found.count, first_index=tuple(found.first_index))

@@ -24,7 +24,7 @@ from lossd_client import (
     ServerError,
     TooLargeError,
     UnavailableError,
-    _calls,
+    _loss_requests,
 )
 from tests.client.proxies import answer_in_chunks, break_after, delay_chunks, proxy_of, refuse
 from tests.client.support import same_bits
@@ -57,7 +57,7 @@ def twin(target, kind):
 def test_the_result_is_that_of_the_whole_request(twin, monkeypatch):
     logits, labels = focal(12)
     result = twin.call("compute_loss", FocalLoss(), logits, labels, gradients=True)
-    monkeypatch.setattr(_calls, "LEAST_BYTES", 1 << 40)
+    monkeypatch.setattr(_loss_requests, "LEAST_BYTES", 1 << 40)
     whole = twin.call("compute_loss", FocalLoss(), logits, labels, gradients=True)
     assert twin.proxy.calls == ["ComputeLossInChunks", "ComputeLoss"]
     assert twin.proxy.requests[0] == twin.proxy.requests[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lossd.wire import Parcel
-from lossd_client import Client, FocalLoss, _calls
+from lossd_client import Client, FocalLoss, _loss_requests
 from lossd_server.losses import FocalLoss as LocalFocalLoss
 from tests.client.support import same_bits
 from tests.domain.support import needs_a_compiler
@@ -119,7 +119,7 @@ def test_what_is_not_made_there_is_copied_once(both, evaluated):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_messages_are_read_where_they_were_received(both, evaluated, received, monkeypatch, shape, in_chunks):
     if not in_chunks:
-        monkeypatch.setattr(_calls, "LEAST_BYTES", 1 << 40)
+        monkeypatch.setattr(_loss_requests, "LEAST_BYTES", 1 << 40)
     logits, labels = tensors(shape)
     with Client(both.addresses[1]) as client:
         result = client.compute_loss(FocalLoss(), logits, labels, gradients=True)
