@@ -1,6 +1,7 @@
 """Whatever a caller holds, as a numpy array: torch tensors too, without importing torch."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +31,20 @@ def as_array(value: Any) -> Array:
     if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
         return np.from_dlpack(value)
     return np.asarray(value)
+
+
+def host_arrays(values: Iterable[Any]) -> list[Array] | None:
+    """Returns arrays, and torch tensors of the host, as numpy; None where there is anything else."""
+    arrays: list[Array] = []
+    torch = sys.modules.get("torch")
+    for value in values:
+        if isinstance(value, np.ndarray):
+            arrays.append(value)
+        elif torch is not None and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            arrays.append(_from_torch(value, torch))
+        else:
+            return None
+    return arrays
 
 
 def _from_torch(tensor: Any, torch: Any) -> Array:

@@ -33,6 +33,8 @@ class Call(NamedTuple, Generic[R]):
         storage: What the request is packed into.
         first_item: Place of the request's first item in the caller's batch, when that was split.
         goes_in_chunks: Whether the method has a twin whose messages come in chunks, and it is large enough.
+        read_usual: Makes the result of an answer in its usual layout, None of any other; None where there is
+            no usual one.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Call(NamedTuple, Generic[R]):
     storage: Storage
     first_item: int = 0
     goes_in_chunks: bool = False
+    read_usual: Callable[[bytes], R | None] | None = None
 
     @property
     def path(self) -> str:
@@ -59,6 +62,10 @@ class Call(NamedTuple, Generic[R]):
 
     def result(self, data: Buffer) -> R:
         """Returns what the bytes of an answer mean; raises `ServerError` when they mean nothing."""
+        if self.read_usual is not None and isinstance(data, bytes):
+            result = self.read_usual(data)
+            if result is not None:
+                return result
         return read_result(self.method, self.read, read_answer(self.method, data))
 
     def error(self, error: grpc.RpcError) -> LossdError:

@@ -55,7 +55,7 @@ class LossConfig:
         """
         if len(arguments) > len(self.inputs):
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.inputs)}: got {len(arguments)}")
-        tags = _tags_of_inputs(self.kind)
+        tags = tags_of_inputs(self.kind)
         pieces: list[Piece] = []
         for name, value in zip(self.inputs, arguments, strict=False):
             if value is not None:
@@ -286,7 +286,7 @@ class FCOSLoss(LossConfig):
                 f"or the ground truth: got {len(arguments)} arguments"
             )
         lists = arguments[:3] if len(arguments) == 4 else arguments
-        tags = _tags_of_inputs(self.kind)
+        tags = tags_of_inputs(self.kind)
         pieces: list[Piece] = []
         for name, levels in zip(self.inputs, lists, strict=False):
             for i, level in enumerate(levels):
@@ -324,7 +324,7 @@ class CustomLoss(LossConfig):
         if len(arguments) != 1 or not isinstance(arguments[0], Mapping):
             raise TypeError(f"{self.name} takes one mapping of its inputs by name")
         entry = losses_pb2.CustomInputs.TensorsEntry
-        tag, value_tag = _tags_of_inputs(self.kind)["tensors"], tags_of(entry.DESCRIPTOR)["value"]
+        tag, value_tag = tags_of_inputs(self.kind)["tensors"], tags_of(entry.DESCRIPTOR)["value"]
         pieces: list[Piece] = []
         for name, value in arguments[0].items():
             field = pack_tensor(self.input_path(path, name), value_tag, value, storage, on_gpu=True)
@@ -337,7 +337,8 @@ class CustomLoss(LossConfig):
 
 
 @lru_cache
-def _tags_of_inputs(kind: str) -> dict[str, bytes]:
+def tags_of_inputs(kind: str) -> dict[str, bytes]:
+    """Returns the tags of the inputs of a loss by name."""
     return tags_of(pb.LossItem.DESCRIPTOR.fields_by_name[kind].message_type)
 
 

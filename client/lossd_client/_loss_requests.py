@@ -13,15 +13,17 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Parcel
 from lossd.writing import Piece, message_field, size_of, tags_of
+from lossd_client._arrays import host_arrays
 from lossd_client._calls import SMALL_BYTES, Call
 from lossd_client._configs import CustomLoss, FCOSLoss, LossConfig
 from lossd_client._errors import refused_here, too_large
+from lossd_client._layouts import CallLayout, layout_of_call
 from lossd_client._narrow import wire_type
 from lossd_client._options import EvaluationOptions, Gradients
 from lossd_client._results import LossResult, read_loss_results
 from lossd_client._storage import FLOAT_TYPES, Storage
 from lossd_client._streams import Stream
-from lossd_client._wire_form import WireForm
+from lossd_client._wire_form import Layout, WireForm
 
 _ITEM = tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"]
 
@@ -94,14 +96,39 @@ class LossBatch(NamedTuple):
         yield first, part
 
 
+class UsualBatch(NamedTuple):
+    """A batch of one evaluation whose layout is known; see `CallLayout`.
+
+    Attributes:
+        call: The one call that it takes.
+        is_small: Whether any server reads it in one message.
+    """
+
+    call: Call[list[LossResult]]
+    is_small: bool = True
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All of it in one message."""
+        return [*self.call.request]
+
+    def calls(self, _max_bytes: int | None) -> list[Call[list[LossResult]]]:
+        """Returns the calls that evaluate it."""
+        return [self.call]
+
+
 def loss_batch(
     loss: LossConfig,
     items: Sequence[Sequence[Any]],
     options: EvaluationOptions,
     normalizers: Sequence[float | None] | None,
     storage: Storage,
-) -> LossBatch:
+) -> LossBatch | UsualBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
+    if len(items) == 1 and (normalizers is None or [*normalizers] == [None]) and not storage.has_pool:
+        batch = _usual_batch(loss, items[0], options, storage)
+        if batch is not None:
+            return batch
     if options.wire_dtype is not None:
         storage.form = _narrow_form(loss, options)
     config = _config(loss)
@@ -122,6 +149,43 @@ def loss_batch(
     fields = [message_field(_ITEM, [*pieces, about]) for pieces, about in zip(inputs, abouts, strict=True)]
     size = len(head) + sum(map(size_of, fields))
     return LossBatch(kind=loss.kind, head=head, items=fields, size=size, storage=storage)
+
+
+def _usual_batch(
+    loss: LossConfig, arguments: Sequence[Any], options: EvaluationOptions, storage: Storage
+) -> UsualBatch | None:
+    """Returns a batch of one evaluation; None where its layout is not a usual one."""
+    arrays = host_arrays(arguments)
+    if arrays is None or isinstance(loss, FCOSLoss | CustomLoss):
+        return None
+    try:
+        layout = _layout(loss, options, tuple([(array.dtype, array.shape) for array in arrays]))
+    except TypeError:  # there is a list among the options, or one is nothing at all
+        return None
+    if layout is None:
+        return None
+    storage.form = layout.form
+    call = Call(
+        method="ComputeLoss",
+        request=[layout.request(arrays)],
+        read=partial(read_loss_results, loss.kind, storage, 0),
+        storage=storage,
+        read_usual=layout.answer.read,
+    )
+    return UsualBatch(call)
+
+
+@lru_cache(maxsize=256)
+def _layout(
+    loss: LossConfig, options: EvaluationOptions, arrays: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]
+) -> CallLayout | None:
+    if options.wire_dtype is not None:
+        return None
+    storage = Storage(None)
+    names = _gradient_names(loss, (), options.gradients, storage)
+    dtype = _sent_gradient_dtype(options, storage)
+    wanted = _wanted(names, dtype, options.component_gradients, options.strict, sparse_gradients=False)
+    return layout_of_call(loss, _config(loss) + wanted, names, dtype, [Layout(*array) for array in arrays])
 
 
 @lru_cache(maxsize=64)

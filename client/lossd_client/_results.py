@@ -1,8 +1,9 @@
 """What both clients hand out of losses and servers: reads answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Literal
 
 from lossd.tensors import unpack
 from lossd.v1 import loss_service_pb2 as pb
@@ -19,6 +20,9 @@ COUNTS = ("valid_count", "positive_count")
 _SUMS = (*COMPONENT_SUMS, *COUNTS)
 _read_sums = attrgetter(*_SUMS)
 
+_TENSORS: tuple[Literal["loss", "gradients", "kept_rows"], ...] = ("loss", "gradients", "kept_rows")
+"""The fields of a result that hold some."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NonFinite:
@@ -29,7 +33,6 @@ class NonFinite:
     first_index: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LossResult:
     """The outcome of one evaluation. Its arrays are read-only: views of the answer as it came.
 
@@ -37,35 +40,106 @@ class LossResult:
     too, as `GpuArray`. It is used again when nothing refers to an array of it any more, and not before: a
     result, or an array taken out of it, may be kept for good.
 
-    Attributes:
-        loss: 0-d, or `[rows]` under the reduction `none`; float64 for float64 inputs, else float32.
-        components: The terms of the loss by name, and for an FCOS loss the weighted total as `loss`
-            and as `total_loss`.
-        component_weights: The share of each term in the loss; 0 for one that is only reported.
-        gradients: By input name: an array in the shape and dtype of the input, for an FCOS loss one
-            for each level.
-        positive_count: Rows or locations that carry an object.
-        raw_sums: Sums before weights and division, over all levels: add them up over workers.
-        level_sums: The same for each level.
-        preset: Whose numbers these are; None for a custom loss.
-        kept_rows: Which flattened target positions `loss` is of, where some are left out.
-        non_finite: Inputs that hold NaN or infinity.
-        negative_side_count: Positives whose predicted distances have a negative side.
-        timings: Seconds that the server spent in each stage of the whole call.
+    The numbers beside the loss and its gradients are read when they are asked for.
+
+    Args:
+        loss: See the property, as for the next two.
+        gradients: By input name.
+        kept_rows: Array, or None.
+        about: The rest of the result's message, with no tensor in it.
+        answer: The rest of the answer's message, with no result in it.
+        has_total: Whether the loss counts as one of the components too.
     """
 
-    loss: Array
-    components: Mapping[str, float]
-    component_weights: Mapping[str, float]
-    gradients: GradientArrays
-    positive_count: int
-    raw_sums: Mapping[str, float]
-    level_sums: tuple[Mapping[str, float], ...]
-    preset: str | None
-    kept_rows: Array | None
-    non_finite: tuple[NonFinite, ...]
-    negative_side_count: int
-    timings: Mapping[str, float]
+    __slots__ = ("_about", "_answer", "_gradients", "_has_total", "_kept_rows", "_loss")
+
+    def __init__(
+        self,
+        loss: Array,
+        gradients: GradientArrays,
+        kept_rows: Array | None,
+        about: pb.LossResult,
+        answer: pb.ComputeLossResponse,
+        *,
+        has_total: bool = False,
+    ) -> None:
+        self._loss = loss
+        self._gradients = gradients
+        self._kept_rows = kept_rows
+        self._about = about
+        self._answer = answer
+        self._has_total = has_total
+
+    @property
+    def loss(self) -> Array:
+        """0-d, or `[rows]` under the reduction `none`; float64 for float64 inputs, else float32."""
+        return self._loss
+
+    @property
+    def components(self) -> Mapping[str, float]:
+        """The terms of the loss by name; an FCOS loss has its total too, as `loss` and `total_loss`."""
+        found = {component.name: component.value for component in self._about.components}
+        return found | dict.fromkeys(TOTAL_NAMES, float(self._loss)) if self._has_total else found
+
+    @property
+    def component_weights(self) -> Mapping[str, float]:
+        """The share of each term in the loss; 0 for one that is only reported."""
+        return {component.name: component.weight for component in self._about.components}
+
+    @property
+    def gradients(self) -> GradientArrays:
+        """By input name: an array in the shape and dtype of the input, of an FCOS loss one for each level."""
+        return self._gradients
+
+    @property
+    def positive_count(self) -> int:
+        """Rows or locations that carry an object."""
+        return self._about.positive_count
+
+    @property
+    def raw_sums(self) -> Mapping[str, float]:
+        """Sums before weights and division, over all levels: add them up over workers."""
+        levels = self.level_sums
+        return (
+            levels[0] if len(levels) == 1 else {name: sum(level[name] for level in levels) for name in _SUMS}
+        )
+
+    @property
+    def level_sums(self) -> tuple[Mapping[str, float], ...]:
+        """The same for each level."""
+        return tuple(dict(zip(_SUMS, _read_sums(level), strict=True)) for level in self._about.raw_sums)
+
+    @property
+    def preset(self) -> str | None:
+        """Whose numbers these are; None for a custom loss."""
+        return preset_name(losses_pb2.LossPreset, self._about.preset) if self._about.preset else None
+
+    @property
+    def kept_rows(self) -> Array | None:
+        """Which flattened target positions `loss` is of, where some are left out."""
+        return self._kept_rows
+
+    @property
+    def non_finite(self) -> tuple[NonFinite, ...]:
+        """Inputs that hold NaN or infinity."""
+        return tuple(
+            NonFinite(input=found.input, count=found.count, first_index=tuple(found.first_index))
+            for found in self._about.non_finite
+        )
+
+    @property
+    def negative_side_count(self) -> int:
+        """Positives whose predicted distances have a negative side."""
+        return self._about.negative_side_count
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds that the server spent in each stage of the whole call."""
+        return timings_of(self._answer.timings)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHOWN)
+        return f"LossResult({shown})"
 
     def release(self) -> None:
         """Lets go of the gradients, so that their memory is used again although the result is kept.
@@ -73,7 +147,10 @@ class LossResult:
         To ask the result for a gradient from then on is a `RuntimeError`. An array that was taken out
         before stays what it is.
         """
-        self.gradients.release()
+        self._gradients.release()
+
+
+_SHOWN = [name for name, member in vars(LossResult).items() if isinstance(member, property)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,9 +201,9 @@ def read_loss_results(
         TensorError: A tensor means no array, or a gradient is not that of its input.
         ServerError: A gradient lies where this call has no memory.
     """
-    timings = timings_of(answer.message.timings)
+    rest = pb.ComputeLossResponse(timings=answer.message.timings)
     return [
-        _read_loss_result(f"items[{index}].{kind}", result, timings, answer.payloads, storage)
+        _read_loss_result(f"items[{index}].{kind}", result, rest, answer.payloads, storage)
         for index, result in enumerate(answer.message.results, first_item)
     ]
 
@@ -151,38 +228,15 @@ def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
 
 
 def _read_loss_result(
-    path: str, result: pb.LossResult, timings: Mapping[str, float], payloads: Payloads, storage: Storage
+    path: str, result: pb.LossResult, answer: pb.ComputeLossResponse, payloads: Payloads, storage: Storage
 ) -> LossResult:
     loss = storage.form.loss(path, unpack(result.loss, payloads))
-    components = {component.name: component.value for component in result.components}
-    if path.endswith("fcos"):
-        components.update(dict.fromkeys(TOTAL_NAMES, float(loss)))
-    level_sums = tuple(map(_sums, result.raw_sums))
+    gradients = {g.input: read_gradient(f"{path}.{g.input}", g, payloads, storage) for g in result.gradients}
+    kept_rows = optional_array(result, "kept_rows", payloads)
+    for tensors in _TENSORS:
+        result.ClearField(tensors)
+    about = pb.LossResult()
+    about.CopyFrom(result)  # which else keeps the memory of what it was read from
     return LossResult(
-        loss=loss,
-        components=components,
-        component_weights={component.name: component.weight for component in result.components},
-        gradients=GradientArrays(
-            {g.input: read_gradient(f"{path}.{g.input}", g, payloads, storage) for g in result.gradients}
-        ),
-        positive_count=result.positive_count,
-        raw_sums=level_sums[0] if len(level_sums) == 1 else _added(level_sums),
-        level_sums=level_sums,
-        preset=preset_name(losses_pb2.LossPreset, result.preset) if result.preset else None,
-        kept_rows=optional_array(result, "kept_rows", payloads),
-        non_finite=tuple(map(_non_finite, result.non_finite)),
-        negative_side_count=result.negative_side_count,
-        timings=timings,
+        loss, GradientArrays(gradients), kept_rows, about, answer, has_total=path.endswith("fcos")
     )
-
-
-def _added(level_sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(level[name] for level in level_sums) for name in _SUMS}
-
-
-def _sums(level: pb.RawSums) -> dict[str, float]:
-    return dict(zip(_SUMS, _read_sums(level), strict=True))
-
-
-def _non_finite(found: pb.NonFinite) -> NonFinite:
-    return NonFinite(input=found.input, count=found.count, first_index=tuple(found.first_index))

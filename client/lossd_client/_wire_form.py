@@ -54,11 +54,14 @@ class WireForm:
             TensorError: The contract has no such type.
             InvalidInputError: A number is beyond the type that it would be sent in.
         """
-        layout = Layout(DTYPES[data_type_of(array.dtype)], array.shape)
+        self.expect(path, Layout(DTYPES[data_type_of(array.dtype)], array.shape))
+        return array if keep or isinstance(array, GpuArray) else narrowed(path, array, self._dtype)
+
+    def expect(self, path: str, layout: Layout) -> None:
+        """Takes in of what type and shape the caller's prediction at a path is."""
         self._predictions[path] = layout
         if layout.dtype == _FLOAT64:
             self._float64_items.add(path.rpartition(".")[0])
-        return array if keep or isinstance(array, GpuArray) else narrowed(path, array, self._dtype)
 
     def levels(self, path: str) -> int:
         """Returns of how many levels the input at a path is; 0 for one without levels."""

@@ -61,7 +61,7 @@ class RemoteLoss(nn.Module):
         result = self._client.compute_loss(
             self._loss,
             *arguments,
-            gradients=wanted,
+            gradients=tuple(wanted),
             # A loss scale is multiplied in before half-precision gradients are rounded.
             gradient_dtype=_WIDE_DTYPES[reduce(torch.promote_types, dtypes, torch.float32)],
             wire_dtype=self._wire_dtype,

@@ -92,7 +92,12 @@ def message_field(tag: bytes, pieces: Sequence[Piece]) -> list[Piece]:
         tag: The tag of the field.
         pieces: The message.
     """
-    return [tag + varint(size_of(pieces)), *pieces]
+    return [message_head(tag, size_of(pieces)), *pieces]
+
+
+def message_head(tag: bytes, size: int) -> bytes:
+    """Returns what comes before a message of so many bytes in a field of another."""
+    return tag + varint(size)
 
 
 def tensor_field(tag: bytes, array: Array) -> list[Piece]:
@@ -108,9 +113,21 @@ def tensor_field(tag: bytes, array: Array) -> list[Piece]:
     head, dtype = _head(tag, array.dtype, array.shape)
     if array.dtype is not dtype:
         array = array.astype(dtype, copy=False)
-    if array.nbytes < _VIEWED_BYTES:
-        return [head, array.tobytes()]
-    return [head, _bytes_of(array)] if array.nbytes < LARGE_BYTES else [LargeTensor(tag, array)]
+    return [head, elements_of(array)] if array.nbytes < LARGE_BYTES else [LargeTensor(tag, array)]
+
+
+def tensor_head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """Returns what comes before the elements of a tensor that is not large, as `tensor_field` has it.
+
+    Raises:
+        TensorError: The dtype is not one of the contract's, or there are too many dimensions.
+    """
+    return _head(tag, dtype, shape)[0]
+
+
+def elements_of(array: Array) -> Buffer:
+    """Returns the elements of an array of a type of the contract, in C order, as `tensor_field` has them."""
+    return array.tobytes() if array.nbytes < _VIEWED_BYTES else _bytes_of(array)
 
 
 def shared_tensor_field(tag: bytes, array: Array | GpuArray, place: pb.SharedSlice) -> list[Piece]:

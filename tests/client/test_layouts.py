@@ -1,0 +1,305 @@
+"""Small calls whose layout is known are the same calls, byte for byte, and their answers mean the same."""
+
+import pickle
+import tracemalloc
+from contextlib import suppress
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from lossd.tensors import DTYPES, pack
+from lossd.v1 import loss_service_pb2 as pb
+from lossd.writing import message_field, placed, tags_of
+from lossd_client import CenternessLoss, Client, FocalLoss, GIoULoss, InvalidInputError, ServerError
+from lossd_client import _loss_requests as requests
+from lossd_client._layouts import AnswerLayout
+from lossd_client._options import EvaluationOptions
+from lossd_client._storage import Storage
+from lossd_server.engine import LossOutcome
+from lossd_server.losses import LossPreset, NonFinite
+from lossd_server.rpc.encode import loss_result
+from tests.client.support import SIMPLE, same_bits
+
+EXAMPLES = settings(max_examples=300, deadline=None)
+LOSSES = [FocalLoss(), FocalLoss(alpha=None, gamma=1.5), GIoULoss(reduction="sum"), CenternessLoss()]
+SHAPES = arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
+RESULTS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"]
+USUAL = {name: case for name, case in SIMPLE.items() if not name.endswith("none")}
+
+LOGITS, LABELS = np.zeros((4, 3), np.float32), np.zeros(4, np.int64)
+
+TENSOR = pack(np.float32([1, 2, 3]))
+MORE_OF_A_RESULT = [
+    b"",
+    pb.LossResult(loss=TENSOR).SerializeToString(),
+    pb.LossResult(gradients=[pb.Gradient(input="inputs", tensors=[TENSOR])]).SerializeToString(),
+    pb.LossResult(kept_rows=TENSOR).SerializeToString(),
+    pb.LossResult(negative_side_count=9).SerializeToString(),
+    b"\x7b\x7c",  # a group, which nobody knows
+    b"\x7b",
+    b"\x7c",
+]
+MORE_OF_AN_ANSWER = [
+    b"",
+    pb.ComputeLossResponse(results=[pb.LossResult(loss=TENSOR)]).SerializeToString(),
+    pb.ComputeLossResponse(timings=pb.StageTimings(queue_us=4)).SerializeToString(),
+    b"\x7b\x7c",
+    b"\x7b",
+]
+
+
+def batch_of(loss, arguments, options, storage=None):
+    return requests.loss_batch(loss, [arguments], options, [None], storage or Storage(None))
+
+
+def general_batch(*arguments):
+    with patch.object(requests, "_usual_batch", lambda *_: None):
+        return batch_of(*arguments)
+
+
+def is_usual(batch):
+    return isinstance(batch, requests.UsualBatch)
+
+
+def bytes_of(batch):
+    (call,) = batch.calls(None)
+    return call.outgoing()
+
+
+@st.composite
+def strided(draw, dtype):
+    """An array in no order, or a view of one."""
+    array = draw(arrays.arrays(np.uint8, SHAPES)).astype(dtype)
+    return draw(st.sampled_from([array, array.T, array[..., ::-1] if array.ndim else array]))
+
+
+@EXAMPLES
+@given(st.data())
+def test_a_request_is_the_same_to_the_byte(data):
+    loss = data.draw(st.sampled_from(LOSSES))
+    count = data.draw(st.integers(1, len(loss.inputs)))
+    dtypes = st.sampled_from([*DTYPES.values()])
+    arguments = [data.draw(strided(data.draw(dtypes))) for _ in range(count)]
+    options = EvaluationOptions(
+        gradients=data.draw(st.sampled_from([False, True, loss.inputs[0], (loss.inputs[0],), ()])),
+        gradient_dtype=data.draw(st.sampled_from([None, "float64", np.float16])),
+        component_gradients=data.draw(st.booleans()),
+        strict=data.draw(st.booleans()),
+    )
+    usual = batch_of(loss, arguments, options)
+    assert is_usual(usual)
+    assert bytes_of(usual) == bytes_of(general_batch(loss, arguments, options))
+
+
+@st.composite
+def answers(draw, shape):
+    """An answer of a server of ours, or nearly one."""
+    number = st.floats(width=32)
+    loss = np.float32(draw(number))
+    outcome = LossOutcome(
+        loss=np.asarray(loss),
+        components=draw(st.sampled_from([(), [("cls_loss", 0.5, 2.0)]])),
+        gradients=draw(
+            st.sampled_from([{}, {"inputs": [draw(arrays.arrays(np.float32, shape, elements=number))]}])
+        ),
+        raw_sums=[{"cls_loss": float(loss), "valid_count": 3.0, "positive_count": draw(st.integers(0, 300))}],
+        non_finite=draw(st.sampled_from([(), [NonFinite(input="inputs", count=2, first_index=(0, 1))]])),
+        preset=draw(st.sampled_from([None, LossPreset.AUTOTIMM])),
+        kept_rows=draw(st.sampled_from([None, np.arange(3)])),
+    )
+    timings = pb.StageTimings(decode_us=draw(st.integers(0, 300)), compute_us=5)
+    rest = pb.ComputeLossResponse(timings=timings).SerializeToString()
+    before, after = draw(st.tuples(*[st.sampled_from(MORE_OF_A_RESULT)] * 2))
+    result = message_field(RESULTS, [before, *loss_result(outcome), after])
+    data = b"".join(placed([*result, rest, draw(st.sampled_from(MORE_OF_AN_ANSWER))]))
+    with suppress(DecodeError):
+        stock = pb.ComputeLossResponse.FromString(data).SerializeToString()
+        data = draw(st.sampled_from([data, stock]))
+    return data
+
+
+@st.composite
+def damaged(draw, whole):
+    """Bytes that may have lost some, or had some changed, put in or sent twice."""
+    data = draw(whole)
+    for _ in range(draw(st.integers(0, 3))):
+        first, second = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))
+        piece = draw(
+            st.sampled_from([b"", data[first:second] * 2, b"\x0a\x00", b"\x32\x00", b"\x0b", b"\x0c"])
+        )
+        some = draw(st.binary(min_size=1, max_size=2))
+        edited = {
+            "replaced": data[:first] + piece + data[second:],
+            "inserted": data[:first] + piece + data[first:],
+            "changed": data[:first] + some + data[first + len(some) :],
+            "cut": data[:first],
+        }
+        data = edited[draw(st.sampled_from([*edited]))]
+    return data
+
+
+def meaning(call, data):
+    """What an answer means, so that it can be compared; None where that is nothing."""
+    try:
+        results = call.result(data)
+    except ServerError:
+        return None
+    return [
+        (repr(result), *[(array.dtype, array.shape, array.tobytes()) for array in arrays_of(result)])
+        for result in results
+    ]
+
+
+def arrays_of(result):
+    return [
+        result.loss,
+        *result.gradients.values(),
+        *([] if result.kept_rows is None else [result.kept_rows]),
+    ]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_answer_that_is_cut_short_means_nothing(gradients):
+    options = EvaluationOptions(gradients=gradients)
+    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), options).calls(None)
+    outcome = LossOutcome(np.float32(1), gradients={"inputs": [LOGITS]} if gradients else {})
+    answer = b"".join(placed(message_field(RESULTS, loss_result(outcome))))
+    assert meaning(call, answer) is not None
+    assert all(meaning(call, answer[:length]) is None for length in range(1, len(answer)))
+
+
+def test_a_tensor_in_place_of_a_result_is_no_answer():
+    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), EvaluationOptions()).calls(None)
+    answer = pb.LossResult(loss=pack(np.float32(7))).SerializeToString()
+    assert call.read_usual(answer) is None
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.data())
+def test_any_answer_means_the_same_whoever_reads_it(data):
+    shape = data.draw(st.sampled_from([(2, 3), (1, 4, 2, 1), (0, 3)]))
+    options = EvaluationOptions(gradients=data.draw(st.booleans()))
+    arguments = np.zeros(shape, np.float32), np.zeros(shape[:1] + shape[2:], np.int64)
+    (usual,) = batch_of(FocalLoss(), arguments, options).calls(None)
+    (general,) = general_batch(FocalLoss(), arguments, options).calls(None)
+    answer = data.draw(damaged(answers(shape)))
+    assert (
+        meaning(usual, answer) == meaning(general, answer) == meaning(usual._replace(read_usual=None), answer)
+    )
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """What became of each answer that was read by its layout."""
+    found = []
+    read = AnswerLayout.read
+
+    def noting(self, data):
+        results = read(self, data)
+        found.append(results)
+        return results
+
+    monkeypatch.setattr(AnswerLayout, "read", noting)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", USUAL)
+def test_a_servers_answer_is_read_by_its_layout(client, noted, name, gradients, dtype):
+    case = USUAL[name]
+    first, *others = case.arguments()
+    arguments = [first.astype(dtype), *others]
+    result = client.compute_loss(case.config, *arguments, gradients=gradients)
+    assert noted == [[result]]
+    # Asked for in a batch of two, it is read field by field.
+    again, _ = client.compute_losses(case.config, [arguments] * 2, gradients=gradients)
+    assert len(noted) == 1
+    assert same_bits(result.loss, again.loss)
+    assert list(result.gradients) == list(again.gradients)
+    assert all(same_bits(result.gradients[key], array) for key, array in again.gradients.items())
+    for property_name in ("raw_sums", "level_sums", "positive_count", "preset", "components", "non_finite"):
+        assert getattr(result, property_name) == getattr(again, property_name)
+
+
+UNUSUAL = {
+    "names in a list": ((LOGITS, LABELS), {"gradients": ["inputs"]}),
+    "a list of numbers": ((LOGITS, LABELS.tolist()), {"gradients": True}),
+    "another byte order": ((LOGITS.astype(">f4"), LABELS), {"gradients": True}),
+    "a narrow wire": ((LOGITS, LABELS), {"gradients": True, "wire_dtype": "float16"}),
+    "large": ((np.zeros((4, 1 << 14), np.float32), LABELS), {"gradients": True}),
+    "labels that may be narrowed": (
+        (np.zeros((2048, 2), np.float32), np.zeros(2048, int)),
+        {"gradients": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_has_no_usual_layout_is_evaluated_as_ever(client, name):
+    arguments, options = UNUSUAL[name]
+    assert not is_usual(batch_of(FocalLoss(), arguments, EvaluationOptions(**options)))
+    result = client.compute_loss(FocalLoss(), *arguments, **options)
+    assert float(result.loss) == pytest.approx(float(expected(np.shape(arguments[0])[1])), rel=2e-3)
+    assert result.gradients["inputs"].shape == np.shape(arguments[0])
+
+
+def expected(classes):
+    """The focal loss of a row of zeros: its own class weighs 1/4, the others 3/4."""
+    return np.log(2) * 0.25 * (0.25 + 0.75 * (classes - 1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        (LOGITS,),
+        (LOGITS, None),
+        (LOGITS, LABELS, LABELS),
+        (LOGITS.astype(object), LABELS),
+        (LOGITS[None], LABELS),
+    ],
+    ids=["none", "one", "None", "three", "objects", "a wrong shape"],
+)
+def test_bad_arguments_are_refused_as_ever(client, arguments):
+    caught = []
+    for usual in (requests._usual_batch, lambda *_: None):
+        with (
+            patch.object(requests, "_usual_batch", usual),
+            pytest.raises((InvalidInputError, TypeError)) as error,
+        ):
+            client.compute_loss(FocalLoss(), *arguments, gradients=True)
+        caught.append(error.value)
+    assert type(caught[0]) is type(caught[1])
+    assert str(caught[0]) == str(caught[1])
+
+
+def test_torch_tensors_have_the_same_layout():
+    torch = pytest.importorskip("torch")
+    options = EvaluationOptions(gradients=True)
+    usual = batch_of(FocalLoss(), (torch.zeros(4, 3, requires_grad=True), torch.zeros(4, dtype=int)), options)
+    assert is_usual(usual)
+    assert bytes_of(usual) == bytes_of(batch_of(FocalLoss(), (LOGITS, LABELS), options))
+
+
+def test_a_released_result_keeps_nothing_of_its_answer(target):
+    logits, labels = np.zeros((16, 80), np.float32), np.zeros(16, np.int64)
+    with Client(target) as client:
+        client.compute_loss(FocalLoss(), logits, labels, gradients=True)
+        tracemalloc.start()
+        try:
+            kept = []
+            for _ in range(200):
+                kept.append(client.compute_loss(FocalLoss(), logits, labels, gradients=True))
+                kept[-1].release()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert held < 100 * logits.nbytes
+    assert len(pickle.dumps(kept[0])) < 1000
+    assert kept[0].raw_sums["valid_count"] == 16
