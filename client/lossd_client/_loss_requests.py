@@ -125,7 +125,7 @@ def loss_batch(
     storage: Storage,
 ) -> LossBatch | UsualBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
-    if len(items) == 1 and (normalizers is None or [*normalizers] == [None]) and not storage.has_pool:
+    if len(items) == 1 and (normalizers is None or [*normalizers] == [None]):
         batch = _usual_batch(loss, items[0], options, storage)
         if batch is not None:
             return batch
@@ -156,7 +156,7 @@ def _usual_batch(
 ) -> UsualBatch | None:
     """Returns a batch of one evaluation; None where its layout is not a usual one."""
     arrays = host_arrays(arguments)
-    if arrays is None or isinstance(loss, FCOSLoss | CustomLoss):
+    if arrays is None or isinstance(loss, FCOSLoss | CustomLoss) or storage.would_share(arrays):
         return None
     try:
         layout = _layout(loss, options, tuple([(array.dtype, array.shape) for array in arrays]))

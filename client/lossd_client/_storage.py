@@ -88,6 +88,10 @@ class Storage:
         """Whether there is shared memory."""
         return self._pool is not None
 
+    def would_share(self, arrays: Iterable[Array]) -> bool:
+        """Returns whether one of some arrays of the host may lie in shared memory, or be copied there."""
+        return self._pool is not None and any(array.nbytes >= LEAST_BYTES for array in arrays)
+
     @property
     def shares_memory(self) -> bool:
         """Whether a tensor of the request or its answer lies in shared memory."""

@@ -19,11 +19,12 @@ from lossd_client import CenternessLoss, Client, FocalLoss, GIoULoss, InvalidInp
 from lossd_client import _loss_requests as requests
 from lossd_client._layouts import AnswerLayout
 from lossd_client._options import EvaluationOptions
-from lossd_client._storage import Storage
+from lossd_client._storage import LEAST_BYTES, Storage
 from lossd_server.engine import LossOutcome
 from lossd_server.losses import LossPreset, NonFinite
 from lossd_server.rpc.encode import loss_result
 from tests.client.support import SIMPLE, same_bits
+from tests.service.support import make_server
 
 EXAMPLES = settings(max_examples=300, deadline=None)
 LOSSES = [FocalLoss(), FocalLoss(alpha=None, gamma=1.5), GIoULoss(reduction="sum"), CenternessLoss()]
@@ -303,3 +304,19 @@ def test_a_released_result_keeps_nothing_of_its_answer(target):
     assert held < 100 * logits.nbytes
     assert len(pickle.dumps(kept[0])) < 1000
     assert kept[0].raw_sums["valid_count"] == 16
+
+
+@pytest.fixture(scope="module")
+def local_target(tmp_path_factory):
+    """A server that shares memory."""
+    with make_server(listen=(f"unix:{tmp_path_factory.mktemp('sockets')}/lossd.sock",)) as running:
+        yield running.addresses[0]
+
+
+def test_small_calls_through_a_unix_socket_have_the_layout_too(local_target, noted):
+    with Client(local_target) as client:
+        result = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
+        assert noted == [[result]]
+        shared = np.zeros((LEAST_BYTES // 8, 2), np.float32), np.zeros(LEAST_BYTES // 8, np.int8)
+        client.compute_loss(FocalLoss(), *shared, gradients=True)
+    assert len(noted) == 1
