@@ -27,6 +27,9 @@ from lossd_client._wire_form import Layout, WireForm
 
 _ITEM = tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"]
 
+_KEPT_TYPES = frozenset({bool, str, tuple})
+"""What gradients may be asked for by, so that a layout is kept: others change, or are used up."""
+
 
 class LossBatch(NamedTuple):
     """A batch of evaluations, to go out in one message or, where that is too large, in several.
@@ -155,12 +158,14 @@ def _usual_batch(
     loss: LossConfig, arguments: Sequence[Any], options: EvaluationOptions, storage: Storage
 ) -> UsualBatch | None:
     """Returns a batch of one evaluation; None where its layout is not a usual one."""
+    if isinstance(loss, FCOSLoss | CustomLoss) or type(options.gradients) not in _KEPT_TYPES:
+        return None
     arrays = host_arrays(arguments)
-    if arrays is None or isinstance(loss, FCOSLoss | CustomLoss) or storage.would_share(arrays):
+    if arrays is None or storage.would_share(arrays):
         return None
     try:
         layout = _layout(loss, options, tuple([(array.dtype, array.shape) for array in arrays]))
-    except TypeError:  # there is a list among the options, or one is nothing at all
+    except TypeError:  # an option is nothing that could be kept, or nothing at all
         return None
     if layout is None:
         return None

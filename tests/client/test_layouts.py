@@ -250,6 +250,11 @@ def test_what_has_no_usual_layout_is_evaluated_as_ever(client, name):
     assert result.gradients["inputs"].shape == np.shape(arguments[0])
 
 
+def test_names_that_can_be_read_once_are_read_once(client):
+    result = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=iter(["inputs"]))
+    assert list(result.gradients) == ["inputs"]
+
+
 def expected(classes):
     """The focal loss of a row of zeros: its own class weighs 1/4, the others 3/4."""
     return np.log(2) * 0.25 * (0.25 + 0.75 * (classes - 1))
