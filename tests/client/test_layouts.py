@@ -1,5 +1,6 @@
 """Small calls whose layout is known are the same calls, byte for byte, and their answers mean the same."""
 
+import copy
 import pickle
 import tracemalloc
 from contextlib import suppress
@@ -283,6 +284,19 @@ def test_bad_arguments_are_refused_as_ever(client, arguments):
         caught.append(error.value)
     assert type(caught[0]) is type(caught[1])
     assert str(caught[0]) == str(caught[1])
+
+
+def through_a_pickle(result):
+    return pickle.loads(pickle.dumps(result))  # noqa: S301  # its own
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, through_a_pickle])
+def test_a_copy_of_a_result_says_the_same(client, noted, again):
+    usual = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
+    general, _ = client.compute_losses(FocalLoss(), [(LOGITS, LABELS)] * 2, gradients=True)
+    assert noted == [[usual]]
+    for result in (usual, general):
+        assert repr(again(result)) == repr(result)
 
 
 def test_torch_tensors_have_the_same_layout():
