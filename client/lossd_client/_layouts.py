@@ -80,7 +80,8 @@ class AnswerLayout(NamedTuple):
             end = start + size
             loss_end = end if self.gradient is None else self.gradient.head_before(end, data)
             at = self.loss.head_before(loss_end, data)
-            if not (data.startswith(_RESULTS) and start <= at and end <= len(data)):
+            # Whether a length may be padded is protobuf's to say.
+            if not (data.startswith(message_head(_RESULTS, size)) and start <= at and end <= len(data)):
                 return None
             # These are whole fields, and so tensors begin at their end, and not within a field.
             about = pb.LossResult.FromString(data[start:at])

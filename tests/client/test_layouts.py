@@ -181,6 +181,14 @@ def test_a_tensor_in_place_of_a_result_is_no_answer():
     assert call.read_usual(answer) is None
 
 
+@pytest.mark.parametrize("padding", [1, 3, 4, 8])
+def test_a_padded_length_is_left_to_protobuf(padding):
+    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), EvaluationOptions()).calls(None)
+    result = pb.LossResult(loss=pack(np.float32(7))).SerializeToString()
+    assert call.read_usual(RESULTS + bytes([len(result)]) + result) is not None
+    assert call.read_usual(RESULTS + bytes([len(result) | 0x80, *[0x80] * (padding - 1), 0]) + result) is None
+
+
 @settings(max_examples=2000, deadline=None)
 @given(st.data())
 def test_any_answer_means_the_same_whoever_reads_it(data):
