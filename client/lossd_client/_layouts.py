@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from lossd.narrow import is_looked_at
-from lossd.tensors import DTYPES, MAX_DIMENSIONS, array_of
+from lossd.narrow import type_depends_on_values
+from lossd.tensors import DTYPES, MAX_DIMENSIONS, TensorError, array_of, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.varints import NoVarintError, read_varint
-from lossd.wire import LARGE_BYTES, Buffer
+from lossd.wire import Buffer
 from lossd.writing import elements_of, message_head, tags_of, tensor_head
 from lossd_client._arrays import Array
 from lossd_client._configs import LossConfig, tags_of_inputs
@@ -51,7 +51,10 @@ class _Tensor(NamedTuple):
     shape: tuple[int, ...]
 
     def head_before(self, end: int, data: bytes) -> int:
-        """Returns where the head begins, if the tensor ends at some place in an answer; else -1."""
+        """Returns where the head begins, if the tensor ends at some place in an answer; else -1.
+
+        No tensor ends at -1.
+        """
         start = end - self.size - len(self.head)
         return start if start >= 0 and data.startswith(self.head, start) else -1
 
@@ -73,6 +76,11 @@ class AnswerLayout(NamedTuple):
     loss: _Tensor
     gradient: _Tensor | None
 
+    @property
+    def gradient_size(self) -> int:
+        """How many bytes the elements of the gradient take."""
+        return 0 if self.gradient is None else self.gradient.size
+
     def read(self, data: bytes) -> list[LossResult] | None:
         """Returns the one result of an answer; None where it has another layout, or is none."""
         try:
@@ -83,16 +91,16 @@ class AnswerLayout(NamedTuple):
             # Whether a length may be padded is protobuf's to say.
             if not (data.startswith(message_head(_RESULTS, size)) and start <= at and end <= len(data)):
                 return None
-            # These are whole fields, and so tensors begin at their end, and not within a field.
+            # What is before the tensors is whole fields, and so a field begins where the first of them does.
             about = pb.LossResult.FromString(data[start:at])
             rest = pb.ComputeLossResponse.FromString(data[end:])
-        except (DecodeError, NoVarintError):
+            if rest.results or about.gradients or about.HasField("loss") or about.HasField("kept_rows"):
+                return None
+            loss, gradients = self.loss.read_before(loss_end, data), {}
+            if self.gradient is not None:  # a view; the loss is a copy, and outlives it
+                gradients[self.name] = self.gradient.read_before(end, memoryview(data))
+        except (DecodeError, NoVarintError, TensorError):
             return None
-        if rest.results or about.gradients or about.HasField("loss") or about.HasField("kept_rows"):
-            return None
-        loss, gradients = self.loss.read_before(loss_end, data), {}
-        if self.gradient is not None:
-            gradients[self.name] = self.gradient.read_before(end, memoryview(data))
         return [LossResult(loss, GradientArrays(gradients), None, about, rest)]
 
 
@@ -101,7 +109,7 @@ class CallLayout(NamedTuple):
 
     Attributes:
         heads: What stands before the elements of each array in the request.
-        form: In what form its prediction travels.
+        form: In what form its prediction travels. All such calls share it, and nobody changes it.
         answer: The layout of its answer.
     """
 
@@ -117,47 +125,50 @@ class CallLayout(NamedTuple):
 def layout_of_call(
     loss: LossConfig, head: bytes, gradients: Sequence[str], gradient_dtype: Any, arrays: Sequence[Layout]
 ) -> CallLayout | None:
-    """Returns the layout of a call; None where it is not small, or not of the usual kind.
+    """Returns the layout of a small call; None where it is not of the usual kind.
 
     Args:
         loss: A loss whose arguments are arrays, and have no levels.
         head: What the request has beside its item.
         gradients: Names of the inputs whose gradients are wanted.
         gradient_dtype: A `DataType`, or 0 for that of the input.
-        arrays: Of what types and shapes the arguments are.
+        arrays: Of what types and shapes the arguments are. Where there is nothing in one, that is unusual.
     """
     sizes = [math.prod(array.shape) * array.dtype.itemsize for array in arrays]
-    if not 0 < len(arrays) <= len(loss.inputs) or sum(sizes) >= LARGE_BYTES:
+    name = loss.inputs[0]
+    if not (arrays and all(sizes) and all(map(_is_sent_as_it_is, arrays, sizes))):
         return None
-    name, prediction = loss.inputs[0], arrays[0]
-    if not all(map(_is_sent_as_it_is, arrays, sizes)) or [*gradients] not in ([], [name]):
+    if [*gradients] not in ([], [name]):
         return None
+    prediction = Layout(DTYPES[data_type_of(arrays[0].dtype)], arrays[0].shape)
     tags = tags_of_inputs(loss.kind)
     heads = [tensor_head(tags[each], *array) for each, array in zip(loss.inputs, arrays, strict=False)]
     inputs = sum(map(len, heads)) + sum(sizes)
     item = message_head(_ITEM[loss.kind], inputs)
     heads[0] = head + message_head(_REQUEST["items"], len(item) + inputs) + item + heads[0]
     form = WireForm()
-    form.expect(f"items[0].{loss.kind}.{name}", prediction)
+    form.note(f"items[0].{loss.kind}.{name}", prediction)
     wanted = prediction._replace(dtype=DTYPES.get(gradient_dtype, prediction.dtype))
     return CallLayout(
         heads=tuple(heads),
         form=form,
-        answer=AnswerLayout(name, _loss(prediction.dtype), _gradient(name, wanted) if gradients else None),
+        answer=AnswerLayout(
+            name, _loss_tensor(prediction.dtype), _gradient_tensor(name, wanted) if gradients else None
+        ),
     )
 
 
 def _is_sent_as_it_is(array: Layout, size: int) -> bool:
     dtype, shape = array
-    return dtype in _TYPES and len(shape) <= MAX_DIMENSIONS and not is_looked_at(dtype, size)
+    return dtype in _TYPES and len(shape) <= MAX_DIMENSIONS and not type_depends_on_values(dtype, size)
 
 
-def _loss(prediction: np.dtype[Any]) -> _Tensor:
+def _loss_tensor(prediction: np.dtype[Any]) -> _Tensor:
     dtype = _FLOAT64 if prediction == _FLOAT64 else _FLOAT32
     return _Tensor(tensor_head(_RESULT["loss"], dtype, ()), dtype.itemsize, dtype, ())
 
 
-def _gradient(name: str, layout: Layout) -> _Tensor:
+def _gradient_tensor(name: str, layout: Layout) -> _Tensor:
     dtype, shape = layout
     size = math.prod(shape) * dtype.itemsize
     tensor = tensor_head(_GRADIENT["tensors"], dtype, shape)

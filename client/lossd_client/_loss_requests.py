@@ -11,11 +11,11 @@ from lossd.chunks import LEAST_BYTES
 from lossd.tensors import DTYPES, TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
-from lossd.wire import Parcel
+from lossd.wire import LARGE_BYTES, Parcel
 from lossd.writing import Piece, message_field, size_of, tags_of
 from lossd_client._arrays import host_arrays
 from lossd_client._calls import SMALL_BYTES, Call
-from lossd_client._configs import CustomLoss, FCOSLoss, LossConfig
+from lossd_client._configs import CenternessLoss, CustomLoss, FCOSLoss, FocalLoss, GIoULoss, LossConfig
 from lossd_client._errors import refused_here, too_large
 from lossd_client._layouts import CallLayout, layout_of_call
 from lossd_client._narrow import wire_type
@@ -27,8 +27,8 @@ from lossd_client._wire_form import Layout, WireForm
 
 _ITEM = tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"]
 
-_KEPT_TYPES = frozenset({bool, str, tuple})
-"""What gradients may be asked for by, so that a layout is kept: others change, or are used up."""
+_WITHOUT_LEVELS = frozenset({FocalLoss, GIoULoss, CenternessLoss})
+"""Losses that may have a usual layout. Not those derived from them, which may pack an item as they like."""
 
 
 class LossBatch(NamedTuple):
@@ -104,16 +104,19 @@ class UsualBatch(NamedTuple):
 
     Attributes:
         call: The one call that it takes.
-        is_small: Whether any server reads it in one message.
     """
 
     call: Call[list[LossResult]]
-    is_small: bool = True
 
     @property
     def pieces(self) -> list[Piece]:
         """All of it in one message."""
-        return [*self.call.request]
+        return list(self.call.request)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether any server reads it in one message."""
+        return True
 
     def calls(self, _max_bytes: int | None) -> list[Call[list[LossResult]]]:
         """Returns the calls that evaluate it."""
@@ -128,7 +131,7 @@ def loss_batch(
     storage: Storage,
 ) -> LossBatch | UsualBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
-    if len(items) == 1 and (normalizers is None or [*normalizers] == [None]):
+    if len(items) == 1 and (normalizers is None or (len(normalizers) == 1 and normalizers[0] is None)):
         batch = _usual_batch(loss, items[0], options, storage)
         if batch is not None:
             return batch
@@ -158,16 +161,20 @@ def _usual_batch(
     loss: LossConfig, arguments: Sequence[Any], options: EvaluationOptions, storage: Storage
 ) -> UsualBatch | None:
     """Returns a batch of one evaluation; None where its layout is not a usual one."""
-    if isinstance(loss, FCOSLoss | CustomLoss) or type(options.gradients) not in _KEPT_TYPES:
+    if type(loss) not in _WITHOUT_LEVELS or not _are_plain(options):
+        return None
+    if not isinstance(arguments, tuple | list) or len(arguments) > len(loss.inputs):
         return None
     arrays = host_arrays(arguments)
-    if arrays is None or storage.would_share(arrays):
+    if arrays is None or sum(array.nbytes for array in arrays) >= LARGE_BYTES:
         return None
     try:
         layout = _layout(loss, options, tuple([(array.dtype, array.shape) for array in arrays]))
-    except TypeError:  # an option is nothing that could be kept, or nothing at all
+    except TypeError:  # whatever is wrong with the options, it is for the general case to say
         return None
-    if layout is None:
+    if layout is None or storage.would_share(
+        [*(array.nbytes for array in arrays), layout.answer.gradient_size]
+    ):
         return None
     storage.form = layout.form
     call = Call(
@@ -180,15 +187,23 @@ def _usual_batch(
     return UsualBatch(call)
 
 
+def _are_plain(options: EvaluationOptions) -> bool:
+    """Whether a layout can be kept by options: they, and all that equal them, mean the same next time."""
+    dtype = options.gradient_dtype
+    return (
+        options.wire_dtype is None
+        and type(options.gradients) in {bool, str, tuple}
+        and (dtype is None or isinstance(dtype, str | type | np.dtype))
+        and type(options.component_gradients) is type(options.strict) is bool
+    )
+
+
 @lru_cache(maxsize=256)
 def _layout(
     loss: LossConfig, options: EvaluationOptions, arrays: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]
 ) -> CallLayout | None:
-    if options.wire_dtype is not None:
-        return None
-    storage = Storage(None)
-    names = _gradient_names(loss, (), options.gradients, storage)
-    dtype = _sent_gradient_dtype(options, storage)
+    """Returns the usual layout of an evaluation of arrays of such types and shapes; None for no such."""
+    names, dtype = _names(loss, options.gradients), _gradient_dtype(options.gradient_dtype)
     wanted = _wanted(names, dtype, options.component_gradients, options.strict, sparse_gradients=False)
     return layout_of_call(loss, _config(loss) + wanted, names, dtype, [Layout(*array) for array in arrays])
 
@@ -199,7 +214,7 @@ def _config(loss: LossConfig) -> bytes:
     return pb.ComputeLossRequest(**{loss.kind: loss.message()}).SerializeToString()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)
 def _wanted(
     gradients: tuple[str, ...],
     gradient_dtype: Any,
@@ -276,10 +291,13 @@ def _sent_gradient_dtype(options: EvaluationOptions, storage: Storage) -> Any:
     """Returns the `DataType` that gradients are asked for in; 0 for that of each input."""
     if storage.form.is_narrow:
         return tensor_pb2.DATA_TYPE_BFLOAT16  # those of a mean are below what float16 holds
-    return 0 if options.gradient_dtype is None else _gradient_dtype(options.gradient_dtype)
+    return _gradient_dtype(options.gradient_dtype)
 
 
 def _gradient_dtype(dtype: Any) -> Any:
+    """Returns the `DataType` of a type that a caller wants; 0 for None."""
+    if dtype is None:
+        return 0
     try:
         return data_type_of(np.dtype(dtype))
     except TensorError as error:
@@ -290,13 +308,14 @@ def _gradient_dtype(dtype: Any) -> Any:
 def _gradient_names(
     loss: LossConfig, items: Sequence[Sequence[Any]], gradients: Gradients, storage: Storage
 ) -> tuple[str, ...]:
-    if isinstance(gradients, str):
-        return (gradients,)
-    if not isinstance(gradients, bool):
-        return tuple(gradients)
-    if not gradients:
-        return ()
-    if isinstance(loss, CustomLoss):
+    if gradients is True and isinstance(loss, CustomLoss):
         path, names = f"items[0].{loss.kind}", items[0][0] if items else ()
         return tuple(sorted(name for name in names if storage.floats_at(loss.input_path(path, name))))
-    return loss.differentiable
+    return _names(loss, gradients)
+
+
+def _names(loss: LossConfig, gradients: Gradients) -> tuple[str, ...]:
+    """Returns the inputs whose gradients are asked for; of a custom loss those that are named."""
+    if isinstance(gradients, bool):
+        return loss.differentiable if gradients else ()
+    return (gradients,) if isinstance(gradients, str) else tuple(gradients)

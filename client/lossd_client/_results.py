@@ -1,11 +1,11 @@
 """What both clients hand out of losses and servers: reads answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
-from lossd.tensors import unpack
+from lossd.tensors import TensorError, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd.wire import Parcel, Payloads
@@ -47,11 +47,11 @@ class LossResult:
         gradients: By input name.
         kept_rows: Array, or None.
         about: The rest of the result's message, with no tensor in it.
-        answer: The rest of the answer's message, with no result in it.
-        has_total: Whether the loss counts as one of the components too.
+        rest: The rest of the answer's message, with no result in it.
+        total_names: Under which names the loss is one of the components too.
     """
 
-    __slots__ = ("_about", "_answer", "_gradients", "_has_total", "_kept_rows", "_loss")
+    __slots__ = ("_about", "_gradients", "_kept_rows", "_loss", "_rest", "_total_names")
 
     def __init__(
         self,
@@ -59,16 +59,15 @@ class LossResult:
         gradients: GradientArrays,
         kept_rows: Array | None,
         about: pb.LossResult,
-        answer: pb.ComputeLossResponse,
-        *,
-        has_total: bool = False,
+        rest: pb.ComputeLossResponse,
+        total_names: Sequence[str] = (),
     ) -> None:
         self._loss = loss
         self._gradients = gradients
         self._kept_rows = kept_rows
         self._about = about
-        self._answer = answer
-        self._has_total = has_total
+        self._rest = rest
+        self._total_names = total_names
 
     @property
     def loss(self) -> Array:
@@ -79,7 +78,7 @@ class LossResult:
     def components(self) -> Mapping[str, float]:
         """The terms of the loss by name; an FCOS loss has its total too, as `loss` and `total_loss`."""
         found = {component.name: component.value for component in self._about.components}
-        return found | dict.fromkeys(TOTAL_NAMES, float(self._loss)) if self._has_total else found
+        return found | {name: float(self._loss) for name in self._total_names}
 
     @property
     def component_weights(self) -> Mapping[str, float]:
@@ -135,10 +134,14 @@ class LossResult:
     @property
     def timings(self) -> Mapping[str, float]:
         """Seconds that the server spent in each stage of the whole call."""
-        return timings_of(self._answer.timings)
+        return timings_of(self._rest.timings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        held = self._loss, self._gradients, self._kept_rows, self._about, self._rest, self._total_names
+        return type(self), held
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in _SHOWN)
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in _PROPERTIES)
         return f"LossResult({shown})"
 
     def release(self) -> None:
@@ -150,7 +153,7 @@ class LossResult:
         self._gradients.release()
 
 
-_SHOWN = [name for name, member in vars(LossResult).items() if isinstance(member, property)]
+_PROPERTIES = [name for name, member in vars(LossResult).items() if isinstance(member, property)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +198,7 @@ def read_loss_results(
         kind: Name of the loss in the contract's `oneof`.
         storage: What the request was packed into; gradients may lie there.
         first_item: Place of the request's first item among those that were packed.
-        answer: The answer.
+        answer: The answer, which loses its tensors.
 
     Raises:
         TensorError: A tensor means no array, or a gradient is not that of its input.
@@ -228,15 +231,16 @@ def read_server_info(answer: Parcel[pb.GetServerInfoResponse]) -> ServerInfo:
 
 
 def _read_loss_result(
-    path: str, result: pb.LossResult, answer: pb.ComputeLossResponse, payloads: Payloads, storage: Storage
+    path: str, result: pb.LossResult, rest: pb.ComputeLossResponse, payloads: Payloads, storage: Storage
 ) -> LossResult:
     loss = storage.form.loss(path, unpack(result.loss, payloads))
     gradients = {g.input: read_gradient(f"{path}.{g.input}", g, payloads, storage) for g in result.gradients}
     kept_rows = optional_array(result, "kept_rows", payloads)
+    total_names = TOTAL_NAMES if path.endswith("fcos") else ()
+    if total_names and loss.shape:
+        raise TensorError("INVALID_SHAPE", f"the loss of {path} has shape {list(loss.shape)}, want []")
     for tensors in _TENSORS:
         result.ClearField(tensors)
     about = pb.LossResult()
-    about.CopyFrom(result)  # which else keeps the memory of what it was read from
-    return LossResult(
-        loss, GradientArrays(gradients), kept_rows, about, answer, has_total=path.endswith("fcos")
-    )
+    about.CopyFrom(result)  # or the result would keep all the memory of the answer
+    return LossResult(loss, GradientArrays(gradients), kept_rows, about, rest, total_names)

@@ -88,9 +88,9 @@ class Storage:
         """Whether there is shared memory."""
         return self._pool is not None
 
-    def would_share(self, arrays: Iterable[Array]) -> bool:
-        """Returns whether one of some arrays of the host may lie in shared memory, or be copied there."""
-        return self._pool is not None and any(array.nbytes >= LEAST_BYTES for array in arrays)
+    def would_share(self, sizes: Iterable[int]) -> bool:
+        """Returns whether a tensor of one of some sizes may lie in shared memory, or be put there."""
+        return self._pool is not None and max(sizes, default=0) >= LEAST_BYTES
 
     @property
     def shares_memory(self) -> bool:

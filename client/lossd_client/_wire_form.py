@@ -54,10 +54,10 @@ class WireForm:
             TensorError: The contract has no such type.
             InvalidInputError: A number is beyond the type that it would be sent in.
         """
-        self.expect(path, Layout(DTYPES[data_type_of(array.dtype)], array.shape))
+        self.note(path, Layout(DTYPES[data_type_of(array.dtype)], array.shape))
         return array if keep or isinstance(array, GpuArray) else narrowed(path, array, self._dtype)
 
-    def expect(self, path: str, layout: Layout) -> None:
+    def note(self, path: str, layout: Layout) -> None:
         """Takes in of what type and shape the caller's prediction at a path is."""
         self._predictions[path] = layout
         if layout.dtype == _FLOAT64:

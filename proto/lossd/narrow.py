@@ -16,7 +16,7 @@ _TYPES = [(dtype, np.iinfo(dtype).min, np.iinfo(dtype).max) for dtype in (np.dty
 
 def narrowed_integers(array: Array) -> Array:
     """Returns integers in the smallest signed type that holds them all; anything else as it is."""
-    if not is_looked_at(array.dtype, array.nbytes):
+    if not type_depends_on_values(array.dtype, array.nbytes):
         return array
     lowest, highest = array.min(), array.max()
     for dtype, least, most in _TYPES:
@@ -25,6 +25,6 @@ def narrowed_integers(array: Array) -> Array:
     return array
 
 
-def is_looked_at(dtype: np.dtype[Any], size: int) -> bool:
+def type_depends_on_values(dtype: np.dtype[Any], size: int) -> bool:
     """Returns whether it depends on the elements of an array of so many bytes in what type they are sent."""
     return dtype.kind == "i" and size >= _LEAST_BYTES

@@ -4,6 +4,7 @@ import copy
 import pickle
 import tracemalloc
 from contextlib import suppress
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_a_request_is_the_same_to_the_byte(data):
         strict=data.draw(st.booleans()),
     )
     usual = batch_of(loss, arguments, options)
-    assert is_usual(usual)
+    assert is_usual(usual) == all(array.size for array in arguments)
     assert bytes_of(usual) == bytes_of(general_batch(loss, arguments, options))
 
 
@@ -192,7 +193,7 @@ def test_a_padded_length_is_left_to_protobuf(padding):
 @settings(max_examples=2000, deadline=None)
 @given(st.data())
 def test_any_answer_means_the_same_whoever_reads_it(data):
-    shape = data.draw(st.sampled_from([(2, 3), (1, 4, 2, 1), (0, 3)]))
+    shape = data.draw(st.sampled_from([(2, 3), (1, 4, 2, 1), (1, 1)]))
     options = EvaluationOptions(gradients=data.draw(st.booleans()))
     arguments = np.zeros(shape, np.float32), np.zeros(shape[:1] + shape[2:], np.int64)
     (usual,) = batch_of(FocalLoss(), arguments, options).calls(None)
@@ -239,6 +240,7 @@ def test_a_servers_answer_is_read_by_its_layout(client, noted, name, gradients, 
 
 UNUSUAL = {
     "names in a list": ((LOGITS, LABELS), {"gradients": ["inputs"]}),
+    "nothing": ((LOGITS[:0], LABELS[:0]), {"gradients": True}),
     "a list of numbers": ((LOGITS, LABELS.tolist()), {"gradients": True}),
     "another byte order": ((LOGITS.astype(">f4"), LABELS), {"gradients": True}),
     "a narrow wire": ((LOGITS, LABELS), {"gradients": True, "wire_dtype": "float16"}),
@@ -255,13 +257,59 @@ def test_what_has_no_usual_layout_is_evaluated_as_ever(client, name):
     arguments, options = UNUSUAL[name]
     assert not is_usual(batch_of(FocalLoss(), arguments, EvaluationOptions(**options)))
     result = client.compute_loss(FocalLoss(), *arguments, **options)
-    assert float(result.loss) == pytest.approx(float(expected(np.shape(arguments[0])[1])), rel=2e-3)
+    rows, classes = np.shape(arguments[0])
+    assert float(result.loss) == pytest.approx(float(expected(classes)) if rows else 0, rel=2e-3)
     assert result.gradients["inputs"].shape == np.shape(arguments[0])
 
 
-def test_names_that_can_be_read_once_are_read_once(client):
-    result = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=iter(["inputs"]))
-    assert list(result.gradients) == ["inputs"]
+@pytest.mark.parametrize("rows", [4, 1 << 15])
+def test_names_that_can_be_read_once_are_read_once(client, rows):
+    arrays = np.zeros((rows, 3), np.float32), np.zeros(rows, np.int64)
+    names = iter(["inputs"])
+    assert list(client.compute_loss(FocalLoss(), *arrays, gradients=names).gradients) == ["inputs"]
+    assert list(client.compute_loss(FocalLoss(), *arrays, gradients=names).gradients) == []
+
+
+def test_what_equals_an_option_is_not_taken_for_it(client):
+    assert client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True).gradients
+    for odd in (1, np.True_):
+        with pytest.raises(TypeError, match="not iterable"):
+            client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=odd)
+    for name in ("strict", "component_gradients"):
+        client.compute_loss(FocalLoss(), LOGITS, LABELS, **{name: True})
+        with pytest.raises(TypeError):
+            client.compute_loss(FocalLoss(), LOGITS, LABELS, **{name: 1.0})
+
+
+def test_a_type_keeps_what_its_maker_wrote_on_it_to_itself(client):
+    marked = LOGITS.astype(np.dtype(np.float32, metadata={"by": "somebody"}))
+    for logits in (marked, LOGITS):
+        result = client.compute_loss(FocalLoss(), logits, LABELS, gradients=True)
+        assert result.gradients["inputs"].dtype.metadata is None
+
+
+class Doubled(FocalLoss):
+    """A loss that packs an item in its own way."""
+
+    def item(self, arguments, path, storage):
+        return super().item((arguments[0] * 2, arguments[1]), path, storage)
+
+
+def test_a_loss_that_packs_its_items_does(client):
+    twice = client.compute_loss(FocalLoss(), LOGITS + 2, LABELS)
+    assert same_bits(client.compute_loss(Doubled(), LOGITS + 1, LABELS).loss, twice.loss)
+
+
+def test_an_answer_with_a_stray_bool_is_an_error():
+    options = EvaluationOptions(gradients=True, gradient_dtype=bool)
+    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), options).calls(None)
+    gradient = pack(np.zeros((4, 3), np.bool_))
+    for byte, is_well in ((1, True), (7, False)):
+        gradient.inline = bytes([byte] * 12)
+        result = pb.LossResult(loss=pack(np.float32(7)))
+        result.gradients.add(input="inputs", tensors=[gradient])
+        answer = pb.ComputeLossResponse(results=[result]).SerializeToString()
+        assert (meaning(call, answer) is not None) == is_well
 
 
 def expected(classes):
@@ -294,11 +342,14 @@ def test_bad_arguments_are_refused_as_ever(client, arguments):
     assert str(caught[0]) == str(caught[1])
 
 
-def through_a_pickle(result):
-    return pickle.loads(pickle.dumps(result))  # noqa: S301  # its own
+def through_a_pickle(protocol, result):
+    return pickle.loads(pickle.dumps(result, protocol))  # noqa: S301  # its own
 
 
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, through_a_pickle])
+PICKLES = [partial(through_a_pickle, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, *PICKLES])
 def test_a_copy_of_a_result_says_the_same(client, noted, again):
     usual = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
     general, _ = client.compute_losses(FocalLoss(), [(LOGITS, LABELS)] * 2, gradients=True)
@@ -346,4 +397,7 @@ def test_small_calls_through_a_unix_socket_have_the_layout_too(local_target, not
         assert noted == [[result]]
         shared = np.zeros((LEAST_BYTES // 8, 2), np.float32), np.zeros(LEAST_BYTES // 8, np.int8)
         client.compute_loss(FocalLoss(), *shared, gradients=True)
-    assert len(noted) == 1
+        # A gradient that is worth it has its place there, also where its prediction is not.
+        half = np.zeros((LEAST_BYTES // 8, 2), np.float16), shared[1]
+        client.compute_loss(FocalLoss(), *half, gradients=True, gradient_dtype="float64")
+        assert len(noted) == 1

@@ -236,6 +236,17 @@ def test_a_gradient_with_levels_missing(target, count):
         client.compute_loss(FCOSLoss(num_classes=3), *arrays.values(), gradients=True)
 
 
+def test_a_head_has_one_loss(target):
+    arrays = {**fcos_truth_arrays(np.random.default_rng(0), 1), "ground_truth": [ONE]}
+    losses = pack(np.zeros(2, np.float32))
+    with (
+        forwarding(target, lambda result: result.loss.CopyFrom(losses)) as address,
+        Client(address) as client,
+        pytest.raises(ServerError, match=r"has shape \[2\], want \[\]"),
+    ):
+        client.compute_loss(FCOSLoss(num_classes=3), *arrays.values())
+
+
 def _spoiled_locations(places):
     def change(sparse):
         count = sparse.locations.shape[0]
