@@ -43,9 +43,9 @@ class LossResult:
     The numbers beside the loss and its gradients are read when they are asked for.
 
     Args:
-        loss: See the property, as for the next two.
-        gradients: By input name.
-        kept_rows: Array, or None.
+        loss: The loss.
+        gradients: The gradients by input name.
+        kept_rows: Which target positions the loss is of, where some are left out.
         about: The rest of the result's message, with no tensor in it.
         rest: The rest of the answer's message, with no result in it.
         total_names: Under which names the loss is one of the components too.
@@ -99,9 +99,9 @@ class LossResult:
     def raw_sums(self) -> Mapping[str, float]:
         """Sums before weights and division, over all levels: add them up over workers."""
         levels = self.level_sums
-        return (
-            levels[0] if len(levels) == 1 else {name: sum(level[name] for level in levels) for name in _SUMS}
-        )
+        if len(levels) == 1:
+            return levels[0]
+        return {name: sum(level[name] for level in levels) for name in _SUMS}
 
     @property
     def level_sums(self) -> tuple[Mapping[str, float], ...]:
