@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lossd.chunks import LEAST_BYTES
-from lossd.tensors import DTYPES, TensorError, data_type_of
+from lossd.tensors import DTYPES
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import LARGE_BYTES, Parcel
@@ -17,6 +17,7 @@ from lossd_client._arrays import host_arrays
 from lossd_client._calls import SMALL_BYTES, Call
 from lossd_client._configs import CenternessLoss, CustomLoss, FCOSLoss, FocalLoss, GIoULoss, LossConfig
 from lossd_client._errors import refused_here, too_large
+from lossd_client._heads import config_field, gradient_dtype_of, gradient_names, wanted_fields
 from lossd_client._layouts import CallLayout, layout_of_call
 from lossd_client._narrow import wire_type
 from lossd_client._options import EvaluationOptions, Gradients
@@ -137,15 +138,15 @@ def loss_batch(
             return batch
     if options.wire_dtype is not None:
         storage.form = _narrow_form(loss, options)
-    config = _config(loss)
+    config = config_field(loss)
     if normalizers is not None and len(normalizers) != len(items):
         raise ValueError(f"normalizers has {len(normalizers)} entries, want {len(items)} as items")
     paths = [f"items[{index}].{loss.kind}" for index in range(len(items))]
     inputs = [loss.item(given, path, storage) for given, path in zip(items, paths, strict=True)]
-    names = _gradient_names(loss, items, options.gradients, storage)
+    names = _wanted_names(loss, items, options.gradients, storage)
     gradient_dtype = _sent_gradient_dtype(options, storage)
     is_sparse = isinstance(loss, FCOSLoss) and bool(names)
-    wanted = _wanted(names, gradient_dtype, options.component_gradients, options.strict, is_sparse)
+    wanted = wanted_fields(names, gradient_dtype, options.component_gradients, options.strict, is_sparse)
     abouts = [
         _about(loss, path, names, gradient_dtype, normalizer, storage)
         for path, normalizer in zip(paths, normalizers or [None] * len(paths), strict=True)
@@ -203,34 +204,11 @@ def _layout(
     loss: LossConfig, options: EvaluationOptions, arrays: tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]
 ) -> CallLayout | None:
     """Returns the usual layout of an evaluation of arrays of such types and shapes; None for no such."""
-    names, dtype = _names(loss, options.gradients), _gradient_dtype(options.gradient_dtype)
-    wanted = _wanted(names, dtype, options.component_gradients, options.strict, sparse_gradients=False)
-    return layout_of_call(loss, _config(loss) + wanted, names, dtype, [Layout(*array) for array in arrays])
-
-
-@lru_cache(maxsize=64)
-def _config(loss: LossConfig) -> bytes:
-    """Returns the part of a request that says which loss it is."""
-    return pb.ComputeLossRequest(**{loss.kind: loss.message()}).SerializeToString()
-
-
-@lru_cache(maxsize=64, typed=True)
-def _wanted(
-    gradients: tuple[str, ...],
-    gradient_dtype: Any,
-    component_gradients: bool,  # noqa: FBT001  # by place, as it is sooner known again
-    strict: bool,  # noqa: FBT001
-    sparse_gradients: bool,  # noqa: FBT001
-) -> bytes:
-    """Returns the part of a request that says what is wanted of each item."""
-    request = pb.ComputeLossRequest(
-        gradients=gradients,
-        gradient_dtype=gradient_dtype,
-        component_gradients=component_gradients,
-        strict=strict,
-        sparse_gradients=sparse_gradients,
+    names, dtype = gradient_names(loss, options.gradients), gradient_dtype_of(options.gradient_dtype)
+    wanted = wanted_fields(names, dtype, options.component_gradients, options.strict, sparse_gradients=False)
+    return layout_of_call(
+        loss, config_field(loss) + wanted, names, dtype, [Layout(*array) for array in arrays]
     )
-    return request.SerializeToString()
 
 
 def _about(
@@ -280,7 +258,7 @@ def _narrow_form(loss: LossConfig, options: EvaluationOptions) -> WireForm:
         raise refused_here(pb.ERROR_REASON_UNEXPECTED_FIELD, message, field="wire_dtype", value=dtype.name)
     if options.gradient_dtype is None:
         return WireForm(dtype)
-    wanted = _gradient_dtype(options.gradient_dtype)
+    wanted = gradient_dtype_of(options.gradient_dtype)
     if wanted not in FLOAT_TYPES:
         name, reason = DTYPES[wanted].name, pb.ERROR_REASON_INVALID_OPTION
         raise refused_here(reason, f"is {name}, want a float type", field="gradient_dtype", value=name)
@@ -291,31 +269,14 @@ def _sent_gradient_dtype(options: EvaluationOptions, storage: Storage) -> Any:
     """Returns the `DataType` that gradients are asked for in; 0 for that of each input."""
     if storage.form.is_narrow:
         return tensor_pb2.DATA_TYPE_BFLOAT16  # those of a mean are below what float16 holds
-    return _gradient_dtype(options.gradient_dtype)
+    return gradient_dtype_of(options.gradient_dtype)
 
 
-def _gradient_dtype(dtype: Any) -> Any:
-    """Returns the `DataType` of a type that a caller wants; 0 for None."""
-    if dtype is None:
-        return 0
-    try:
-        return data_type_of(np.dtype(dtype))
-    except TensorError as error:
-        reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
-        raise refused_here(reason, str(error), field="gradient_dtype", **error.values) from error
-
-
-def _gradient_names(
+def _wanted_names(
     loss: LossConfig, items: Sequence[Sequence[Any]], gradients: Gradients, storage: Storage
 ) -> tuple[str, ...]:
+    """Returns the inputs whose gradients are wanted; of a custom loss all floats of its first item."""
     if gradients is True and isinstance(loss, CustomLoss):
         path, names = f"items[0].{loss.kind}", items[0][0] if items else ()
         return tuple(sorted(name for name in names if storage.floats_at(loss.input_path(path, name))))
-    return _names(loss, gradients)
-
-
-def _names(loss: LossConfig, gradients: Gradients) -> tuple[str, ...]:
-    """Returns the inputs whose gradients are asked for; of a custom loss those that are named."""
-    if isinstance(gradients, bool):
-        return loss.differentiable if gradients else ()
-    return (gradients,) if isinstance(gradients, str) else tuple(gradients)
+    return gradient_names(loss, gradients)
