@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -359,7 +360,6 @@ def test_a_copy_of_a_result_says_the_same(client, noted, again):
 
 
 def test_torch_tensors_have_the_same_layout():
-    torch = pytest.importorskip("torch")
     options = EvaluationOptions(gradients=True)
     usual = batch_of(FocalLoss(), (torch.zeros(4, 3, requires_grad=True), torch.zeros(4, dtype=int)), options)
     assert is_usual(usual)
