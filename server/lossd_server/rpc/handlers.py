@@ -93,14 +93,13 @@ class _Observed(AbstractContextManager[Stages]):
 
     def __enter__(self) -> Stages:
         self._away.__enter__()
-        self._metrics.in_flight.inc()
+        self._stages.begin("decode")
         return self._stages
 
     def __exit__(self, *_exception: object) -> None:
         self._away.__exit__(None, None, None)
-        self._metrics.in_flight.dec()
-        self._metrics.observe_stages(self._stages.seconds)
         self._stages.close()
+        self._metrics.end(self._stages.seconds)
 
 
 class Handlers:
@@ -251,8 +250,7 @@ class Handlers:
         self, method: _Method, body: Body, call: grpc.ServicerContext, place: Place, pack: _Packing[T]
     ) -> T:
         with self._observed(method, len(body), call) as stages:
-            with stages.timed("decode"):
-                requests = [method.forms.read(body.take())]
+            requests = [method.forms.read(body.take())]
             caller = Caller.of(call, place.peer, partial(self._admission.grow, place))
             # Handed over, so that the service can let go of it while it waits.
             answer = method.answer(requests.pop(), stages, caller)
@@ -263,8 +261,7 @@ class Handlers:
     ) -> bytes:
         method, size = stream.method, len(body)
         with self._observed(method, size, call) as stages:
-            with stages.timed("decode"):
-                mark, request = stream.read(body.take())
+            mark, request = stream.read(body.take())
             try:
                 _require_request(request)
                 with self._admission.holding(peer, size) as place:
@@ -277,16 +274,16 @@ class Handlers:
             return self._serialize(method, answer, stages, b"".join)
 
     def _serialize(self, method: _Method, answer: Sequence[Piece], stages: Stages, pack: _Packing[T]) -> T:
-        with stages.timed("encode"):
-            packed = pack(placed(answer))
-        self._metrics.of(method.name).response_bytes.observe(size_of(answer))
+        stages.begin("encode")
+        packed = pack(placed(answer))
+        self._metrics.of(method.name).count_answer(size_of(answer))
         return packed
 
     def _observed(self, method: _Method, request_bytes: int, call: grpc.ServicerContext) -> "_Observed":
         """Counts a request, and its time by stage however it ends."""
         stages = Stages() if self._stages is None else self._stages(method.name, call)
         metrics = self._metrics.of(method.name)
-        metrics.request_bytes.observe(request_bytes)
+        metrics.begin(request_bytes)
         return _Observed(metrics, stages, self._home.away(request_bytes))
 
     def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:

@@ -9,6 +9,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from lossd_server.rpc.metrics import HANDLED_CODES, Metrics
+from lossd_server.rpc.series import note
 
 _Handler = Any
 """A `grpc.RpcMethodHandler`; only its stub is generic, and only at run time are its attributes known."""
@@ -110,10 +111,10 @@ class _ObservedMethod:
         began = self._start()
         try:
             response = behaviour(self._counted(request), call)
-            self._sent.inc()
         except BaseException:
             self._finish(began, call, failed=True)
             raise
+        note((self._sent, 1))
         self._finish(began, call)
         return response
 
@@ -122,7 +123,7 @@ class _ObservedMethod:
         began = self._start()
         try:
             for response in behaviour(self._counted(request), call):
-                self._sent.inc()
+                note((self._sent, 1))
                 yield response
         except BaseException:
             self._finish(began, call, failed=True)
@@ -130,7 +131,7 @@ class _ObservedMethod:
         self._finish(began, call)
 
     def _start(self) -> float:
-        self._started.inc()
+        note((self._started, 1))
         return time.monotonic()
 
     def _counted(self, request: Any) -> Any:
@@ -138,14 +139,13 @@ class _ObservedMethod:
         return map(self._count, request) if isinstance(request, Iterator) else self._count(request)
 
     def _count(self, request: Any) -> Any:
-        self._received.inc()
+        note((self._received, 1))
         return request
 
     def _finish(self, began: float, call: Any, *, failed: bool = False) -> None:
-        self._handling.observe(time.monotonic() - began)
+        seconds = time.monotonic() - began
         code = code_of_call(call, failed=failed)
-        counter = self._handled.get(code) or self._handled_otherwise(code.name)
-        counter.inc()
+        note((self._handling, seconds), (self._handled.get(code) or self._handled_otherwise(code.name), 1))
 
 
 def code_of_call(call: Any, *, failed: bool) -> grpc.StatusCode:

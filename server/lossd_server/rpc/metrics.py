@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info
+from prometheus_client import CollectorRegistry, Gauge, Info
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import LossOutcome
 from lossd_server.errors import Reason
 from lossd_server.rpc.collectors import register_process
-from lossd_server.rpc.histograms import Histogram
+from lossd_server.rpc.series import Counter, Histogram, Level, note
 from lossd_server.rpc.stages import STAGES
 from lossd_server.rpc.status import CODES
 from lossd_server.targets import Assignment
@@ -82,18 +82,19 @@ class Metrics:
         self.items = Histogram(
             "lossd_batch_items", "Items in a request.", ("method",), buckets=ITEMS, registry=registry
         )
-        self.batch_jobs = Histogram(
+        batch_jobs = Histogram(
             "lossd_device_batch_jobs",
             "Requests that the device was given together.",
             buckets=ITEMS[:8],
             registry=registry,
         )
-        self.batch_items = Histogram(
+        batch_items = Histogram(
             "lossd_device_batch_items",
             "Items that the device was given together.",
             buckets=ITEMS,
             registry=registry,
         )
+        self._batch_jobs, self._batch_items = batch_jobs.labels(), batch_items.labels()
         self.queue_length = Gauge(
             "lossd_queue_length", "Requests that wait for the device.", registry=registry
         )
@@ -106,7 +107,7 @@ class Metrics:
         self.response_bytes = Histogram(
             "lossd_response_bytes", "Size of an answer.", ("method",), buckets=BYTES, registry=registry
         )
-        self.in_flight = Gauge("lossd_in_flight", "Requests being served.", ("method",), registry=registry)
+        self.in_flight = Level("lossd_in_flight", "Requests being served.", ("method",), registry=registry)
         self.in_flight_bytes = Gauge(
             "lossd_in_flight_bytes", "Bytes of the requests that were let in.", registry=registry
         )
@@ -145,7 +146,7 @@ class Metrics:
 
     def count_reload(self, file: ReloadedFile, *, failed: bool) -> None:
         """Counts a file that changed: read anew, or of no use, so that what was read before stays."""
-        self._reloads.labels(file, "failed" if failed else "ok").inc()
+        note((self._reloads.labels(file, "failed" if failed else "ok"), 1))
 
     def set_state(self, state: State) -> None:
         """Says in which state the server is."""
@@ -154,8 +155,7 @@ class Metrics:
 
     def observe_batch(self, jobs: int, items: int) -> None:
         """Observes what the device was given together."""
-        self.batch_jobs.observe(jobs)
-        self.batch_items.observe(items)
+        note((self._batch_jobs, jobs), (self._batch_items, items))
 
     def of(self, method: str) -> "MethodMetrics":
         """Returns what is counted of one method."""
@@ -184,37 +184,38 @@ class Metrics:
 
 
 class MethodMetrics:
-    """What is counted of one method: looked up once, which takes longer than counting.
-
-    Attributes:
-        request_bytes: Size of a request.
-        response_bytes: Size of an answer.
-        in_flight: Requests being served.
-    """
+    """What is counted of the requests of one method: looked up once, which takes longer than counting."""
 
     def __init__(self, metrics: Metrics, method: str) -> None:
-        self.request_bytes = metrics.request_bytes.labels(method)
-        self.response_bytes = metrics.response_bytes.labels(method)
-        self.in_flight = metrics.in_flight.labels(method)
+        self._request_bytes = metrics.request_bytes.labels(method)
+        self._response_bytes = metrics.response_bytes.labels(method)
+        self._in_flight = metrics.in_flight.labels(method)
         self._stages = {stage: metrics.stage.labels(method, stage) for stage in STAGES}
         self._items = metrics.items.labels(method)
         self._positives = metrics.positives.labels(method)
-        self._non_finite = metrics.non_finite
+        self._non_finite = metrics.non_finite.labels()
 
-    def observe_stages(self, seconds: Mapping[str, float]) -> None:
-        """Observes how long each stage of a call took."""
-        for stage, spent in seconds.items():
-            self._stages[stage].observe(spent)
+    def begin(self, size: int) -> None:
+        """Counts a request of so many bytes as one that is served."""
+        note((self._in_flight, 1), (self._request_bytes, size))
 
     def count_outcomes(self, outcomes: Sequence[LossOutcome]) -> None:
         """Counts the items, positives and non-finite inputs of a batch of evaluations."""
-        self._items.observe(len(outcomes))
-        self._positives.inc(sum(outcome.positive_count for outcome in outcomes))
+        positives = sum(outcome.positive_count for outcome in outcomes)
+        note((self._items, len(outcomes)), (self._positives, positives))
         non_finite = sum(len(outcome.non_finite) for outcome in outcomes)
         if non_finite:
-            self._non_finite.inc(non_finite)
+            note((self._non_finite, non_finite))
 
     def count_assignments(self, assignments: Sequence[Assignment]) -> None:
         """Counts the items and positives of a batch of assignments."""
-        self._items.observe(len(assignments))
-        self._positives.inc(sum(found.positive_count for found in assignments))
+        positives = sum(found.positive_count for found in assignments)
+        note((self._items, len(assignments)), (self._positives, positives))
+
+    def count_answer(self, size: int) -> None:
+        """Counts an answer of so many bytes."""
+        note((self._response_bytes, size))
+
+    def end(self, seconds: Mapping[str, float]) -> None:
+        """Counts a request as served, however it ended, and what each stage of it took."""
+        note((self._in_flight, -1), *((self._stages[stage], spent) for stage, spent in seconds.items()))

@@ -11,6 +11,7 @@ import structlog
 
 from lossd_server.errors import LossdError
 from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.series import note
 from lossd_server.rpc.status import code_of, grpc_status_of, shorten
 
 LINES_PER_SECOND = 10
@@ -56,7 +57,7 @@ class Refusals:
             error: Why it was refused.
             peer: Who asked, as gRPC names them.
         """
-        self._metrics.refusals.labels(method, error.reason).inc()
+        note((self._metrics.refusals.labels(method, error.reason), 1))
         if self._mark is not None:
             self._mark(error)
         unwritten = self._admit(error.reason)

@@ -38,17 +38,17 @@ class LossService:
         self, request: Request[pb.ComputeLossRequest], stages: Stages, caller: Caller
     ) -> list[Piece]:
         """Evaluates a batch of items."""
-        with stages.timed("decode"):
-            job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
-            request.payloads.clear()
+        job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
+        request.payloads.clear()
+        stages.end()
         outcomes, timing = self._engine.compute(job, caller.asker)
         del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
+        stages.begin("encode")
         answer: list[Piece] = []
-        with stages.timed("encode"):
-            for outcome, item in zip(outcomes, request.message.items, strict=True):
-                answer += message_field(_LOSS_RESULTS, encode.loss_result(outcome, item.outputs))
+        for outcome, item in zip(outcomes, request.message.items, strict=True):
+            answer += message_field(_LOSS_RESULTS, encode.loss_result(outcome, item.outputs))
         self._metrics.of("ComputeLoss").count_outcomes(outcomes)
         return [*answer, pb.ComputeLossResponse(timings=stages.timings()).SerializeToString()]
 
@@ -56,8 +56,7 @@ class LossService:
         self, request: Request[pb.AssignTargetsRequest], stages: Stages, caller: Caller
     ) -> list[Piece]:
         """Assigns targets to a batch of items."""
-        with stages.timed("decode"):
-            job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
+        job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
         result = partial(
             encode.target_result,
             target_format=request.message.format,
@@ -65,6 +64,7 @@ class LossService:
             narrow=request.message.narrow_integers,
         )
         del request  # with its memory, before there is a wait for a core
+        stages.end()
         if job.answer_bytes:
             caller.reserve(job.answer_bytes)
         assignments, timing = self._engine.assign(job, caller.asker)
@@ -72,10 +72,10 @@ class LossService:
             caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
+        stages.begin("encode")
         answer: list[Piece] = []
-        with stages.timed("encode"):
-            for found in assignments:
-                answer += message_field(_TARGET_RESULTS, result(found))
+        for found in assignments:
+            answer += message_field(_TARGET_RESULTS, result(found))
         self._metrics.of("AssignTargets").count_assignments(assignments)
         return [*answer, pb.AssignTargetsResponse(timings=stages.timings()).SerializeToString()]
 

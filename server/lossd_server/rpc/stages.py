@@ -1,7 +1,6 @@
 """Where the time of a call goes."""
 
 import time
-from contextlib import AbstractContextManager
 
 from lossd.v1 import loss_service_pb2 as pb
 
@@ -11,18 +10,29 @@ _FIELDS = {stage: f"{stage}_us" for stage in STAGES}
 
 
 class Stages:
-    """Seconds spent in each stage of one call.
+    """Seconds spent in each stage of one call, of which it is in one at a time.
 
     Attributes:
-        seconds: By stage; a stage that was not reached is absent.
+        seconds: By stage, as far as they have ended; a stage that was not reached is absent.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._stage: str | None = None
+        self._since = 0.0
 
-    def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Adds the time that a `with` block takes to a stage."""
-        return _Timed(self, stage)
+    def begin(self, stage: str) -> None:
+        """Ends the stage that the call is in, and begins another, unless it is in that one."""
+        if stage != self._stage:
+            self.end()
+            self._stage = stage
+            self._since = time.monotonic()
+
+    def end(self) -> None:
+        """Ends the stage that the call is in, if it is in any."""
+        if self._stage is not None:
+            self.add(self._stage, time.monotonic() - self._since)
+        self._stage = None
 
     def add(self, stage: str, seconds: float) -> None:
         """Adds time measured elsewhere to a stage."""
@@ -30,26 +40,11 @@ class Stages:
 
     def close(self) -> None:
         """Ends the request."""
+        self.end()
 
     def timings(self) -> pb.StageTimings:
-        """Returns the stages so far as the contract's message."""
-        timings = pb.StageTimings()
-        for stage, seconds in self.seconds.items():
-            setattr(timings, _FIELDS[stage], round(seconds * 1e6))
-        return timings
-
-
-class _Timed:
-    """Times a block: a class, since a generator takes three times as long."""
-
-    __slots__ = ("_began", "_stage", "_stages")
-
-    def __init__(self, stages: Stages, stage: str) -> None:
-        self._stages = stages
-        self._stage = stage
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_exception: object) -> None:
-        self._stages.add(self._stage, time.monotonic() - self._began)
+        """Returns the stages so far, with the one that the call is in, as the contract's message."""
+        seconds = self.seconds
+        if self._stage is not None:
+            seconds = seconds | {self._stage: time.monotonic() - self._since}
+        return pb.StageTimings(**{_FIELDS[stage]: round(spent * 1e6) for stage, spent in seconds.items()})

@@ -156,11 +156,10 @@ class _TracedStages(Stages):
         self._context = context
         self._began = time.time_ns()
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        self._began = time.time_ns()
-        with super().timed(stage):
-            yield
+    def begin(self, stage: str) -> None:
+        if stage != self._stage:
+            super().begin(stage)
+            self._began = time.time_ns()
 
     def add(self, stage: str, seconds: float) -> None:
         super().add(stage, seconds)
@@ -179,5 +178,6 @@ class _StagesOnStream(_TracedStages):
         self._token = contexts.attach(context)
 
     def close(self) -> None:
+        super().close()
         contexts.detach(self._token)
         self._span.end()
