@@ -19,10 +19,18 @@ from lossd_server.engine.custom import CustomLoss
 from lossd_server.engine.evaluator import Evaluator
 from lossd_server.engine.home import Home
 from lossd_server.engine.resources import granted_cores
-from lossd_server.engine.steps import steps_of
+from lossd_server.engine.steps import Step, steps_of
 from lossd_server.engine.turns import Task, Turns
 from lossd_server.engine.watchdog import Watchdog
-from lossd_server.engine.work import AssignJob, AssignResults, LossItem, LossJob, LossResults, Timing
+from lossd_server.engine.work import (
+    AssignJob,
+    AssignResults,
+    Evaluable,
+    LossItem,
+    LossJob,
+    LossResults,
+    Timing,
+)
 from lossd_server.errors import Reason, UnavailableError, errors_within
 from lossd_server.kernels import load_library
 from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss, LossModule
@@ -66,6 +74,7 @@ class Engine:
         home: Home | None = None,
     ) -> None:
         self.device = device
+        self._is_host = device.type == "cpu"
         self.custom_losses = dict(custom_losses or {})
         self._batching = batching or Batching()
         self._observe = observe
@@ -110,15 +119,14 @@ class Engine:
         """
         self._refuse_when_draining()
         arrived = time.monotonic()
-        kind = self._kind_of(job)
-        steps = steps_of(job.items, _ITEM_BY_ITEM if kind is None else self._batching)
+        steps = steps_of(job.items, self._batching if isinstance(job.loss, LossModule) else _ITEM_BY_ITEM)
         task = Task(
             job=job,
             asker=asker,
             steps=steps,
             costs=[step.cost for step in steps],
             flow=asker.flow if job.owner is None else job.owner,
-            kind=kind,
+            kind=self._kind_of(job.loss, steps),
         )
         self._turns.complete(task)
         if task.error is not None:
@@ -186,11 +194,11 @@ class Engine:
         self._turns.refuse(_stopping)
         self._torch_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _kind_of(self, job: LossJob) -> str | None:
+    def _kind_of(self, loss: Evaluable, steps: Sequence[Step]) -> str | None:
         """Returns what a job may go together with: ours with ours, the operator's with nothing."""
-        if not isinstance(job.loss, LossModule):
+        if not isinstance(loss, LossModule):
             return None
-        return _HERE if self.device.type == "cpu" and leaves_torch_asleep(job) else _ELSEWHERE
+        return _HERE if self._is_host and leaves_torch_asleep(loss, steps) else _ELSEWHERE
 
     def _take_steps(self, tasks: Sequence[Task]) -> None:
         """Takes the next steps of some tasks of one kind; one batch at a time."""

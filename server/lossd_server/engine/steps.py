@@ -1,15 +1,21 @@
 """A job cut into steps: what is evaluated without a look at who else waits."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from lossd.gpu_memory import GpuArray
 from lossd_server.engine.batching import Batching
 from lossd_server.engine.work import LossItem
+from lossd_server.losses.evaluation import PLAIN_GRADIENTS
 
 _ARRAYS = (np.ndarray, GpuArray)
+
+_NO_OTHER_FLOATS = frozenset(
+    np.dtype(name)
+    for name in ("float32", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+)
 
 _ITEM_COST = 1 << 19
 """What an item costs beside its bytes: as many as are read and written while the smallest is evaluated."""
@@ -21,10 +27,12 @@ class Step(NamedTuple):
     Attributes:
         items: The items.
         size: Bytes that they read and write.
+        is_float32: Whether all floats among their tensors are of that type.
     """
 
     items: Sequence[LossItem]
     size: int
+    is_float32: bool = True
 
     @property
     def cost(self) -> int:
@@ -34,26 +42,26 @@ class Step(NamedTuple):
 
 def steps_of(items: Sequence[LossItem], limits: Batching) -> list[Step]:
     """Cuts the items of a job into steps within the limits."""
-    steps, begun, size = [], 0, 0
+    steps, begun, size, is_float32 = [], 0, 0, True
     for index, item in enumerate(items):
-        more = bytes_of(item)
+        more, is_more_float32 = _look_at(item)
         if index > begun and (index - begun >= limits.max_items or size + more > limits.max_bytes):
-            steps.append(Step(items=items[begun:index], size=size))
-            begun, size = index, 0
+            steps.append(Step(items[begun:index], size, is_float32))
+            begun, size, is_float32 = index, 0, True
         size += more
-    steps.append(Step(items=items[begun:], size=size))
+        is_float32 = is_float32 and is_more_float32
+    steps.append(Step(items[begun:], size, is_float32))
     return steps
 
 
-def bytes_of(item: LossItem) -> int:
-    """Returns the bytes of an item's tensors and of the gradients that are asked for."""
-    return _bytes_in(item.arguments.values()) + _bytes_in(map(item.arguments.get, item.options.gradients))
-
-
-def _bytes_in(values: Iterable[Any]) -> int:
-    size = 0
-    for value in values:
+def _look_at(item: LossItem) -> tuple[int, bool]:
+    """Returns what a `Step` says of the tensors of an item and of the gradients that are asked for."""
+    gradients = item.options.gradients
+    size, is_float32 = 0, item.options.gradient_dtype in PLAIN_GRADIENTS
+    for name, value in item.arguments.items():
+        times = 2 if name in gradients else 1
         for array in value if isinstance(value, list) else (value,):
             if isinstance(array, _ARRAYS):
-                size += array.nbytes
-    return size
+                size += array.nbytes * times
+                is_float32 = is_float32 and array.dtype in _NO_OTHER_FLOATS
+    return size, is_float32

@@ -84,8 +84,14 @@ class Turns:
         with self._mutex:
             if self._refusal is not None:
                 raise self._refusal()
-            self._queue.join(task)
-            self._call_next()
+            goes_straight = self._leader is None and len(task.steps) == 1
+            if goes_straight:  # nobody is there, and so no flow has been had too little
+                self._leader = task
+            else:
+                self._queue.join(task)
+                self._call_next()
+        if goes_straight:
+            self._lead(task)
         while not task.is_done:
             self._await_call(task)
             if self._leader is task:
@@ -172,7 +178,8 @@ class Turns:
                 if task.steps and task.error is None:
                     self._queue.rejoin(task)
                 else:
-                    self._queue.leave(task)
+                    if task.has_joined:
+                        self._queue.leave(task)
                     task.end()
             self._call_next()
 
