@@ -12,6 +12,9 @@ from lossd_server.engine.work import Evaluable
 from lossd_server.kernels import loaded_library
 from lossd_server.losses import LossModule
 
+HERE, ELSEWHERE = "here", "elsewhere"
+"""Kinds of tasks: those that any thread may do, and those that torch's thread does."""
+
 
 def leaves_torch_asleep(loss: Evaluable, steps: Iterable[Step]) -> bool:
     """Whether the compiled kernels do all steps of a job on the host."""

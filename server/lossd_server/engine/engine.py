@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 import torch
 
-from lossd_server.engine.affinity import leaves_torch_asleep
+from lossd_server.engine.affinity import ELSEWHERE, HERE, leaves_torch_asleep
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.batching import Batching
 from lossd_server.engine.buffers import BufferPool
@@ -40,9 +40,6 @@ _ANYONE = Asker()
 
 _ITEM_BY_ITEM = Batching(max_items=1)
 """For losses of the operator's, of which nobody knows how long they take."""
-
-_HERE, _ELSEWHERE = "here", "elsewhere"
-"""Kinds of tasks: those that any thread may do, and those that torch's thread does."""
 
 _log = structlog.get_logger()
 
@@ -198,14 +195,18 @@ class Engine:
         """Returns what a job may go together with: ours with ours, the operator's with nothing."""
         if not isinstance(loss, LossModule):
             return None
-        return _HERE if self._is_host and leaves_torch_asleep(loss, steps) else _ELSEWHERE
+        return HERE if self._is_host and leaves_torch_asleep(loss, steps) else ELSEWHERE
 
     def _take_steps(self, tasks: Sequence[Task]) -> None:
         """Takes the next steps of some tasks of one kind; one batch at a time."""
+        items, size = 0, 0
+        for task in tasks:
+            step = task.steps[0]
+            items, size = items + len(step.items), size + step.size
         if self._observe is not None:
-            self._observe(len(tasks), sum(len(task.steps[0].items) for task in tasks))
-        if tasks[0].kind == _HERE:
-            with self._home.away(sum(task.steps[0].size for task in tasks)):
+            self._observe(len(tasks), items)
+        if tasks[0].kind == HERE:
+            with self._home.away(size):
                 self._evaluator.take_steps(tasks)
             return
         try:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, dropwhile, islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import structlog
@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from lossd.gpu_memory import GpuArray
+from lossd_server.engine.affinity import HERE
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.outcome import Launched, Reading, read
 from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
 from lossd_server.engine.work import LossItem, LossJob, LossOutcome
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
-from lossd_server.kernels import loaded_library
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
@@ -59,7 +59,7 @@ class Evaluator:
 
         Where the memory does not suffice for all together, each item is tried alone.
         """
-        if self._device.type == "cpu":
+        if tasks[0].kind == HERE:
             tasks = [*dropwhile(self._goes_by_arrays, tasks)]  # in their order: two may be of one owner
         if tasks:
             self._by_tensors(tasks)
@@ -77,9 +77,7 @@ class Evaluator:
         return found is not None
 
     def _by_arrays(self, task: Task) -> list[LossOutcome] | None:
-        loss, outcomes = task.job.loss, []
-        if not isinstance(loss, LossModule) or not loss.has_kernels or loaded_library() is None:
-            return None
+        loss, outcomes = cast("LossModule", task.job.loss), []
         for item in task.steps[0].items:
             task.asker.check()
             if task.job.strict and item.outputs:

@@ -20,6 +20,8 @@ from typing import Self
 LARGE_BYTES = 128 << 10
 """Work on so many bytes and more is worth the way."""
 
+_AT_HOME = nullcontext()
+
 _CALLER = 0
 """What the system calls the thread that asks."""
 
@@ -87,7 +89,7 @@ class Home:
             size: Bytes that are worked on; few are worked on at home.
         """
         if size < LARGE_BYTES or not getattr(self._here, "is_home", False):
-            return nullcontext()
+            return _AT_HOME
         return self._away()
 
     @contextmanager

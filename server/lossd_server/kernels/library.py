@@ -35,6 +35,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.lossd_count_objects.restype = ctypes.c_int64
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     library.lossd_focal.argtypes = (pointer, number, pointer, number, pointer)
+    library.lossd_rows.argtypes = (pointer, number, number, number, pointer)
     library.lossd_paint.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     library.lossd_paint.restype = ctypes.c_int64
     library.lossd_read_objects.argtypes = (

@@ -34,7 +34,6 @@ typedef struct {
     double scale;          /* what the gradient is multiplied by */
     double floor;          /* of areas, and of an IoU under its logarithm */
     int32_t preds_type, gradient_type, targets_type;
-    row_sums sums;         /* found */
 } row_group;
 
 /* A block of rows, number by number. */
@@ -245,19 +244,20 @@ static void run_row_task(void *argument, int64_t task) {
     }
 }
 
-/* Evaluates groups of rows under one formula with at most so many threads; returns 0, or -1 without memory. */
-int lossd_rows(row_group *groups, int32_t count, int32_t formula, int32_t threads) {
+/* Evaluates groups of rows under one formula with at most so many threads, and writes the sums of each; returns 0,
+ * or -1 without memory. */
+int lossd_rows(const row_group *groups, int32_t count, int32_t formula, int32_t threads, row_sums *sums) {
     int64_t tasks = 0;
     for (int32_t i = 0; i < count; i++) tasks += tasks_of_group(&groups[i]);
     row_sums *found = malloc((tasks + 1) * sizeof *found), *next = found;
     if (!found) return -1;
     row_work work = {.groups = groups, .formula = formula, .found = found};
     run_tasks(run_row_task, &work, tasks, threads);
-    for (row_group *g = groups; g < groups + count; g++) {
-        g->sums = (row_sums){0.0, 0.0};
-        for (int64_t task = tasks_of_group(g); task; task--, next++) {
-            g->sums.losses += next->losses;
-            g->sums.extras += next->extras;
+    for (int32_t i = 0; i < count; i++) {
+        sums[i] = (row_sums){0.0, 0.0};
+        for (int64_t task = tasks_of_group(&groups[i]); task; task--, next++) {
+            sums[i].losses += next->losses;
+            sums[i].extras += next->extras;
         }
     }
     free(found);

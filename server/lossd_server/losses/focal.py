@@ -51,15 +51,19 @@ class FocalLoss(LossModule):
 
     def __init__(self, alpha: float | None = 0.25, gamma: float = 2.0, reduction: str = "mean") -> None:
         super().__init__()
-        self.alpha = alpha
-        self.gamma = gamma
+        self.constants = FocalConstants(alpha=alpha, gamma=gamma)
         self.reduction: Reduction = Reduction.of(reduction)
         check_focal_constants(self.constants, alpha_field="alpha", gamma_field="gamma")
 
     @property
-    def constants(self) -> FocalConstants:
-        """The constants, as the kernel takes them."""
-        return FocalConstants(alpha=self.alpha, gamma=self.gamma)
+    def alpha(self) -> float | None:
+        """Weight of a row's own class."""
+        return self.constants.alpha
+
+    @property
+    def gamma(self) -> float:
+        """Focusing parameter."""
+        return self.constants.gamma
 
     @property
     def has_kernels(self) -> bool:

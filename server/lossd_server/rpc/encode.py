@@ -64,10 +64,16 @@ def _about(outcome: LossOutcome) -> bytes:
     return about.SerializeToString()
 
 
+@lru_cache(maxsize=256)
+def _about_gradient(name: str) -> bytes:
+    """Returns what a gradient holds beside tensors; there are few names."""
+    return pb.Gradient(input=name).SerializeToString()
+
+
 def _gradient(
     name: str, outcome: LossOutcome, places: Iterable[tensor_pb2.SharedSlice] | None
 ) -> list[Piece]:
-    pieces: list[Piece] = [pb.Gradient(input=name).SerializeToString()]
+    pieces: list[Piece] = [_about_gradient(name)]
     if places is not None:
         for held, place in zip(outcome.gradients[name], places, strict=True):
             pieces += shared_tensor_field(_GRADIENT["tensors"], held, place)

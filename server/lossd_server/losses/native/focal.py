@@ -4,15 +4,14 @@ import ctypes
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from lossd_server.kernels import address_of, loaded_library
-from lossd_server.losses.arrays import A, address, is_dense, is_on_host, strides_of
+from lossd_server.losses.arrays import A, Form, address, form_of
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.native.numbers import FLOAT_TYPES, thread_count
 
@@ -32,18 +31,15 @@ LABEL_TYPES = {
 _MATRIX = 2
 
 
-class _Grid(ctypes.Structure):
-    """`focal_grid` of focal.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "gradient", "labels", "ignored", "rows")),
-        *((name, ctypes.c_int64) for name in ("batch", "classes", "cells")),
-        *((f"logits_{name}_stride", ctypes.c_int64) for name in ("batch", "class", "cell")),
-        *((f"gradient_{name}_stride", ctypes.c_int64) for name in ("batch", "class", "cell")),
-        *((f"{name}_batch_stride", ctypes.c_int64) for name in ("labels", "ignored")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("logits_type", "gradient_type", "labels_type", "background")),
-    )
+_GRID = Struct(
+    "5P"  # logits, gradient, labels, ignored, rows
+    "3q"  # batch, classes, cells
+    "3q3q"  # how far images, classes and cells are apart: logits, gradient
+    "2q"  # how far images are apart: labels, ignored
+    "d"  # scale
+    "4i"  # types of logits, gradient and labels; background
+)
+"""`focal_grid` of focal.c."""
 
 
 class _Constants(ctypes.Structure):
@@ -62,15 +58,21 @@ def focal_sums_natively(grids: Sequence[FocalGrid[A]], constants: FocalConstants
     each image lie at one distance from each other.
     """
     library, weights = loaded_library(), _weights(constants)
-    if library is None or weights is None or not all(map(_applies, grids)):
+    if library is None or weights is None:
         return None
-    found = [problem for grid in grids if (problem := _problem(grid)) is not None]
-    if len(found) < len(grids):
-        return None
-    problems = (_Grid * len(grids))(*found)
-    threads = thread_count(sum(math.prod(grid.logits.shape) for grid in grids), _SMALL)
+    problems, size = [], 0
+    for grid in grids:
+        arrays = grid.logits, grid.gradient, grid.labels, grid.ignored, grid.rows
+        frame = _frame(*map(form_of, arrays))
+        if frame is None:
+            return None
+        problems.append(
+            _GRID.pack(*map(address, arrays), *frame.layout, grid.scale, *frame.types, grid.background)
+        )
+        size += frame.size
     losses = np.empty(len(grids))
-    stray = library.lossd_focal(problems, len(grids), weights, threads, address_of(losses))
+    threads = thread_count(size, _SMALL)
+    stray = library.lossd_focal(b"".join(problems), len(grids), weights, threads, address_of(losses))
     if stray < 0:
         raise MemoryError
     return FocalSums(losses=losses, finite=not stray)
@@ -85,43 +87,39 @@ def _weights(constants: FocalConstants) -> Any:
     return ctypes.byref(_Constants(*weights, int(constants.gamma)))
 
 
-def _applies(grid: FocalGrid[A]) -> bool:
-    logits, gradient = grid.logits, grid.gradient
-    return (
-        is_on_host(logits)
-        and is_on_host(grid.labels)
-        and logits.dtype in FLOAT_TYPES
-        and (gradient is None or gradient.dtype in FLOAT_TYPES)
-        and (grid.rows is None or is_dense(grid.rows))
-    )
+class _Frame(NamedTuple):
+    """What is the same for all grids whose arrays are of the same forms.
+
+    Attributes:
+        size: How many logits there are.
+        layout: What `_GRID` has between pointers and scale.
+        types: The types at its end.
+    """
+
+    size: int
+    layout: tuple[int | None, ...]
+    types: tuple[int | None, ...]
 
 
-def _problem(grid: FocalGrid[A]) -> _Grid | None:
-    """Returns the grid in the kernel's terms, which points into the arrays; None where it has none."""
-    logits, gradient = grid.logits, grid.gradient
-    layout = _layout_of(logits)
-    like = layout if gradient is None else _layout_of(gradient)
-    if layout is None or like is None:
+@lru_cache(maxsize=1024)
+def _frame(
+    logits: Form, gradient: Form | None, labels: Form, ignored: Form | None, rows: Form | None
+) -> _Frame | None:
+    """Returns the frame of a grid; None where the kernel does not apply."""
+    if not all(form is None or form.is_on_host for form in (logits, gradient, labels, ignored, rows)):
         return None
-    labels_stride, ignored_stride = _row_stride(grid.labels, layout), _row_stride(grid.ignored, layout)
-    if labels_stride is None or ignored_stride is None:
+    like = gradient or logits
+    layout, layout_of_gradient = _layout(logits), _layout(like)
+    if layout is None or layout_of_gradient is None or not (rows is None or rows.is_dense):
         return None
-    return _Grid(
-        address(logits),
-        address(gradient),
-        address(grid.labels),
-        address(grid.ignored),
-        address(grid.rows),
-        *layout.extents,
-        *layout.strides,
-        *like.strides,
-        labels_stride,
-        ignored_stride,
-        grid.scale,
-        FLOAT_TYPES[logits.dtype],
-        FLOAT_TYPES[logits.dtype if gradient is None else gradient.dtype],
-        LABEL_TYPES[grid.labels.dtype],
-        grid.background,
+    strides = [_row_stride(form, layout) for form in (labels, ignored)]
+    types = [FLOAT_TYPES.get(logits.dtype), FLOAT_TYPES.get(like.dtype), LABEL_TYPES.get(labels.dtype)]
+    if None in strides or None in types:
+        return None
+    return _Frame(
+        size=math.prod(layout.extents),
+        layout=(*layout.extents, *layout.strides, *layout_of_gradient.strides, *strides),
+        types=tuple(types),
     )
 
 
@@ -132,25 +130,18 @@ class _Layout(NamedTuple):
     strides: tuple[int, int, int]
 
 
-def _row_stride(array: Tensor | NDArray[Any] | None, layout: _Layout) -> int | None:
+def _row_stride(form: Form | None, layout: _Layout) -> int | None:
     """Returns how far the locations of one image are from those of the next; None where they have no row."""
-    if array is None:
+    if form is None:
         return 0
-    if is_dense(array):
+    if form.is_dense:
         return layout.extents[2]
-    strides = strides_of(array)
-    return strides[0] if array.ndim == _MATRIX and strides[1] == 1 else None
+    return form.strides[0] if len(form.shape) == _MATRIX and form.strides[1] == 1 else None
 
 
-def _layout_of(array: Tensor | NDArray[Any]) -> _Layout | None:
-    """Returns the `_Layout` of logits, or None: see `_layout`, which knows those that it has met."""
-    return _layout(array.shape, strides_of(array))
-
-
-@lru_cache(maxsize=1024)
-def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Layout | None:
+def _layout(form: Form) -> _Layout | None:
     """Returns the layout of logits of so many dimensions; None where locations are not at one distance."""
-    match shape, strides:
+    match form.shape, form.strides:
         case (cells, classes), (cell, each_class):
             return _Layout((1, classes, cells), (0, each_class, cell))
         case (batch, classes, cells), (image, each_class, cell):

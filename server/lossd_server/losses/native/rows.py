@@ -1,12 +1,14 @@
 """The compiled kernel of row losses, called with tensors or arrays."""
 
-import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 
-from lossd_server.kernels import loaded_library
-from lossd_server.losses.arrays import A, address, is_dense, is_on_host, strides_of
+from lossd_server.kernels import address_of, loaded_library
+from lossd_server.losses.arrays import A, Form, address, form_of
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.native.numbers import FLOAT_TYPES, WIDE_TYPES, thread_count
 from lossd_server.losses.row_group import FLOOR, RowGroup, RowSums
@@ -23,21 +25,14 @@ _FORMULAS = {
 """The formulas, by their numbers in rows.c."""
 
 
-class _Group(ctypes.Structure):
-    """`row_group` of rows.c."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("preds", "gradient", "targets", "images", "cells", "factors", "rows")
-        ),
-        ("count", ctypes.c_int64),
-        *((f"preds_{name}_stride", ctypes.c_int64) for name in ("batch", "number", "cell")),
-        *((f"gradient_{name}_stride", ctypes.c_int64) for name in ("batch", "number", "cell")),
-        *((name, ctypes.c_double) for name in ("scale", "floor")),
-        *((f"{name}_type", ctypes.c_int32) for name in ("preds", "gradient", "targets")),
-        *((name, ctypes.c_double) for name in ("losses", "extras")),
-    )
+_GROUP = Struct(
+    "7P"  # preds, gradient, targets, images, cells, factors, rows
+    "q"  # count
+    "3q3q"  # how far images, numbers and cells are apart: preds, gradient
+    "2d"  # scale, floor
+    "3i4x"  # types of preds, gradient and targets
+)
+"""`row_group` of rows.c."""
 
 
 def row_sums_natively(
@@ -48,47 +43,59 @@ def row_sums_natively(
     It applies on the CPU, to predictions of every type but float64.
     """
     library = loaded_library()
-    if library is None or not all(map(_applies, groups)):
+    if library is None:
         return None
-    problems = (_Group * len(groups))(*(_problem(group, floor) for group in groups))
-    threads = thread_count(sum(len(group.targets) for group in groups), _SMALL)
-    if library.lossd_rows(problems, len(groups), _FORMULAS[formula], threads):
+    problems, count = [], 0
+    for group in groups:
+        frame = _frame(*map(form_of, (group.preds, group.gradient, group.targets)))
+        if frame is None:
+            return None
+        more = len(group.targets)
+        places = (
+            group.preds,
+            group.gradient,
+            group.targets,
+            group.images,
+            group.cells,
+            group.factors,
+            group.rows,
+        )
+        problems.append(
+            _GROUP.pack(*map(address, places), more, *frame.strides, group.scale, floor, *frame.types)
+        )
+        count += more
+    sums = np.empty((len(groups), 2))
+    threads = thread_count(count, _SMALL)
+    if library.lossd_rows(b"".join(problems), len(groups), _FORMULAS[formula], threads, address_of(sums)):
         raise MemoryError
-    found = [(problem.losses, problem.extras) for problem in problems]
-    losses, extras = np.array(found).reshape(len(problems), 2).T
+    losses, extras = sums.T
     return RowSums(losses=losses, extras=extras)
 
 
-def _applies(group: RowGroup[A]) -> bool:
-    preds, gradient, targets = group.preds, group.gradient, group.targets
-    return (
-        is_on_host(preds)
+class _Frame(NamedTuple):
+    """What is the same for all groups whose arrays are of the same forms: see `_GROUP`."""
+
+    strides: tuple[int, ...]
+    types: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _frame(preds: Form, gradient: Form | None, targets: Form) -> _Frame | None:
+    """Returns the frame of a group; None where the kernel does not apply."""
+    like = gradient or preds
+    applies = (
+        preds.is_on_host
         and preds.dtype in FLOAT_TYPES
-        and (gradient is None or gradient.dtype in FLOAT_TYPES)
+        and like.dtype in FLOAT_TYPES
         and targets.dtype in WIDE_TYPES
-        and is_dense(targets)
+        and targets.is_dense
     )
+    if not applies:
+        return None
+    types = FLOAT_TYPES[preds.dtype], FLOAT_TYPES[like.dtype], WIDE_TYPES[targets.dtype]
+    return _Frame(strides=(*preds.strides, *like.strides), types=types)
 
 
-def _problem(group: RowGroup[A], floor: float) -> _Group:
-    """Returns the group in the kernel's terms; it points into the arrays."""
-    if not len(group.targets):
-        return _Group()
-    gradient = group.preds if group.gradient is None else group.gradient
-    return _Group(
-        address(group.preds),
-        address(group.gradient),
-        address(group.targets),
-        address(group.images),
-        address(group.cells),
-        address(group.factors),
-        address(group.rows),
-        len(group.targets),
-        *strides_of(group.preds),
-        *strides_of(gradient),
-        group.scale,
-        floor,
-        FLOAT_TYPES[group.preds.dtype],
-        FLOAT_TYPES[gradient.dtype],
-        WIDE_TYPES[group.targets.dtype],
-    )
+def _places(group: RowGroup[A]) -> Iterable[int]:
+    arrays = group.preds, group.gradient, group.targets, group.images, group.cells, group.factors, group.rows
+    return map(address, arrays)
