@@ -72,16 +72,15 @@ class CenternessLoss(LossModule):
         checks.require_dtype("pred", pred, checks.FLOATS)
         checks.require_dtype("target", target, checks.FLOATS)
         checks.require_same_rows("target", target, "pred", pred)
-        checks.require_unit_interval("target", checks.host_array(target))
         weights = arguments.get("weights")
         if weights is not None:
             checks.require_dtype("weights", weights, checks.FLOATS)
             checks.require_same_rows("weights", weights, "pred", pred)
 
-    def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns them with the sums of targets and weights."""
-        self.check(arguments)
+    def read(self, arguments: Arguments) -> Arguments:
+        """Returns arguments with the sums of targets and weights; see `LossModule.read`."""
         target = checks.host_array(arguments["target"])
+        checks.require_unit_interval("target", target)
         return {
             **arguments,
             "target_sum": float(target.sum(dtype=np.float64)),

@@ -185,7 +185,7 @@ class FCOSLoss(LossModule):
     def check(self, arguments: Arguments) -> None:
         """Raises `InvalidInputError` unless predictions and targets go together.
 
-        The objects of the ground truth are checked where they are read, by `prepare`.
+        The objects of the ground truth are checked where they are read.
         """
         sizes = check_predictions(arguments, self.num_classes)
         if arguments.get("ground_truth") is None:
@@ -199,9 +199,8 @@ class FCOSLoss(LossModule):
         strides = self.assigner.for_levels(len(sizes)).strides
         checks.require_count("cls_preds", len(sizes), "strides of the assigner", len(strides))
 
-    def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns the predictions and what they should be."""
-        self.check(arguments)
+    def read(self, arguments: Arguments) -> Arguments:
+        """Returns the predictions and what they should be; see `LossModule.read`."""
         preds = {name: list(arguments[name]) for name in PREDICTIONS}
         ground_truth = arguments.get("ground_truth")
         if ground_truth is None:

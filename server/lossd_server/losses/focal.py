@@ -99,7 +99,7 @@ class FocalLoss(LossModule):
         return attach_gradients(evaluation.loss, arguments, evaluation, ["inputs"], spread)
 
     def check(self, arguments: Arguments) -> None:
-        """Raises `InvalidInputError` unless logits and labels go together; `prepare` looks at values."""
+        """Raises `InvalidInputError` unless logits and labels go together."""
         inputs, targets = arguments["inputs"], arguments["targets"]
         checks.require_dtype("inputs", inputs, checks.FLOATS)
         checks.require_dtype("targets", targets, checks.INTEGERS)
@@ -113,9 +113,8 @@ class FocalLoss(LossModule):
             )
         checks.require_shape("targets", targets, shape[:1] + shape[2:])
 
-    def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns them with the number of rows that count."""
-        self.check(arguments)
+    def read(self, arguments: Arguments) -> Arguments:
+        """Returns arguments with the number of rows that count; see `LossModule.read`."""
         labels, classes = arguments["targets"], arguments["inputs"].shape[1]
         on_gpu = isinstance(labels, Tensor) and labels.is_cuda
         count = (count_objects_on_gpu if on_gpu else count_objects_natively)(labels, classes)

@@ -74,15 +74,14 @@ class GIoULoss(LossModule):
         checks.require_shape("pred_boxes", pred, ["N", 4])
         checks.require_dtype("target_boxes", target, (*checks.FLOATS, *checks.INTEGERS))
         checks.require_shape("target_boxes", target, pred.shape)
-        checks.require_upright_boxes("target_boxes", checks.host_array(target))
         weights = arguments.get("weights")
         if weights is not None:
             checks.require_dtype("weights", weights, checks.FLOATS)
             checks.require_shape("weights", weights, pred.shape[:1])
 
-    def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns them with the sum of the weights."""
-        self.check(arguments)
+    def read(self, arguments: Arguments) -> Arguments:
+        """Returns arguments with the sum of the weights; see `LossModule.read`."""
+        checks.require_upright_boxes("target_boxes", checks.host_array(arguments["target_boxes"]))
         return {**arguments, "weight": total_weight(arguments.get("weights"), len(arguments["pred_boxes"]))}
 
     def evaluate_arrays(

@@ -44,16 +44,27 @@ class LossModule(nn.Module):
 
     @abstractmethod
     def check(self, arguments: Arguments) -> None:
-        """Raises `InvalidInputError` unless the arguments, numpy or torch, can be evaluated."""
+        """Raises `InvalidInputError` unless types and shapes go together.
 
-    def prepare(self, arguments: Arguments) -> Arguments:
-        """Checks arguments, numpy or torch, and returns them ready to be evaluated.
+        Args:
+            arguments: Whatever has a `dtype` and a `shape`: what they hold is not looked at.
+        """
+
+    def read(self, arguments: Arguments) -> Arguments:
+        """Returns checked arguments, numpy or torch, ready to be evaluated.
 
         Whatever the evaluation wants to know of values is read here, on the host, so that it has
         nothing to wait for on a device.
+
+        Raises:
+            InvalidInputError: A value is refused.
         """
-        self.check(arguments)
         return arguments
+
+    def prepare(self, arguments: Arguments) -> Arguments:
+        """Checks arguments, numpy or torch, and returns them ready to be evaluated."""
+        self.check(arguments)
+        return self.read(arguments)
 
     def check_normalizer(self, normalizer: float) -> None:
         """Raises `InvalidInputError` for a normalizer that is not above 0, or would not be used."""

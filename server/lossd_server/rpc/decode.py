@@ -78,12 +78,12 @@ def read_assign_job(
 
 
 def _arguments(planned: PlannedEvaluation, loss: LossModule | CustomLoss, reader: SourceReader) -> Arguments:
-    """Returns the arguments of an evaluation, checked."""
+    """Returns the arguments of an evaluation, checked: their types and shapes were when it was planned."""
     arguments = {name: reader.arguments(source) for name, source in planned.sources.items()}
     if isinstance(loss, CustomLoss):
         loss.check(arguments, planned.options.gradients)
         return arguments
-    return loss.prepare(arguments)
+    return loss.read(arguments)
 
 
 def _require_answer_size(items: list[AssignItem], locations: int, target_format: int, max_bytes: int) -> None:
