@@ -125,6 +125,30 @@ def test_those_turned_away_go_at_once_and_the_one_at_the_device_ends_well():
     assert device.batches == [["held"], ["later"]]
 
 
+def test_who_takes_it_at_once_has_it_alone_and_the_next_one_is_called():
+    device = Device()
+    assert device.turns.take()
+    assert not device.turns.take()
+    device.ask("first")
+    device.ask("second")
+    assert device.batches == []
+    device.turns.give_back()
+    assert device.entered.acquire(timeout=20)
+    assert not device.turns.take()
+    device.end()
+    assert device.batches == [["first"], ["second"]]
+    assert device.turns.busy_seconds == 0
+    assert device.turns.take()
+
+
+def test_nobody_takes_it_at_once_where_all_are_turned_away_or_what_waits_goes_together():
+    device = Device()
+    device.turns.refuse(lambda: UnavailableError(Reason.DRAINING, "the server is stopping"))
+    with pytest.raises(UnavailableError):
+        device.turns.take()
+    assert not Device(max_items=8).turns.take()
+
+
 def test_what_waits_goes_together_as_far_as_there_is_room():
     device = Device(max_items=3, max_bytes=100)
     device.ask("held", size=1000)
@@ -167,7 +191,11 @@ def test_only_one_has_it_whoever_gives_up_when(batching):
             steps = [Step(items=[flow], size=patience == 60.0)] * (flow % 3 + 1)
             costs = [step.cost for step in steps]
             task = Task(job=None, asker=asker, steps=list(steps), costs=costs, flow=flow, kind="here")
-            device.turns.complete(task)
+            if patience < 1 and device.turns.take():
+                device.work([task])
+                device.turns.give_back()
+            else:
+                device.turns.complete(task)
             done.append(task.error is None)
 
     threads = [threading.Thread(target=run, args=(flow,)) for flow in range(6)]

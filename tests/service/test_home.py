@@ -2,6 +2,7 @@
 
 import os
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ def cores_seen(monkeypatch, requests, **settings):
     """On how many cores a server evaluates each of some requests, and on how many its handlers run."""
     seen, others = [], set(threading.enumerate())
     with make_server(**settings) as server, connect(server) as stub:
-        take_steps = server._engine._evaluator.take_steps
+        evaluator = server._engine._evaluator
 
-        def watched(tasks):
+        def watched(work, *given):
             seen.append(len(os.sched_getaffinity(0)))
-            take_steps(tasks)
+            return work(*given)
 
-        monkeypatch.setattr(server._engine._evaluator, "take_steps", watched)
+        for name in ("by_arrays", "take_steps"):
+            monkeypatch.setattr(evaluator, name, partial(watched, getattr(evaluator, name)))
         for request in requests:
             stub.ComputeLoss(request)
         handlers = {

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lossd.gpu_memory import GpuArray
 from lossd_server.engine.affinity import HERE
+from lossd_server.engine.asker import Asker
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.outcome import Launched, Reading, read
 from lossd_server.engine.transfer import as_tensor, to_device
@@ -67,22 +68,24 @@ class Evaluator:
     def _goes_by_arrays(self, task: Task) -> bool:
         """Takes the step of a task without a tensor, and returns whether that was possible."""
         try:
-            found = self._by_arrays(task)
-        except MemoryError:
-            return False
+            found = self.by_arrays(task.job, task.steps[0].items, task.asker)
         except Exception as error:  # noqa: BLE001  # it is the error of this task alone
             task.error = error
             return True
         task.outcomes += found or []
         return found is not None
 
-    def _by_arrays(self, task: Task) -> list[LossOutcome] | None:
-        loss, outcomes = cast("LossModule", task.job.loss), []
-        for item in task.steps[0].items:
-            task.asker.check()
-            if task.job.strict and item.outputs:
+    def by_arrays(self, job: LossJob, items: Sequence[LossItem], asker: Asker) -> list[LossOutcome] | None:
+        """Evaluates items of a job of the kind `HERE` without a tensor; None where that is not possible."""
+        loss, outcomes = cast("LossModule", job.loss), []
+        for item in items:
+            asker.check()
+            if job.strict and item.outputs:
                 return None  # what may be refused is not written to a caller's memory
-            found = loss.evaluate_arrays(item.arguments, item.options, partial(self._places, item))
+            try:
+                found = loss.evaluate_arrays(item.arguments, item.options, partial(self._places, item))
+            except MemoryError:
+                return None
             if found is None:
                 return None
             outcomes.append(

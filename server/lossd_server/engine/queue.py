@@ -17,7 +17,6 @@ class Entry:
         tag: The virtual time at which the next step would end.
         order: Which arrival this was: the earlier of two with one tag goes first.
         is_waiting: Whether it waits.
-        has_joined: Whether it has waited, or has had its turn since.
     """
 
     flow: Hashable = None
@@ -25,7 +24,6 @@ class Entry:
     tag: int = 0
     order: int = 0
     is_waiting: bool = False
-    has_joined: bool = False
 
     def __lt__(self, other: "Entry") -> bool:
         return (self.tag, self.order) < (other.tag, other.order)
@@ -75,7 +73,6 @@ class FairQueue(Generic[AnyEntry]):
         flow.end = start + sum(entry.costs)
         flow.entries += 1
         entry.tag, entry.order = start + entry.costs[0], next(self._arrivals)
-        entry.has_joined = True
         self._wait(entry)
 
     def first(self) -> AnyEntry | None:

@@ -64,6 +64,7 @@ class Turns:
         self._batching = batching
         self._mutex = threading.Lock()
         self._queue: FairQueue[Task] = FairQueue()
+        self._is_taken = False
         self._leader: Task | None = None
         self._began: float | None = None
         self._refusal: Callable[[], LossdError] | None = None
@@ -79,19 +80,34 @@ class Turns:
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
+    def take(self) -> bool:
+        """Takes the device for a single step if nobody has it, and nothing is to go along.
+
+        Then `give_back` is to be called. That is fair: when nobody waits, no flow has had less than another.
+        """
+        with self._mutex:
+            if self._refusal is not None:
+                raise self._refusal()
+            if self._is_taken or self._batching is not None:
+                return False
+            self._is_taken = True
+            self._began = time.monotonic()
+        return True
+
+    def give_back(self) -> None:
+        """Gives back the device, and calls who is next."""
+        with self._mutex:
+            self._is_taken = False
+            self._began = None
+            self._call_next()
+
     def complete(self, task: Task) -> None:
         """Has all steps of a task taken, by this thread or another; what ends it early is its error."""
         with self._mutex:
             if self._refusal is not None:
                 raise self._refusal()
-            goes_straight = self._leader is None and len(task.steps) == 1
-            if goes_straight:  # nobody is there, and so no flow has been had too little
-                self._leader = task
-            else:
-                self._queue.join(task)
-                self._call_next()
-        if goes_straight:
-            self._lead(task)
+            self._queue.join(task)
+            self._call_next()
         while not task.is_done:
             self._await_call(task)
             if self._leader is task:
@@ -130,7 +146,8 @@ class Turns:
 
     def _call_next(self) -> None:
         """Calls the task that is next, if the device is free."""
-        if self._leader is None and self._queue:
+        if not self._is_taken and self._queue:
+            self._is_taken = True
             self._leader = self._queue.take()
             self._leader.call.release()
 
@@ -171,6 +188,7 @@ class Turns:
     def _settle(self, batch: Sequence[Task], seconds: float) -> None:
         """Ends the tasks that are done, lets the others wait for their next step, and calls who is next."""
         with self._mutex:
+            self._is_taken = False
             self._leader = self._began = None
             for task in batch:
                 task.seconds += seconds
@@ -178,8 +196,7 @@ class Turns:
                 if task.steps and task.error is None:
                     self._queue.rejoin(task)
                 else:
-                    if task.has_joined:
-                        self._queue.leave(task)
+                    self._queue.leave(task)
                     task.end()
             self._call_next()
 

@@ -1,16 +1,14 @@
 """From requests to work: reads their tensors, checks everything, and names the field of whatever is wrong."""
 
 from collections.abc import Mapping
-from functools import partial
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.engine import AssignItem, AssignJob, CustomLoss, LossItem, LossJob
 from lossd_server.errors import InvalidInputError, Reason, errors_within
-from lossd_server.losses import LossModule
 from lossd_server.losses.module import Arguments
 from lossd_server.rpc.forms import Request
 from lossd_server.rpc.outputs import read_outputs
-from lossd_server.rpc.plans import PlannedEvaluation, plan_assignment, plan_loss
+from lossd_server.rpc.plans import plan_assignment, plan_loss
 from lossd_server.rpc.sources import SourceReader
 from lossd_server.shared_memory import Regions, Slices
 from lossd_server.targets import BYTES_OF_POSITIVE
@@ -36,18 +34,27 @@ def read_loss_job(
     Raises:
         InvalidInputError: Whatever is wrong with it, by field path.
     """
-    plan = request.planned(partial(plan_loss, custom_losses=custom_losses))
+    plan = request.planned(plan_loss, custom_losses)
     slices = Slices(regions)
     predictions = plan.loss.inputs if isinstance(plan.loss, CustomLoss) else plan.loss.differentiable
     reader = SourceReader(request.payloads, slices, predictions)
     items = []
     for index, planned in enumerate(plan.items):
         with errors_within(planned.path):
-            item = LossItem(planned.path, _arguments(planned, plan.loss, reader), planned.options)
+            arguments: Arguments = {
+                name: reader.arguments(source) for name, source in planned.sources.items()
+            }
+            if isinstance(plan.loss, CustomLoss):
+                plan.loss.check(arguments, planned.options.gradients)
+            else:  # whose types and shapes were checked when it was planned
+                arguments = plan.loss.read(arguments)
+        item = LossItem(planned.path, arguments, planned.options)
         if planned.has_outputs:
             with errors_within(f"items[{index}]"):
                 item = item._replace(outputs=read_outputs(request.message, index, item.arguments, slices))
         items.append(item)
+    if not slices.used:
+        return LossJob(plan.loss, items, plan.strict)
     slices.check_overlaps()
     return LossJob(loss=plan.loss, items=items, strict=plan.strict, owner=slices.owner())
 
@@ -75,15 +82,6 @@ def read_assign_job(
         max_positives=_most_positives(locations, target_format, max_answer_bytes),
         answer_bytes=0 if target_format in _SPARSE_FORMATS else locations * _DENSE_BYTES_PER_LOCATION,
     )
-
-
-def _arguments(planned: PlannedEvaluation, loss: LossModule | CustomLoss, reader: SourceReader) -> Arguments:
-    """Returns the arguments of an evaluation, checked: their types and shapes were when it was planned."""
-    arguments = {name: reader.arguments(source) for name, source in planned.sources.items()}
-    if isinstance(loss, CustomLoss):
-        loss.check(arguments, planned.options.gradients)
-        return arguments
-    return loss.read(arguments)
 
 
 def _require_answer_size(items: list[AssignItem], locations: int, target_format: int, max_bytes: int) -> None:

@@ -77,12 +77,17 @@ class Request(Generic[M]):
     payloads: Payloads = field(default_factory=Payloads)
     form: Form[M] | None = None
 
-    def planned(self, make: Callable[[M], P]) -> P:
-        """Returns what is made of the message alone, once for all requests of a form."""
+    def planned(self, make: Callable[..., P], *arguments: Any) -> P:
+        """Returns what is made of the message alone, once for all requests of a form.
+
+        Args:
+            make: Makes it of the message.
+            *arguments: What else it takes, always the same.
+        """
         if self.form is None:
-            return make(self.message)
+            return make(self.message, *arguments)
         if self.form.plan is None:
-            self.form.plan = make(self.message)
+            self.form.plan = make(self.message, *arguments)
         plan: P = self.form.plan
         return plan
 
