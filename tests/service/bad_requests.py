@@ -135,7 +135,7 @@ LOSS = [
     Bad("overflow-to-the-length", focal, reshape(2**62, 4, 10), INVALID, "INVALID_SHAPE", INPUTS),
     Bad("overflow-by-zero", focal, reshape(0, 2**62), INVALID, "INVALID_SHAPE", INPUTS),
     Bad("too-many-dimensions", focal, reshape(*[1] * 65), INVALID, "INVALID_SHAPE", INPUTS),
-    Bad("huge-but-fitting", focal, reshape(2, 2**30), INVALID, "INVALID_TENSOR", INPUTS),
+    Bad("huge-but-fitting", focal, reshape(2**30, 5), INVALID, "INVALID_TENSOR", INPUTS),
     Bad("unknown-dtype", focal, set_dtype("inputs", 99), INVALID, "INVALID_DTYPE", INPUTS, {"dtype": "99"}),
     Bad("no-dtype", focal, set_dtype("targets", 0), INVALID, "INVALID_DTYPE", TARGETS, {"dtype": "0"}),
     Bad("no-storage", focal, on_item(lambda i: i.inputs.ClearField("inline")),

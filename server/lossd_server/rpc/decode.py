@@ -46,13 +46,16 @@ def read_loss_job(
             }
             if isinstance(plan.loss, CustomLoss):
                 plan.loss.check(arguments, planned.options.gradients)
-            else:  # whose types and shapes were checked when it was planned
+            else:
+                if not request.is_checked:
+                    plan.loss.check(arguments)
                 arguments = plan.loss.read(arguments)
         item = LossItem(planned.path, arguments, planned.options)
         if planned.has_outputs:
             with errors_within(f"items[{index}]"):
                 item = item._replace(outputs=read_outputs(request.message, index, item.arguments, slices))
         items.append(item)
+    request.mark_as_checked()
     if not slices.used:
         return LossJob(plan.loss, items, plan.strict)
     slices.check_overlaps()

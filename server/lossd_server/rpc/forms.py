@@ -44,13 +44,16 @@ class Form(Generic[M]):
     Attributes:
         message: A message with stand-ins for the bytes of its tensors; nobody may change it.
         plan: What was made of it; None before.
+        is_checked: Whether the types and shapes of a request's tensors were found to go together: then those
+            of all do.
     """
 
-    __slots__ = ("_fixed", "_places", "message", "plan")
+    __slots__ = ("_fixed", "_places", "is_checked", "message", "plan")
 
     def __init__(self, message: M, data: bytes, places: list[tuple[int, int]]) -> None:
         self.message = message
         self.plan: Any = None
+        self.is_checked = False
         self._places = places
         starts = [0, *(stop for _, stop in places)]
         stops = [*(start for start, _ in places), len(data)]
@@ -90,6 +93,16 @@ class Request(Generic[M]):
             self.form.plan = make(self.message, *arguments)
         plan: P = self.form.plan
         return plan
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the types and shapes of its tensors are known to go together."""
+        return self.form is not None and self.form.is_checked
+
+    def mark_as_checked(self) -> None:
+        """Says that they do, and so those of all requests of its form."""
+        if self.form is not None:
+            self.form.is_checked = True
 
 
 class _Alike:

@@ -177,8 +177,6 @@ def _plan_evaluation(
     path = f"{path}.{kind}"
     with errors_within(path):
         sources = _sources(getattr(item, kind), loss)
-        if isinstance(loss, LossModule):
-            loss.check(sources)
     return PlannedEvaluation(path=path, sources=sources, options=options, has_outputs=bool(item.outputs))
 
 
