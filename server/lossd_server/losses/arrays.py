@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Container, Sequence
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,53 +17,26 @@ A = TypeVar("A", Tensor, NDArray[Any])
 FLOAT32 = frozenset({np.dtype(np.float32)})
 
 
-class Form(NamedTuple):
-    """All that is to be known of an array but where it lies, and what it holds.
-
-    Attributes:
-        shape: Extents.
-        steps: How far neighbours along each axis are apart.
-        unit: An element, as `steps` counts.
-        dtype: Type of the elements, numpy's or torch's.
-        is_on_host: Whether the host's compiled kernels can read it.
-    """
-
-    shape: tuple[int, ...]
-    steps: tuple[int, ...]
-    unit: int
-    dtype: Any
-    is_on_host: bool
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """How many elements neighbours along each axis are apart."""
-        return tuple(step // self.unit for step in self.steps)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the elements lie in order and without gaps."""
-        size = 1
-        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if extent > 1 and stride != size and 0 not in self.shape:
-                return False
-            size *= extent
-        return True
-
-
-def form_of(array: Tensor | NDArray[Any] | None) -> Form | None:
-    """Returns the form of an array; None where there is nothing."""
-    if array is None:
-        return None
-    if isinstance(array, np.ndarray):
-        return Form(array.shape, array.strides, array.itemsize, array.dtype, is_on_host=True)
-    return Form(array.shape, array.stride(), 1, array.dtype, array.is_cpu)
-
-
 def address(array: Tensor | NDArray[Any] | None) -> int:
     """Returns where the elements begin; 0, the null pointer, where there is nothing."""
     if array is None:
         return 0
     return address_of(array) if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def strides_of(array: Tensor | NDArray[Any]) -> tuple[int, ...]:
+    """Returns how many elements neighbours along each axis are apart."""
+    return _in_elements(array.strides, array.itemsize) if isinstance(array, np.ndarray) else array.stride()
+
+
+def is_on_host(array: Tensor | NDArray[Any]) -> bool:
+    """Whether the host's compiled kernels can read it."""
+    return isinstance(array, np.ndarray) or array.is_cpu
+
+
+def is_dense(array: Tensor | NDArray[Any]) -> bool:
+    """Whether the elements lie in order and without gaps."""
+    return array.flags.c_contiguous if isinstance(array, np.ndarray) else array.is_contiguous()
 
 
 def are_plain(types: Container[Any], *arrays: Any) -> bool:
@@ -95,3 +69,8 @@ def are_finite(*arrays: NDArray[Any]) -> bool:
     """Whether arrays hold neither NaN nor infinity; large numbers may look like some."""
     with np.errstate(over="ignore", invalid="ignore"):
         return all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)
+
+
+@lru_cache(maxsize=1024)
+def _in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(stride // itemsize for stride in strides)

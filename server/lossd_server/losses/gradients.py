@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossd_server.losses.arrays import A
+from lossd_server.losses.arrays import A, is_on_host
 from lossd_server.losses.evaluation import EvaluationOptions
 
 _NUMPY_TYPES: dict[torch.dtype, np.dtype[Any]] = {
@@ -34,9 +34,9 @@ def gradient_buffers(options: EvaluationOptions, name: str, inputs: Sequence[Ten
 
 def clear(buffers: Sequence[A]) -> None:
     """Fills dense tensors of one device, or arrays, with zeros; on a CPU without waking torch's helpers."""
-    if buffers and isinstance(buffers[0], Tensor) and not buffers[0].is_cpu:
+    if buffers and not is_on_host(buffers[0]):
         # One launch; what torch's own optimizers call.
-        torch._foreach_zero_(list(buffers))
+        torch._foreach_zero_(list(buffers))  # type: ignore[arg-type]  # tensors
         return
     for buffer in buffers:
         if isinstance(buffer, np.ndarray):

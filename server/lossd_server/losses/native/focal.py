@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lossd_server.kernels import address_of, loaded_library
-from lossd_server.losses.arrays import A, Form, address, form_of
+from lossd_server.losses.arrays import A, address
 from lossd_server.losses.focal_grid import FocalConstants, FocalGrid, FocalSums
 from lossd_server.losses.native.numbers import FLOAT_TYPES, thread_count
 
@@ -63,7 +65,7 @@ def focal_sums_natively(grids: Sequence[FocalGrid[A]], constants: FocalConstants
     problems, size = [], 0
     for grid in grids:
         arrays = grid.logits, grid.gradient, grid.labels, grid.ignored, grid.rows
-        frame = _frame(*map(form_of, arrays))
+        frame = _frame(*map(_form, arrays))
         if frame is None:
             return None
         problems.append(
@@ -87,6 +89,31 @@ def _weights(constants: FocalConstants) -> Any:
     return ctypes.byref(_Constants(*weights, int(constants.gamma)))
 
 
+class _Form(NamedTuple):
+    """All that matters of an array but where it lies; `steps` are strides that count an element as `unit`."""
+
+    shape: tuple[int, ...]
+    steps: tuple[int, ...]
+    unit: int
+    dtype: Any
+    is_dense: bool
+    is_on_host: bool
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """How many elements neighbours along each axis are apart."""
+        return tuple(step // self.unit for step in self.steps)
+
+
+def _form(array: Tensor | NDArray[Any] | None) -> _Form | None:
+    if array is None:
+        return None
+    if isinstance(array, np.ndarray):
+        steps, unit, dense = array.strides, array.itemsize, array.flags.c_contiguous
+        return _Form(array.shape, steps, unit, array.dtype, dense, True)  # noqa: FBT003
+    return _Form(array.shape, array.stride(), 1, array.dtype, array.is_contiguous(), array.is_cpu)
+
+
 class _Frame(NamedTuple):
     """What is the same for all grids whose arrays are of the same forms.
 
@@ -103,7 +130,7 @@ class _Frame(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _frame(
-    logits: Form, gradient: Form | None, labels: Form, ignored: Form | None, rows: Form | None
+    logits: _Form, gradient: _Form | None, labels: _Form, ignored: _Form | None, rows: _Form | None
 ) -> _Frame | None:
     """Returns the frame of a grid; None where the kernel does not apply."""
     if not all(form is None or form.is_on_host for form in (logits, gradient, labels, ignored, rows)):
@@ -130,7 +157,7 @@ class _Layout(NamedTuple):
     strides: tuple[int, int, int]
 
 
-def _row_stride(form: Form | None, layout: _Layout) -> int | None:
+def _row_stride(form: _Form | None, layout: _Layout) -> int | None:
     """Returns how far the locations of one image are from those of the next; None where they have no row."""
     if form is None:
         return 0
@@ -139,7 +166,7 @@ def _row_stride(form: Form | None, layout: _Layout) -> int | None:
     return form.strides[0] if len(form.shape) == _MATRIX and form.strides[1] == 1 else None
 
 
-def _layout(form: Form) -> _Layout | None:
+def _layout(form: _Form) -> _Layout | None:
     """Returns the layout of logits of so many dimensions; None where locations are not at one distance."""
     match form.shape, form.strides:
         case (cells, classes), (cell, each_class):

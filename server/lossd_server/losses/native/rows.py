@@ -1,14 +1,12 @@
 """The compiled kernel of row losses, called with tensors or arrays."""
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from struct import Struct
-from typing import NamedTuple
 
 import numpy as np
 
 from lossd_server.kernels import address_of, loaded_library
-from lossd_server.losses.arrays import A, Form, address, form_of
+from lossd_server.losses.arrays import A, address, is_dense, is_on_host, strides_of
 from lossd_server.losses.formulas import RowFormula
 from lossd_server.losses.native.numbers import FLOAT_TYPES, WIDE_TYPES, thread_count
 from lossd_server.losses.row_group import FLOOR, RowGroup, RowSums
@@ -34,6 +32,8 @@ _GROUP = Struct(
 )
 """`row_group` of rows.c."""
 
+_EMPTY = bytes(_GROUP.size)
+
 
 def row_sums_natively(
     groups: Sequence[RowGroup[A]], formula: RowFormula, floor: float = FLOOR
@@ -47,23 +47,11 @@ def row_sums_natively(
         return None
     problems, count = [], 0
     for group in groups:
-        frame = _frame(*map(form_of, (group.preds, group.gradient, group.targets)))
-        if frame is None:
+        problem = _problem(group, floor)
+        if problem is None:
             return None
-        more = len(group.targets)
-        places = (
-            group.preds,
-            group.gradient,
-            group.targets,
-            group.images,
-            group.cells,
-            group.factors,
-            group.rows,
-        )
-        problems.append(
-            _GROUP.pack(*map(address, places), more, *frame.strides, group.scale, floor, *frame.types)
-        )
-        count += more
+        problems.append(problem)
+        count += len(group.targets)
     sums = np.empty((len(groups), 2))
     threads = thread_count(count, _SMALL)
     if library.lossd_rows(b"".join(problems), len(groups), _FORMULAS[formula], threads, address_of(sums)):
@@ -72,30 +60,16 @@ def row_sums_natively(
     return RowSums(losses=losses, extras=extras)
 
 
-class _Frame(NamedTuple):
-    """What is the same for all groups whose arrays are of the same forms: see `_GROUP`."""
-
-    strides: tuple[int, ...]
-    types: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def _frame(preds: Form, gradient: Form | None, targets: Form) -> _Frame | None:
-    """Returns the frame of a group; None where the kernel does not apply."""
-    like = gradient or preds
-    applies = (
-        preds.is_on_host
-        and preds.dtype in FLOAT_TYPES
-        and like.dtype in FLOAT_TYPES
-        and targets.dtype in WIDE_TYPES
-        and targets.is_dense
-    )
-    if not applies:
+def _problem(group: RowGroup[A], floor: float) -> bytes | None:
+    """Returns the group in the kernel's terms, which points into the arrays; None where it has none."""
+    preds: A = group.preds
+    targets: A = group.targets
+    like: A = preds if group.gradient is None else group.gradient
+    types = FLOAT_TYPES.get(preds.dtype), FLOAT_TYPES.get(like.dtype), WIDE_TYPES.get(targets.dtype)
+    if None in types or not (is_on_host(preds) and is_dense(targets)):
         return None
-    types = FLOAT_TYPES[preds.dtype], FLOAT_TYPES[like.dtype], WIDE_TYPES[targets.dtype]
-    return _Frame(strides=(*preds.strides, *like.strides), types=types)
-
-
-def _places(group: RowGroup[A]) -> Iterable[int]:
-    arrays = group.preds, group.gradient, group.targets, group.images, group.cells, group.factors, group.rows
-    return map(address, arrays)
+    if not len(targets):
+        return _EMPTY
+    arrays = preds, group.gradient, targets, group.images, group.cells, group.factors, group.rows
+    strides: tuple[int, ...] = (*strides_of(preds), *strides_of(like))
+    return _GROUP.pack(*map(address, arrays), len(targets), *strides, group.scale, floor, *types)
