@@ -1,9 +1,11 @@
 """The engine: the same bits in any company, failures of one request alone, an answer for all who wait."""
 
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ from lossd_server.errors import (
     UnavailableError,
 )
 from lossd_server.kernels import load_library
-from lossd_server.losses import EvaluationOptions, FCOSLoss, FocalLoss, LossModule
+from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, LossModule
 from lossd_server.targets import FCOSAssigner
 from tests.domain.jobs import MAKERS, TYPES, bits_of, cpu_engine, custom_job, random_job
 from tests.domain.regions import wait_until
@@ -327,6 +329,103 @@ def test_jobs_of_one_owner_write_in_their_order_in_a_batch_too():
         written = last.items[0].outputs["inputs"][0].copy()
         engine.compute(last)
     assert written.tobytes() == last.items[0].outputs["inputs"][0].tobytes()
+
+
+@contextmanager
+def held_as_tensors(monkeypatch, engine, job, pool):
+    """Has the device held by a job that cannot be evaluated as arrays; yields its future."""
+    entered, release, by_tensors = threading.Event(), threading.Event(), evaluator.Evaluator._by_tensors
+
+    def hold(self, tasks):
+        entered.set()
+        assert release.wait(30)
+        by_tensors(self, tasks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator.Evaluator, "_by_tensors", hold)
+        holding = pool.submit(engine.compute, job)
+        assert entered.wait(30)
+    yield holding
+    release.set()
+    holding.exception(30)
+
+
+def test_a_job_that_has_the_device_at_once_keeps_it_from_its_owners_next_to_its_end(monkeypatch):
+    first = with_a_nan(random_job("rows", [4], 1, has_outputs=True, owner="me"))
+    last = random_job("rows", [4], 2, has_outputs=True, owner="me")
+    last.items[:] = [last.items[0]._replace(outputs=first.items[0].outputs)]
+    with closing(cpu_engine()) as engine, ThreadPoolExecutor(2) as pool:
+        with held_as_tensors(monkeypatch, engine, first, pool):
+            future = pool.submit(engine.compute, last)
+            wait_until(lambda: engine.waiting_count == 1)
+        future.result(30)
+        written = last.items[0].outputs["inputs"][0].copy()
+        engine.compute(last)
+    assert written.tobytes() == last.items[0].outputs["inputs"][0].tobytes()
+
+
+@pytest.mark.parametrize("why", ["it is closed", "it was given up"])
+def test_a_job_that_has_the_device_at_once_is_answered_whatever_becomes_of_others(monkeypatch, why):
+    engine, said = cpu_engine(), []
+    engine.watch(0.1, said.append)
+    job = with_a_nan(random_job("rows", [4], 1))
+    with (
+        closing(engine),
+        ThreadPoolExecutor(1) as pool,
+        held_as_tensors(monkeypatch, engine, job, pool) as held,
+    ):
+        if why == "it is closed":
+            engine.close()
+        else:
+            wait_until(lambda: said == [True])
+    (outcome,), timing = held.result()
+    assert outcome.non_finite
+    assert timing.queue == 0
+
+
+def test_whoever_has_the_device_at_once_waits_for_nothing_and_is_evaluated_as_arrays_once(monkeypatch):
+    evaluate, tried = FocalLoss.evaluate_arrays, []
+    monkeypatch.setattr(FocalLoss, "evaluate_arrays", lambda *given: tried.append(given) or evaluate(*given))
+    with closing(cpu_engine()) as engine:
+        _, timing = engine.compute(with_a_nan(random_job("rows", [4], 1)))
+    assert timing.queue == 0
+    assert len(tried) == 1
+
+
+def test_a_refused_job_is_held_by_nobody():
+    job = with_a_nan(random_job("rows", [4], 1, strict=True))
+    logits = weakref.ref(job.items[0].arguments["inputs"])
+    gc.collect()
+    gc.disable()
+    try:
+        with closing(cpu_engine()) as engine:
+            with suppress(InvalidInputError):
+                engine.compute(job)
+            del job
+            assert logits() is None
+    finally:
+        gc.enable()
+
+
+def test_every_batch_is_observed_those_that_fail_too():
+    observed = []
+    engine = Engine(torch.device("cpu"), observe=lambda *batch: observed.append(batch))
+    with closing(engine):
+        engine.compute(random_job("rows", [4, 5], 1))
+        with pytest.raises(DeadlineError):
+            engine.compute(random_job("rows", [4], 1), Asker(deadline=time.monotonic() - 1))
+        engine.compute(random_job("rows", [4], 1, "float64"))
+    assert observed == [(1, 2), (1, 1), (1, 1)]
+
+
+def test_targets_and_weights_in_float64_make_no_tensor(monkeypatch):
+    monkeypatch.setattr(evaluator.Evaluator, "_by_tensors", None)
+    loss, rows = CenternessLoss(), np.array([0.0, 0.5, 1.0])
+    arguments = loss.prepare({"pred": rows.astype(np.float32), "target": rows, "weights": rows})
+    item = LossItem(path="items[0]", arguments=arguments, options=EvaluationOptions(gradients=("pred",)))
+    with closing(cpu_engine()) as engine:
+        (outcome,), _ = engine.compute(LossJob(loss=loss, items=[item]))
+    assert np.isfinite(outcome.loss)
 
 
 def test_room_is_made_where_there_is_none_for_a_gradient(monkeypatch):

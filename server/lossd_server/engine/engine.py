@@ -121,8 +121,7 @@ class Engine:
         kind = self._kind_of(job.loss, steps)
         if kind == HERE and len(steps) == 1 and self._turns.take():
             outcomes = self._take_at_once(job, steps[0], asker)
-            if outcomes is not None:
-                return outcomes, Timing(queue=0.0, compute=time.monotonic() - arrived)
+            return outcomes, Timing(queue=0.0, compute=time.monotonic() - arrived)
         task = Task(
             job=job,
             asker=asker,
@@ -132,14 +131,9 @@ class Engine:
             kind=kind,
         )
         self._turns.complete(task)
-        if task.error is not None:
-            error, task.error = task.error, None
-            try:
-                raise error
-            finally:
-                del error  # whose traceback leads back to here, and to the memory of the request
+        outcomes = task.result()
         waited = max(time.monotonic() - arrived - task.seconds, 0.0)
-        return task.outcomes, Timing(queue=waited, compute=task.seconds)
+        return outcomes, Timing(queue=waited, compute=task.seconds)
 
     def assign(self, job: AssignJob, asker: Asker = _ANYONE) -> AssignResults:
         """Assigns targets; on the host and without waiting for the device, on a core an item.
@@ -203,16 +197,15 @@ class Engine:
             return None
         return HERE if self._is_host and leaves_torch_asleep(loss, steps) else ELSEWHERE
 
-    def _take_at_once(self, job: LossJob, step: Step, asker: Asker) -> list[LossOutcome] | None:
-        """Takes the only step of a job, whose turn it is; None where tensors have to be made for it."""
+    def _take_at_once(self, job: LossJob, step: Step, asker: Asker) -> list[LossOutcome]:
+        """Takes the only step of a job of the kind `HERE`, whose turn it is, and gives the device back."""
         try:
+            if self._observe is not None:
+                self._observe(1, len(step.items))
             with self._home.away(step.size):
-                outcomes = self._evaluator.by_arrays(job, step.items, asker)
+                return self._evaluator.take_step(job, step, asker)
         finally:
             self._turns.give_back()
-        if outcomes is not None and self._observe is not None:
-            self._observe(1, len(step.items))
-        return outcomes
 
     def _take_steps(self, tasks: Sequence[Task]) -> None:
         """Takes the next steps of some tasks of one kind; one batch at a time."""

@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from lossd.gpu_memory import GpuArray
-from lossd_server.engine.affinity import HERE
 from lossd_server.engine.asker import Asker
 from lossd_server.engine.buffers import BufferPool
 from lossd_server.engine.outcome import Launched, Reading, read
+from lossd_server.engine.steps import Step
 from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
 from lossd_server.engine.work import LossItem, LossJob, LossOutcome
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
+from lossd_server.kernels import loaded_library
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
@@ -60,23 +61,35 @@ class Evaluator:
 
         Where the memory does not suffice for all together, each item is tried alone.
         """
-        if tasks[0].kind == HERE:
+        if self._device.type == "cpu":
             tasks = [*dropwhile(self._goes_by_arrays, tasks)]  # in their order: two may be of one owner
         if tasks:
             self._by_tensors(tasks)
 
+    def take_step(self, job: LossJob, step: Step, asker: Asker) -> list[LossOutcome]:
+        """Returns what comes of the only step of a job that the compiled kernels do all of, on the host."""
+        found = self._by_arrays(job, step.items, asker)
+        if found is not None:
+            return found
+        task = Task(job=job, asker=asker, steps=[step], costs=[step.cost])
+        self._by_tensors([task])
+        return task.result()
+
     def _goes_by_arrays(self, task: Task) -> bool:
         """Takes the step of a task without a tensor, and returns whether that was possible."""
+        loss = task.job.loss
+        if not isinstance(loss, LossModule) or not loss.has_kernels or loaded_library() is None:
+            return False
         try:
-            found = self.by_arrays(task.job, task.steps[0].items, task.asker)
+            found = self._by_arrays(task.job, task.steps[0].items, task.asker)
         except Exception as error:  # noqa: BLE001  # it is the error of this task alone
             task.error = error
             return True
         task.outcomes += found or []
         return found is not None
 
-    def by_arrays(self, job: LossJob, items: Sequence[LossItem], asker: Asker) -> list[LossOutcome] | None:
-        """Evaluates items of a job of the kind `HERE` without a tensor; None where that is not possible."""
+    def _by_arrays(self, job: LossJob, items: Sequence[LossItem], asker: Asker) -> list[LossOutcome] | None:
+        """Evaluates items without a tensor; None where that is not possible."""
         loss, outcomes = cast("LossModule", job.loss), []
         for item in items:
             asker.check()

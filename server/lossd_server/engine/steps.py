@@ -27,12 +27,12 @@ class Step(NamedTuple):
     Attributes:
         items: The items.
         size: Bytes that they read and write.
-        is_float32: Whether all floats among their tensors are of that type.
+        is_float32: Whether all floats among their tensors and gradients are of that type.
     """
 
     items: Sequence[LossItem]
     size: int
-    is_float32: bool = True
+    is_float32: bool
 
     @property
     def cost(self) -> int:

@@ -40,6 +40,16 @@ class Task(Waiting):
     seconds: float = 0.0
     is_done: bool = False
 
+    def result(self) -> list[LossOutcome]:
+        """Returns the outcomes; raises the error where there is one, and lets go of it."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            try:
+                raise error
+            finally:
+                del error  # whose traceback leads back to here, and to the memory of the request
+        return self.outcomes
+
     def end(self, error: BaseException | None = None) -> None:
         """Marks it done and calls its thread."""
         self.error = self.error or error
@@ -83,7 +93,8 @@ class Turns:
     def take(self) -> bool:
         """Takes the device for a single step if nobody has it, and nothing is to go along.
 
-        Then `give_back` is to be called. That is fair: when nobody waits, no flow has had less than another.
+        Then `give_back` is to be called. That is fair to within that step: when nobody waits, no flow has had
+        less than another.
         """
         with self._mutex:
             if self._refusal is not None:

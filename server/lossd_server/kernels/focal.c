@@ -37,6 +37,8 @@ typedef struct {
     int32_t background;     /* whether a cell without an object is a negative of every class */
 } focal_grid;
 
+_Static_assert(sizeof(focal_grid) == 152, "packed so by losses/native/focal.py");
+
 typedef struct {
     double negative_weight, positive_weight;
     int32_t gamma; /* 0..4 */

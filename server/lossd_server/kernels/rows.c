@@ -36,6 +36,8 @@ typedef struct {
     int32_t preds_type, gradient_type, targets_type;
 } row_group;
 
+_Static_assert(sizeof(row_group) == 144, "packed so by losses/native/rows.py");
+
 /* A block of rows, number by number. */
 typedef struct {
     double preds[SIDES][BLOCK], targets[SIDES][BLOCK], slopes[SIDES][BLOCK];

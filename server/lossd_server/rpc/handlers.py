@@ -98,8 +98,10 @@ class _Observed(AbstractContextManager[Stages]):
 
     def __exit__(self, *_exception: object) -> None:
         self._away.__exit__(None, None, None)
-        self._stages.close()
-        self._metrics.end(self._stages.seconds)
+        try:
+            self._stages.close()
+        finally:
+            self._metrics.end(self._stages.seconds)
 
 
 class Handlers:
@@ -268,6 +270,7 @@ class Handlers:
                     caller = Caller.of(call, peer, partial(self._admission.grow, place))
                     answer = envelope(mark, method.answer(request, stages, caller))
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
+                stages.end()
                 refusal = _as_lossd_error(error)
                 self._refusals.record(method.name, refusal, peer)
                 answer = [stream.response(id=mark, error=stream_error(refusal)).SerializeToString()]

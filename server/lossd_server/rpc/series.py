@@ -126,7 +126,7 @@ class _Sum(_Metric):
 
 
 class Counter(_Sum):
-    """What only grows."""
+    """What only grows. When it began to is not told (`_created`)."""
 
     _kind = CounterMetricFamily
 

@@ -80,9 +80,10 @@ class LossService:
         return [*answer, pb.AssignTargetsResponse(timings=stages.timings()).SerializeToString()]
 
     def get_server_info(
-        self, _request: Request[pb.GetServerInfoRequest], _stages: Stages, caller: Caller
+        self, _request: Request[pb.GetServerInfoRequest], stages: Stages, caller: Caller
     ) -> list[Piece]:
         """Says what this server is and offers."""
+        stages.end()
         info = pb.GetServerInfoResponse(
             version=__version__,
             devices=[describe_device(self._engine.device)],

@@ -46,5 +46,6 @@ class Stages:
         """Returns the stages so far, with the one that the call is in, as the contract's message."""
         seconds = self.seconds
         if self._stage is not None:
-            seconds = seconds | {self._stage: time.monotonic() - self._since}
+            spent = time.monotonic() - self._since
+            seconds = seconds | {self._stage: seconds.get(self._stage, 0.0) + spent}
         return pb.StageTimings(**{_FIELDS[stage]: round(spent * 1e6) for stage, spent in seconds.items()})
