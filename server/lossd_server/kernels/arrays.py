@@ -6,24 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the kernels are compiled ahead where there is no numpy
     from numpy.typing import NDArray
 
+_DATA = object.__basicsize__
+"""Where an array has the address of its elements: behind what every object begins with.
 
-class _Interface(ctypes.Structure):
-    """`PyArrayInterface` of numpy's array interface protocol."""
-
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("two", "nd")),
-        ("typekind", ctypes.c_char),
-        *((name, ctypes.c_int) for name in ("itemsize", "flags")),
-        *((name, ctypes.c_void_p) for name in ("shape", "strides", "data", "descr")),
-    )
-
-
-_Getter = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-_content_of = _Getter(("PyCapsule_GetPointer", ctypes.pythonapi))
+Compiled code finds it there (`PyArrayObject_fields` in numpy's `ndarraytypes.h`), so no version of numpy moves it.
+"""
 
 
 def address_of(array: "NDArray[Any]") -> int:
-    """Returns where the elements of an array begin, in half the time that `array.ctypes` takes."""
-    interface = array.__array_struct__  # to be kept while its content is read
-    address: int = _Interface.from_address(_content_of(interface, None)).data
-    return address
+    """Returns where the elements of an array begin, sooner than `array.ctypes` does."""
+    return ctypes.c_size_t.from_address(id(array) + _DATA).value
