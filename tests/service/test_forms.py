@@ -16,7 +16,7 @@ from lossd_server.losses import FocalLoss
 from lossd_server.rpc import forms as module
 from lossd_server.rpc.decode import read_loss_job
 from lossd_server.rpc.forms import Forms
-from lossd_server.rpc.handlers import _Method, _StreamMethod
+from lossd_server.rpc.methods import Method, StreamMethod
 from tests.domain.oracle_wire import assert_is
 from tests.domain.wire_bytes import message_bytes, varint
 from tests.service.support import (
@@ -169,8 +169,8 @@ def test_the_forms_of_one_length_and_beginning_are_few(rng):
 
 
 def test_requests_on_a_stream_are_known_again_as_those_of_calls_are(rng):
-    method = _Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=None)
-    stream = _StreamMethod(
+    method = Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=None)
+    stream = StreamMethod(
         method=method, request=pb.ComputeLossStreamRequest, response=pb.ComputeLossStreamResponse
     )
     for mark in range(4):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # the kernels are compiled ahead where there is no numpy
 _DATA = object.__basicsize__
 """Where an array has the address of its elements: behind what every object begins with.
 
-Compiled code finds it there (`PyArrayObject_fields` in numpy's `ndarraytypes.h`): no version of numpy moves it.
+Compiled code finds it there (`PyArrayObject_fields` of numpy's `ndarraytypes.h`): no version moves it.
 """
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +18,7 @@ import grpc
 import structlog
 
 from lossd import chunks
-from lossd.envelopes import envelope, opened
+from lossd.envelopes import envelope
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Buffer
 from lossd.writing import Piece, placed, size_of
@@ -28,8 +27,9 @@ from lossd_server.errors import InvalidInputError, LossdError, Reason, Unavailab
 from lossd_server.rpc.bodies import Body
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.door import Door
-from lossd_server.rpc.forms import Forms, Request, parse
+from lossd_server.rpc.forms import Forms, Request
 from lossd_server.rpc.method_names import IN_CHUNKS, STREAM
+from lossd_server.rpc.methods import Method, StreamMethod
 from lossd_server.rpc.metrics import MethodMetrics, Metrics
 from lossd_server.rpc.pipeline import WIDTH, Pipeline
 from lossd_server.rpc.refusals import Refusals
@@ -49,36 +49,6 @@ T = TypeVar("T")
 
 _Packing = Callable[[Sequence[Buffer]], T]
 """Makes what gRPC sends of an answer in pieces."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Method:
-    """A method: the name that metrics and logs use, what reads its requests, and what answers them."""
-
-    name: str
-    forms: Forms[Any]
-    answer: Callable[[Any, Stages, Caller], list[Piece]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _StreamMethod:
-    """The stream twin of a method and its two envelopes."""
-
-    method: _Method
-    request: type[Any]
-    response: type[Any]
-
-    def read(self, data: Buffer) -> tuple[int, Request[Any] | None]:
-        """Returns the mark and the request, None where there is none, that the bytes of an envelope hold."""
-        parts = opened(data)
-        if parts is not None:
-            mark, content = parts
-            return mark, self.method.forms.read(content)
-        parcel = parse(self.request, data)
-        message, request = parcel.message, None
-        if message.HasField("request"):
-            request = Request(message.request, parcel.payloads)
-        return message.id, request
 
 
 class _Observed(AbstractContextManager[Stages]):
@@ -147,19 +117,19 @@ class Handlers:
         self._pipelines: set[Pipeline] = set()
         self._draining = threading.Event()
         self._linger_until = math.inf
-        compute = _Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=service.compute_loss)
-        assign = _Method(
+        compute = Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=service.compute_loss)
+        assign = Method(
             name="AssignTargets", forms=Forms(pb.AssignTargetsRequest), answer=service.assign_targets
         )
-        info = _Method(
+        info = Method(
             name="GetServerInfo", forms=Forms(pb.GetServerInfoRequest), answer=service.get_server_info
         )
-        compute_stream = _StreamMethod(
+        compute_stream = StreamMethod(
             method=compute,
             request=pb.ComputeLossStreamRequest,
             response=pb.ComputeLossStreamResponse,
         )
-        assign_stream = _StreamMethod(
+        assign_stream = StreamMethod(
             method=assign,
             request=pb.AssignTargetsStreamRequest,
             response=pb.AssignTargetsStreamResponse,
@@ -189,13 +159,13 @@ class Handlers:
         """Lets the threads of streams go."""
         self._stream_pool.shutdown(wait=False, cancel_futures=True)
 
-    def _unary_handler(self, method: _Method) -> "grpc.RpcMethodHandler[Body, bytes]":
+    def _unary_handler(self, method: Method) -> "grpc.RpcMethodHandler[Body, bytes]":
         def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> bytes:
             return self._serve(method, call, partial(self._door.receive, bodies), b"".join)
 
         return grpc.stream_unary_rpc_method_handler(handle, request_deserializer=Body)
 
-    def _chunked_handler(self, method: _Method) -> "grpc.RpcMethodHandler[Body, bytes]":
+    def _chunked_handler(self, method: Method) -> "grpc.RpcMethodHandler[Body, bytes]":
         def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             yield from self._serve(method, call, partial(self._door.assemble, bodies), chunks.cut)
 
@@ -203,7 +173,7 @@ class Handlers:
 
     def _serve(
         self,
-        method: _Method,
+        method: Method,
         call: grpc.ServicerContext,
         receive: Callable[[grpc.ServicerContext, Place], Body],
         pack: _Packing[T],
@@ -222,7 +192,7 @@ class Handlers:
             if place is not None:
                 self._admission.leave(place)
 
-    def _stream_handler(self, stream: _StreamMethod) -> "grpc.RpcMethodHandler[Body, bytes]":
+    def _stream_handler(self, stream: StreamMethod) -> "grpc.RpcMethodHandler[Body, bytes]":
         def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             self._count_until_answered(call)
             peer = call.peer()
@@ -249,7 +219,7 @@ class Handlers:
             self._admission.end()  # at once, where the caller is gone
 
     def _answer(
-        self, method: _Method, body: Body, call: grpc.ServicerContext, place: Place, pack: _Packing[T]
+        self, method: Method, body: Body, call: grpc.ServicerContext, place: Place, pack: _Packing[T]
     ) -> T:
         with self._observed(method, len(body), call) as stages:
             requests = [method.forms.read(body.take())]
@@ -259,7 +229,7 @@ class Handlers:
             return self._serialize(method, answer, stages, pack)
 
     def _answer_on_stream(
-        self, stream: _StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
+        self, stream: StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
     ) -> bytes:
         method, size = stream.method, len(body)
         with self._observed(method, size, call) as stages:
@@ -276,20 +246,20 @@ class Handlers:
                 answer = [stream.response(id=mark, error=stream_error(refusal)).SerializeToString()]
             return self._serialize(method, answer, stages, b"".join)
 
-    def _serialize(self, method: _Method, answer: Sequence[Piece], stages: Stages, pack: _Packing[T]) -> T:
+    def _serialize(self, method: Method, answer: Sequence[Piece], stages: Stages, pack: _Packing[T]) -> T:
         stages.begin("encode")
         packed = pack(placed(answer))
         self._metrics.of(method.name).count_answer(size_of(answer))
         return packed
 
-    def _observed(self, method: _Method, request_bytes: int, call: grpc.ServicerContext) -> "_Observed":
+    def _observed(self, method: Method, request_bytes: int, call: grpc.ServicerContext) -> "_Observed":
         """Counts a request, and its time by stage however it ends."""
         stages = Stages() if self._stages is None else self._stages(method.name, call)
         metrics = self._metrics.of(method.name)
         metrics.begin(request_bytes)
         return _Observed(metrics, stages, self._home.away(request_bytes))
 
-    def _abort(self, method: _Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
+    def _abort(self, method: Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         self._refusals.abort(method.name, _as_lossd_error(error), call)
 
     def _refuse_when_draining(self) -> None:
