@@ -54,15 +54,19 @@ _Packing = Callable[[Sequence[Buffer]], T]
 class _Observed(AbstractContextManager[Stages]):
     """A request at work: a class, since a generator takes three times as long."""
 
-    __slots__ = ("_away", "_metrics", "_stages")
+    __slots__ = ("_away", "_metrics", "_size", "_stages")
 
-    def __init__(self, metrics: MethodMetrics, stages: Stages, away: AbstractContextManager[None]) -> None:
+    def __init__(
+        self, metrics: MethodMetrics, stages: Stages, away: AbstractContextManager[None], size: int
+    ) -> None:
         self._metrics = metrics
         self._stages = stages
         self._away = away
+        self._size = size
 
     def __enter__(self) -> Stages:
         self._away.__enter__()
+        self._metrics.begin(self._size)
         self._stages.begin("decode")
         return self._stages
 
@@ -252,12 +256,10 @@ class Handlers:
         self._metrics.of(method.name).count_answer(size_of(answer))
         return packed
 
-    def _observed(self, method: Method, request_bytes: int, call: grpc.ServicerContext) -> "_Observed":
-        """Counts a request, and its time by stage however it ends."""
+    def _observed(self, method: Method, size: int, call: grpc.ServicerContext) -> _Observed:
+        """Counts a request of so many bytes, and its time by stage however it ends."""
         stages = Stages() if self._stages is None else self._stages(method.name, call)
-        metrics = self._metrics.of(method.name)
-        metrics.begin(request_bytes)
-        return _Observed(metrics, stages, self._home.away(request_bytes))
+        return _Observed(self._metrics.of(method.name), stages, self._home.away(size), size)
 
     def _abort(self, method: Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         self._refusals.abort(method.name, _as_lossd_error(error), call)

@@ -1,7 +1,7 @@
 """Metrics of what is counted in every call, some at a time; Prometheus reads them as any others.
 
 Those of `prometheus_client` go through four functions and a lock for each of the twenty numbers of a call,
-and look through the bounds of a histogram one by one: that was a tenth of the time of a small call.
+and look through the bounds of a histogram one by one: eight of these were a tenth of a small call's time.
 """
 
 import threading
