@@ -1,6 +1,7 @@
 """The parts that answers of several methods have in common."""
 
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from lossd.tensors import unpack
@@ -9,7 +10,9 @@ from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
 from lossd_client._arrays import Array
 
-_STAGES = {field.name.removesuffix("_us"): field.name for field in pb.StageTimings.DESCRIPTOR.fields}
+_FIELDS = [field.name for field in pb.StageTimings.DESCRIPTOR.fields]
+_STAGES = [name.removesuffix("_us") for name in _FIELDS]
+_read_stages = attrgetter(*_FIELDS)
 
 
 def optional_array(message: Any, field: str, payloads: Payloads) -> Array | None:
@@ -20,7 +23,7 @@ def optional_array(message: Any, field: str, payloads: Payloads) -> Array | None
 
 def timings_of(timings: pb.StageTimings) -> dict[str, float]:
     """Returns the seconds of each stage."""
-    return {stage: getattr(timings, name) / 1e6 for stage, name in _STAGES.items()}
+    return {stage: spent / 1e6 for stage, spent in zip(_STAGES, _read_stages(timings), strict=True)}
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from lossd.v1.tensor_pb2 import Tensor
 from lossd.wire import Parcel, Payloads
 from lossd_client._arrays import Array
 from lossd_client._reading import optional_array, preset_name, timings_of
+
+_read_size = attrgetter("height", "width")
 
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
@@ -104,7 +107,7 @@ def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | Spa
     (result,) = response.results
     about: dict[str, Any] = {
         "positive_counts": tuple(result.positive_counts),
-        "feature_sizes": tuple((size.height, size.width) for size in result.feature_sizes),
+        "feature_sizes": tuple(map(_read_size, result.feature_sizes)),
         "preset": preset_name(losses_pb2.AssignerPreset, result.preset),
         "timings": timings_of(response.timings),
     }

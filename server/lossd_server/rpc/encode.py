@@ -142,14 +142,7 @@ def _dense(assignment: Assignment, *, narrow: bool) -> list[DenseLevel]:
 
 def _sparse(assignment: Assignment, *, narrow: bool) -> SparseTargets:
     targets = assignment.sparse()
-    if not narrow:
-        return targets
-    return targets._replace(
-        locations=narrowed_integers(targets.locations),
-        labels=narrowed_integers(targets.labels),
-        matched=narrowed_integers(targets.matched),
-        ignored=narrowed_integers(targets.ignored),
-    )
+    return SparseTargets(*(narrowed_integers(array) for array in targets)) if narrow else targets
 
 
 def _bytes_of(targets: SparseTargets | DenseLevel) -> int:

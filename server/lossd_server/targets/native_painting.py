@@ -74,7 +74,7 @@ def assign_natively(
     job = _Job(
         ctypes.addressof(images),
         *_level_addresses(levels),
-        *_end_addresses(ranges),
+        *_ends(ranges)[:2],
         address_of(canvas),
         len(objects),
         len(levels.strides),
@@ -135,15 +135,14 @@ def _level_addresses(levels: Pyramid) -> tuple[int, ...]:
     return tuple(map(address_of, (levels.strides, levels.heights, levels.widths, levels.starts)))
 
 
-def _end_addresses(ranges: Ranges) -> tuple[int, int]:
-    """Returns where the ends of ranges lie, lower ones first: as they are, and rounded to float32."""
-    ends, address = _ends(ranges)
-    return address, address + ends.strides[0]
-
-
 @lru_cache(maxsize=256)
-def _ends(ranges: Ranges) -> tuple[NDArray[np.float64], int]:
+def _ends(ranges: Ranges) -> tuple[int, int, NDArray[np.float64]]:
+    """Returns where the ends of ranges lie, lower ones first: as they are, and rounded to float32.
+
+    And what lies there, which is kept as long as that is known here.
+    """
     wide = np.array(ranges, np.float64).T
     with np.errstate(over="ignore"):  # a range may end beyond float32, and is then endless
         ends = np.ascontiguousarray([wide, wide.astype(np.float32)], np.float64)
-    return ends, address_of(ends)
+    address = address_of(ends)
+    return address, address + ends.strides[0], ends

@@ -34,8 +34,9 @@ def read_natively(
     kind, count = _LABEL_TYPES.get(labels.dtype), len(labels) if labels.ndim == 1 else 0
     if kind is None or boxes.dtype != _FLOAT32 or not count or boxes.shape != (count, _BOX):
         return None
-    if not all(array.flags.c_contiguous and array.flags.aligned for array in (boxes, labels)):
-        return None
+    for flags in (boxes.flags, labels.flags):
+        if not (flags.c_contiguous and flags.aligned):
+            return None
     read_boxes, read_labels = np.empty((count, _BOX), np.float32), np.empty(count, np.int64)
     classes = _ANY_CLASS if num_classes is None else min(num_classes, _ANY_CLASS)
     in_order = library.lossd_read_objects(
