@@ -65,8 +65,6 @@ ELSEWHERE = {
         FCOSLoss(3, focal_gamma=0.5, strides=(8,), regress_ranges=((-1, 64),))
     ),
     "float64": lambda: job_of(GIoULoss(), np.float64),
-    "half precision": lambda: job_of(OURS[3], np.float16),
-    "bfloat16": lambda: job_of(OURS[3], ml_dtypes.bfloat16),
     "gradients in float64": lambda: job_of(GIoULoss(), gradient_dtype=torch.float64),
     "a loss of every row": lambda: job_of(FocalLoss(reduction="none")),
     "a loss of every box": lambda: job_of(GIoULoss("none")),
@@ -79,9 +77,13 @@ def _kernels():
     assert load_library() is not None
 
 
+TYPES = pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+
+
+@TYPES
 @pytest.mark.parametrize("loss", OURS, ids=lambda loss: type(loss).__name__)
-def test_what_the_kernels_do_all_of_stays_where_it_is(loss):
-    job = job_of(loss, gradients=loss.differentiable)
+def test_what_the_kernels_do_all_of_stays_where_it_is(loss, dtype):
+    job = job_of(loss, dtype, gradients=loss.differentiable)
     assert stays(job)
     with no_kernels():
         assert not stays(job)
@@ -96,9 +98,10 @@ def thread_count():
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def test_no_thread_gets_helpers_of_its_own():
+@TYPES
+def test_no_thread_gets_helpers_of_its_own(dtype):
     engine = Engine(torch.device("cpu"))
-    jobs = [job_of(loss, gradients=loss.differentiable) for loss in OURS]
+    jobs = [job_of(loss, dtype, gradients=loss.differentiable) for loss in OURS]
     with ThreadPoolExecutor(6) as pool:
         ready = threading.Barrier(6)
         list(pool.map(lambda _: ready.wait(), range(6)))

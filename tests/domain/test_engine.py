@@ -224,9 +224,9 @@ def test_an_item_too_large_fails_its_request_by_name_and_the_next_is_fine():
 
 def test_a_batch_too_large_is_taken_apart_and_fails_where_one_is_too_large_alone(monkeypatch):
     jobs = [
-        random_job("centerness", [2, 3], 1, "float16"),
-        random_job("centerness", [50], 2, "float16"),
-        random_job("centerness", [4], 3, "float16"),
+        random_job("centerness", [2, 3], 1, "float64"),
+        random_job("centerness", [50], 2, "float64"),
+        random_job("centerness", [4], 3, "float64"),
     ]
     engine = cpu_engine(batching=TOGETHER)
     launch, held_now = evaluator.Evaluator._launch, []

@@ -22,5 +22,5 @@ def leaves_torch_asleep(loss: Evaluable, steps: Iterable[Step]) -> bool:
         loaded_library() is not None
         and isinstance(loss, LossModule)
         and loss.has_kernels
-        and all(step.is_float32 for step in steps)
+        and all(step.is_narrow for step in steps)
     )

@@ -22,6 +22,7 @@ from lossd_server.engine.work import LossItem, LossJob, LossOutcome
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
 from lossd_server.kernels import loaded_library
 from lossd_server.losses import EvaluationOptions, LossModule
+from lossd_server.losses.arrays import gradient_dtype
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
 T = TypeVar("T")
@@ -114,17 +115,18 @@ class Evaluator:
             )
         return outcomes
 
-    def _places(self, item: LossItem, name: str) -> list[NDArray[np.float32]]:
-        """Returns the arrays that the gradient of a float32 input is written to, one or one a level."""
+    def _places(self, item: LossItem, name: str) -> list[NDArray[Any]]:
+        """Returns the arrays that the gradient of an input is written to, one or one a level."""
         if name in item.outputs:
             given: Any = item.outputs[name]
             return [*given]
-        likes = item.arguments[name]
-        return list(map(self._empty_like, likes)) if isinstance(likes, list) else [self._empty_like(likes)]
+        likes, wanted = item.arguments[name], item.options.gradient_dtype
+        return [self._empty_like(like, wanted) for like in (likes if isinstance(likes, list) else [likes])]
 
-    def _empty_like(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        memory = self.buffers.allocate(array.nbytes)
-        return np.empty_like(array) if memory is None else memory.view(array.dtype).reshape(array.shape)
+    def _empty_like(self, array: NDArray[Any], wanted: torch.dtype | None) -> NDArray[Any]:
+        dtype = gradient_dtype(array, wanted)
+        memory = self.buffers.allocate(array.size * dtype.itemsize)
+        return np.empty(array.shape, dtype) if memory is None else memory.view(dtype).reshape(array.shape)
 
     def _by_tensors(self, tasks: Sequence[Task]) -> None:
         found = self._together(tasks)

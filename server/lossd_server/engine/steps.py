@@ -8,14 +8,12 @@ import numpy as np
 from lossd.gpu_memory import GpuArray
 from lossd_server.engine.batching import Batching
 from lossd_server.engine.work import LossItem
-from lossd_server.losses.evaluation import PLAIN_GRADIENTS
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS
 
 _ARRAYS = (np.ndarray, GpuArray)
 
-_NO_OTHER_FLOATS = frozenset(
-    np.dtype(name)
-    for name in ("float32", "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
-)
+_INTEGERS = {np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_NARROW = NARROW_FLOATS | _INTEGERS | {np.dtype(np.bool_)}
 
 _ITEM_COST = 1 << 19
 """What an item costs beside its bytes: as many as are read and written while the smallest is evaluated."""
@@ -27,12 +25,12 @@ class Step(NamedTuple):
     Attributes:
         items: The items.
         size: Bytes that they read and write.
-        is_float32: Whether all floats among their tensors and gradients are of that type.
+        is_narrow: Whether no float among their tensors and gradients is of more than 32 bits.
     """
 
     items: Sequence[LossItem]
     size: int
-    is_float32: bool
+    is_narrow: bool
 
     @property
     def cost(self) -> int:
@@ -42,26 +40,26 @@ class Step(NamedTuple):
 
 def steps_of(items: Sequence[LossItem], limits: Batching) -> list[Step]:
     """Cuts the items of a job into steps within the limits."""
-    steps, begun, size, is_float32 = [], 0, 0, True
+    steps, begun, size, is_narrow = [], 0, 0, True
     for index, item in enumerate(items):
-        more, is_more_float32 = _look_at(item)
+        more, is_more_narrow = _look_at(item)
         if index > begun and (index - begun >= limits.max_items or size + more > limits.max_bytes):
-            steps.append(Step(items[begun:index], size, is_float32))
-            begun, size, is_float32 = index, 0, True
+            steps.append(Step(items[begun:index], size, is_narrow))
+            begun, size, is_narrow = index, 0, True
         size += more
-        is_float32 = is_float32 and is_more_float32
-    steps.append(Step(items[begun:], size, is_float32))
+        is_narrow = is_narrow and is_more_narrow
+    steps.append(Step(items[begun:], size, is_narrow))
     return steps
 
 
 def _look_at(item: LossItem) -> tuple[int, bool]:
     """Returns what a `Step` says of the tensors of an item and of the gradients that are asked for."""
     gradients = item.options.gradients
-    size, is_float32 = 0, item.options.gradient_dtype in PLAIN_GRADIENTS
+    size, is_narrow = 0, item.options.gradient_dtype in PLAIN_GRADIENTS
     for name, value in item.arguments.items():
         times = 2 if name in gradients else 1
         for array in value if isinstance(value, list) else (value,):
             if isinstance(array, _ARRAYS):
                 size += array.nbytes * times
-                is_float32 = is_float32 and array.dtype in _NO_OTHER_FLOATS
-    return size, is_float32
+                is_narrow = is_narrow and array.dtype in _NARROW
+    return size, is_narrow

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd.gpu_memory import GpuArray
+from lossd_server.losses.arrays import as_array
 from lossd_server.losses.evaluation import Numbers
 from lossd_server.losses.uploads import uploaded
 
@@ -97,7 +98,7 @@ def _fetched(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     copies = _copies_under_way(tensors) if devices else tensors
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
-    return list(map(_array, copies))
+    return list(map(as_array, copies))
 
 
 def _copies_under_way(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -130,15 +131,6 @@ def _copy_under_way(tensor: Tensor) -> Tensor:
         return tensor
     tensor = tensor.detach()
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
-    array: NDArray[Any] = tensor.numpy()
-    return array
 
 
 def as_tensor(array: NDArray[Any] | GpuArray) -> Tensor:

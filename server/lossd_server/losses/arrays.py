@@ -5,7 +5,9 @@ from collections.abc import Container, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,7 +16,22 @@ from lossd_server.kernels import address_of
 A = TypeVar("A", Tensor, NDArray[Any])
 """Tensors of one device, or arrays of numpy: never some of these and some of those."""
 
-FLOAT32 = frozenset({np.dtype(np.float32)})
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+NARROW_FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float16), _BFLOAT16})
+"""Floats of at most 32 bits: the types of predictions that are evaluated as arrays."""
+
+_GRADIENTS = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: _BFLOAT16,
+}
+
+PLAIN_GRADIENTS = frozenset({None, *_GRADIENTS})
+"""Types that their gradients may be wanted in; None is that of the prediction."""
+
+_EXPONENTS = {np.dtype(np.float16): 0x7C00, _BFLOAT16: 0x7F80}
+"""The bits of a half-precision number that are all set in NaN and infinity, and in no other."""
 
 
 def address(array: Tensor | NDArray[Any] | None) -> int:
@@ -50,10 +67,28 @@ def are_plain(types: Container[Any], *arrays: Any) -> bool:
     return True
 
 
-def are_places(places: Sequence[Any], likes: Sequence[NDArray[np.float32]]) -> bool:
-    """Whether the gradients of float32 arrays can be written to places: plain ones of the same shapes."""
-    for place, like in zip(places, likes, strict=True):
-        if not isinstance(place, np.ndarray) or place.dtype not in FLOAT32 or place.shape != like.shape:
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """Returns the very memory of a tensor of the host's as an array, bfloat16 in the type of `ml_dtypes`."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(_BFLOAT16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def gradient_dtype(prediction: NDArray[Any], wanted: torch.dtype | None) -> np.dtype[Any]:
+    """Returns the type of a prediction's gradient, given which of `PLAIN_GRADIENTS` is wanted."""
+    return prediction.dtype if wanted is None else _GRADIENTS[wanted]
+
+
+def are_places(
+    places: Sequence[Any], predictions: Sequence[NDArray[Any]], wanted: torch.dtype | None
+) -> bool:
+    """Whether gradients of predictions can be written to places: plain ones of their shapes, in some type."""
+    for place, prediction in zip(places, predictions, strict=True):
+        dtype = gradient_dtype(prediction, wanted)
+        if not isinstance(place, np.ndarray) or place.dtype != dtype or place.shape != prediction.shape:
             return False
         if not place.flags.carray:  # in order, aligned, and to be written to
             return False
@@ -66,9 +101,16 @@ def in_rows(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def are_finite(*arrays: NDArray[Any]) -> bool:
-    """Whether arrays hold neither NaN nor infinity; large numbers may look like some."""
+    """Whether arrays hold neither NaN nor infinity; large numbers of wide types may look like some."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return all(math.isfinite(np.add.reduce(array, axis=None)) for array in arrays)
+        return all(map(_is_finite, arrays))
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    exponent = _EXPONENTS.get(array.dtype)
+    if exponent is None:
+        return math.isfinite(np.add.reduce(array, axis=None))
+    return bool((array.view(np.uint16) & exponent).max(initial=0) < exponent)
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lossd_server.losses.arrays import are_finite, as_array
 from lossd_server.losses.presets import LossPreset
 
 TensorOrLevels = Tensor | list[Tensor]
@@ -18,10 +19,7 @@ TensorOrLevels = Tensor | list[Tensor]
 Numbers = NDArray[np.float64] | Tensor
 """A few float64 numbers: numpy's on the host, on a GPU a tensor, so that nobody waits for it."""
 
-PLAIN_GRADIENTS = frozenset({None, torch.float32})
-"""Types that the gradients of float32 inputs may be wanted in where no tensor is made."""
-
-Place = Callable[[str], list[NDArray[np.float32]]]
+Place = Callable[[str], list[NDArray[Any]]]
 """Returns the dense arrays that the gradient of an input is written to: one in its shape, or one a level."""
 
 _NOTHING: Mapping[str, Any] = {}
@@ -113,7 +111,7 @@ class ArrayEvaluation(NamedTuple):
     """
 
     loss: NDArray[np.float32]
-    gradients: Mapping[str, list[NDArray[np.float32]]]
+    gradients: Mapping[str, list[NDArray[Any]]]
     raw_sums: Sequence[Mapping[str, float]]
     preset: LossPreset
     components: Sequence[tuple[str, float, float]] = ()
@@ -218,13 +216,10 @@ def _totals(tensors: Sequence[Tensor]) -> Numbers:
 
 
 def _sum_on_host(tensor: Tensor) -> float:
-    return float(
-        tensor.numpy().sum() if tensor.dtype in {torch.float32, torch.float64} else _wide_sum(tensor)
-    )
-
-
-def _wide_sum(tensor: Tensor) -> Tensor:
-    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    """Returns the sum of a tensor, or in half precision 0 or NaN for it; by numpy, which wakes no helpers."""
+    if tensor.dtype in {torch.float32, torch.float64}:
+        return float(tensor.numpy().sum())
+    return 0.0 if are_finite(as_array(tensor)) else math.nan
 
 
 def _tensors_in(name: str, value: object) -> Sequence[tuple[str, Tensor]]:

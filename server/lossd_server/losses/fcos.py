@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.arrays import FLOAT32, are_finite, are_places, are_plain
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_places, are_plain
 from lossd_server.losses.evaluation import (
-    PLAIN_GRADIENTS,
     ArrayEvaluation,
     Component,
     Evaluation,
@@ -248,14 +247,15 @@ class FCOSLoss(LossModule):
         preds = [arguments[name] for name in PREDICTIONS]
         if (
             options.gradient_dtype not in PLAIN_GRADIENTS
-            or not are_plain(FLOAT32, *chain(*preds))
+            or not are_plain(NARROW_FLOATS, *chain(*preds))
             or not all(logits.size for logits in preds[0])
             or not are_finite(*preds[1], *preds[2])
         ):
             return None
         reduction = self._reduction(arguments, options)
         gradients = {name: place(name) for name in options.gradients}
-        if not all(are_places(places, arguments[name]) for name, places in gradients.items()):
+        wanted = options.gradient_dtype
+        if not all(are_places(places, arguments[name], wanted) for name, places in gradients.items()):
             return None
         requests = [
             GradientRequest(scales=scales, buffers=gradients[name]) if name in gradients else None

@@ -82,7 +82,7 @@ def term_sums(
 
 
 def term_sums_of_arrays(
-    preds: Sequence[Sequence[NDArray[np.float32]]],
+    preds: Sequence[Sequence[NDArray[Any]]],
     levels: Sequence[LevelTargets],
     constants: FocalConstants,
     rules: LossRules,

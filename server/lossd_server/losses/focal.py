@@ -6,9 +6,8 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.arrays import FLOAT32, are_places, are_plain
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_places, are_plain
 from lossd_server.losses.evaluation import (
-    PLAIN_GRADIENTS,
     ArrayEvaluation,
     Evaluation,
     EvaluationOptions,
@@ -162,12 +161,12 @@ class FocalLoss(LossModule):
         logits, labels, valid = arguments["inputs"], arguments["targets"], arguments["valid_count"]
         if self.reduction is Reduction.NONE or options.gradient_dtype not in PLAIN_GRADIENTS:
             return None
-        if not (are_plain(FLOAT32, logits) and are_plain(LABEL_TYPES, labels) and logits.size):
+        if not (are_plain(NARROW_FLOATS, logits) and are_plain(LABEL_TYPES, labels) and logits.size):
             return None
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
         (gradient,) = gradients.get("inputs", [None])
-        if gradient is not None and not are_places([gradient], [logits]):
+        if gradient is not None and not are_places([gradient], [logits], options.gradient_dtype):
             return None
         problem = FocalGrid(logits=logits, labels=labels, gradient=gradient, scale=1 / divisor)
         sums = focal_sums_natively([problem], self.constants)

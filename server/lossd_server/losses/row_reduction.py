@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.checks import host_array
-from lossd_server.losses.arrays import FLOAT32, are_finite, are_places, are_plain
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_places, are_plain
 from lossd_server.losses.evaluation import (
-    PLAIN_GRADIENTS,
     EvaluationOptions,
     Numbers,
     Place,
@@ -25,7 +24,7 @@ from lossd_server.losses.reduction import Reduction
 from lossd_server.losses.row_group import FLOOR, RowGroup
 from lossd_server.losses.row_kernel import row_sums
 
-_FLOATS = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+_FLOATS = NARROW_FLOATS | {np.dtype(np.float64)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +48,7 @@ class ReducedArrays(NamedTuple):
     loss: NDArray[np.float32]
     total: float
     extra: float
-    gradients: dict[str, list[NDArray[np.float32]]]
+    gradients: dict[str, list[NDArray[Any]]]
 
 
 def total_weight(weights: Any, count: int) -> float:
@@ -129,17 +128,19 @@ def reduce_arrays(
         place: See `LossModule.evaluate_arrays`.
         floor: See `row_sums`.
     """
+    if isinstance(targets, np.ndarray) and targets.dtype.kind in "iu":
+        targets = targets.astype(np.float64)
     given = [preds, targets] if weights is None else [preds, targets, weights]
     if (
         reduction is Reduction.NONE
         or options.gradient_dtype not in PLAIN_GRADIENTS
-        or not (are_plain(_FLOATS, *given) and preds.dtype in FLOAT32 and preds.size)
+        or not (are_plain(_FLOATS, *given) and preds.dtype in NARROW_FLOATS and preds.size)
         or not are_finite(*given)
     ):
         return None
     gradients = {name: place(name) for name in options.gradients}
     (gradient,) = next(iter(gradients.values()), [None])
-    if gradient is not None and not are_places([gradient], [preds]):
+    if gradient is not None and not are_places([gradient], [preds], options.gradient_dtype):
         return None
     shape = (-1, formula.numbers)
     group = RowGroup(

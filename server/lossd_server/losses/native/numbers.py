@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -11,6 +12,7 @@ FLOAT_TYPES: dict[Any, int] = {
     torch.float16: 1,
     np.dtype(np.float16): 1,
     torch.bfloat16: 2,
+    np.dtype(ml_dtypes.bfloat16): 2,
 }
 """Types that the kernels read and write, torch's and numpy's, by their numbers in arithmetic.h."""
 
