@@ -98,10 +98,37 @@ def thread_count():
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+def usual_jobs(dtype):
+    return [job_of(loss, dtype, gradients=loss.differentiable) for loss in OURS]
+
+
+def jobs_with_a_nan(dtype):
+    """Jobs that arrays do not do, each with a number that is none in its last prediction."""
+    jobs = usual_jobs(dtype)
+    for job in jobs:
+        value = job.items[0].arguments[job.loss.differentiable[-1]]
+        (value[0] if isinstance(value, list) else value).reshape(-1)[-1] = np.nan
+    return jobs
+
+
+def strict_jobs_with_places(dtype):
+    """Jobs that arrays do not do, since what may be refused is not written to a caller's memory."""
+    jobs = usual_jobs(dtype)
+    for job in jobs:
+        (item,) = job.items
+        places = {}
+        for name in job.loss.differentiable:
+            value = item.arguments[name]
+            places[name] = [np.zeros_like(array) for array in (value if isinstance(value, list) else [value])]
+        job.items[:] = [item._replace(outputs=places)]
+    return [job._replace(strict=True) for job in jobs]
+
+
 @TYPES
-def test_no_thread_gets_helpers_of_its_own(dtype):
+@pytest.mark.parametrize("made", [usual_jobs, jobs_with_a_nan, strict_jobs_with_places])
+def test_no_thread_gets_helpers_of_its_own(made, dtype):
     engine = Engine(torch.device("cpu"))
-    jobs = [job_of(loss, dtype, gradients=loss.differentiable) for loss in OURS]
+    jobs = made(dtype)
     with ThreadPoolExecutor(6) as pool:
         ready = threading.Barrier(6)
         list(pool.map(lambda _: ready.wait(), range(6)))

@@ -17,7 +17,7 @@ HERE, ELSEWHERE = "here", "elsewhere"
 
 
 def leaves_torch_asleep(loss: Evaluable, steps: Iterable[Step]) -> bool:
-    """Whether the compiled kernels do all steps of a job on the host."""
+    """Whether the compiled kernels do all steps of a job on the host, and numpy what they leave."""
     return (
         loaded_library() is not None
         and isinstance(loss, LossModule)

@@ -14,5 +14,9 @@ Compiled code finds it there (`PyArrayObject_fields` of numpy's `ndarraytypes.h`
 
 
 def address_of(array: "NDArray[Any]") -> int:
-    """Returns where the elements of an array begin, sooner than `array.ctypes` does."""
+    """Returns where the elements of an array begin, sooner than `array.ctypes` does.
+
+    Args:
+        array: One of numpy's: of anything else no address comes.
+    """
     return ctypes.c_size_t.from_address(id(array) + _DATA).value

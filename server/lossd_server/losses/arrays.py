@@ -106,6 +106,15 @@ def are_finite(*arrays: NDArray[Any]) -> bool:
         return all(map(_is_finite, arrays))
 
 
+def non_finite(array: NDArray[Any]) -> NDArray[np.bool_]:
+    """Returns which elements are NaN or infinite."""
+    exponent = _EXPONENTS.get(array.dtype)
+    found: NDArray[np.bool_] = (
+        ~np.isfinite(array) if exponent is None else (array.view(np.uint16) & exponent) == exponent
+    )
+    return found
+
+
 def _is_finite(array: NDArray[Any]) -> bool:
     exponent = _EXPONENTS.get(array.dtype)
     if exponent is None:

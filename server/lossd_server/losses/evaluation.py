@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossd_server.losses.arrays import are_finite, as_array
+from lossd_server.checks import first_position
+from lossd_server.losses.arrays import are_finite, as_array, non_finite
 from lossd_server.losses.presets import LossPreset
 
 TensorOrLevels = Tensor | list[Tensor]
@@ -148,10 +149,8 @@ def as_float32(number: float) -> NDArray[np.float32] | None:
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """Returns a tensor in float64; on a CPU by numpy where that has the type, which wakes no helpers."""
-    if tensor.is_cuda or tensor.dtype == torch.bfloat16:
-        return tensor.double()
-    return torch.from_numpy(tensor.detach().numpy().astype(np.float64))
+    """Returns a tensor in float64; on a CPU by numpy, which wakes no helpers."""
+    return tensor.double() if tensor.is_cuda else torch.from_numpy(as_array(tensor).astype(np.float64))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,8 +159,8 @@ class FiniteCheck:
 
     Attributes:
         tensors: What is looked at, by name.
-        totals: Their sums, or largest magnitudes, `[len(tensors)]`: NaN and infinity survive both, so one
-            pass without a mask clears the ordinary case.
+        totals: A number of each, `[len(tensors)]`, that is finite only where all of it is: one pass without
+            a mask clears the ordinary case.
     """
 
     tensors: Sequence[tuple[str, Tensor]]
@@ -171,7 +170,7 @@ class FiniteCheck:
     def begin(
         cls, arguments: Mapping[str, object], finite_inputs: frozenset[str] = frozenset()
     ) -> "FiniteCheck | None":
-        """Sums up the floating-point arguments, if there are any to be looked at.
+        """Looks at the floating-point arguments, if there are any to be looked at.
 
         Args:
             arguments: Tensors, and lists of tensors, by name; anything else is passed over.
@@ -205,18 +204,18 @@ def find_non_finite(
 
 
 def _totals(tensors: Sequence[Tensor]) -> Numbers:
-    """Returns the sum of each tensor, or on a GPU the largest magnitude; nothing waits for a GPU's alone."""
+    """Returns the `totals` of a `FiniteCheck`; those of a GPU, where all are, are not waited for."""
     on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
     largest = [each.double() for each in torch._foreach_norm(on_gpu, torch.inf)] if on_gpu else []  # noqa: SLF001
     if len(on_gpu) == len(tensors):
         return torch.stack(largest)
     left = iter(largest)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.array([float(next(left)) if t.is_cuda else _sum_on_host(t) for t in tensors])
+        return np.array([float(next(left)) if t.is_cuda else _total_on_host(t) for t in tensors])
 
 
-def _sum_on_host(tensor: Tensor) -> float:
-    """Returns the sum of a tensor, or in half precision 0 or NaN for it; by numpy, which wakes no helpers."""
+def _total_on_host(tensor: Tensor) -> float:
+    """Returns a number that is finite only where all of a tensor is; by numpy, which wakes no helpers."""
     if tensor.dtype in {torch.float32, torch.float64}:
         return float(tensor.numpy().sum())
     return 0.0 if are_finite(as_array(tensor)) else math.nan
@@ -231,9 +230,6 @@ def _tensors_in(name: str, value: object) -> Sequence[tuple[str, Tensor]]:
 
 
 def _non_finite(name: str, tensor: Tensor) -> NonFinite | None:
-    stray = ~torch.isfinite(tensor)
-    count = int(stray.sum())
-    if not count:
-        return None
-    first = torch.unravel_index(stray.flatten().int().argmax(), tensor.shape)
-    return NonFinite(input=name, count=count, first_index=tuple(int(i) for i in first))
+    stray = (~torch.isfinite(tensor)).numpy(force=True) if tensor.is_cuda else non_finite(as_array(tensor))
+    count = int(np.count_nonzero(stray))
+    return NonFinite(input=name, count=count, first_index=tuple(first_position(stray))) if count else None

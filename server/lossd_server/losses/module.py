@@ -97,8 +97,8 @@ class LossModule(nn.Module):
             place: Where gradients are written.
 
         Returns:
-            None where that is not possible, as for most losses, types and layouts, or where it is not all
-            that there is to say: an input that is not finite.
+            None where that is not possible, as for float64, one loss a row and other layouts, or where it is
+            not all that there is to say: an input that is not finite.
         """
         return None
 

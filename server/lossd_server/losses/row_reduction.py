@@ -120,7 +120,7 @@ def reduce_arrays(
     Args:
         formula: What is computed.
         preds: The prediction, row after row.
-        targets: What it should be, likewise.
+        targets: What it should be, likewise; floats, or integers in any order.
         weights: One number a row, likewise, or None.
         reduction: How.
         divisor: See `reduce_rows`.
@@ -128,15 +128,13 @@ def reduce_arrays(
         place: See `LossModule.evaluate_arrays`.
         floor: See `row_sums`.
     """
+    is_usual = reduction is not Reduction.NONE and options.gradient_dtype in PLAIN_GRADIENTS
+    if not (is_usual and are_plain(NARROW_FLOATS, preds) and preds.size):
+        return None
     if isinstance(targets, np.ndarray) and targets.dtype.kind in "iu":
-        targets = targets.astype(np.float64)
-    given = [preds, targets] if weights is None else [preds, targets, weights]
-    if (
-        reduction is Reduction.NONE
-        or options.gradient_dtype not in PLAIN_GRADIENTS
-        or not (are_plain(_FLOATS, *given) and preds.dtype in NARROW_FLOATS and preds.size)
-        or not are_finite(*given)
-    ):
+        targets = targets.astype(np.float64, order="C")
+    others = [targets] if weights is None else [targets, weights]
+    if not (are_plain(_FLOATS, *others) and are_finite(preds, *others)):
         return None
     gradients = {name: place(name) for name in options.gradients}
     (gradient,) = next(iter(gradients.values()), [None])

@@ -70,11 +70,13 @@ def assign_natively(
     if library is None or rules.size_key is not area:
         return None
     canvas = np.empty((len(objects), levels.location_count), np.int32)
+    ends = _ends(ranges)  # to be held meanwhile: others may have it forgotten
     images = (_Image * len(objects))(*map(_image, objects))
     job = _Job(
         ctypes.addressof(images),
         *_level_addresses(levels),
-        *_ends(ranges)[:2],
+        address_of(ends),
+        address_of(ends) + ends.strides[0],
         address_of(canvas),
         len(objects),
         len(levels.strides),
@@ -131,18 +133,13 @@ def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
 
 @lru_cache(maxsize=256)
 def _level_addresses(levels: Pyramid) -> tuple[int, ...]:
-    """Returns where the arrays of a pyramid lie, which is kept as long as that is known here."""
+    """Returns where the arrays of a pyramid lie, which is to be held as long as that is of use."""
     return tuple(map(address_of, (levels.strides, levels.heights, levels.widths, levels.starts)))
 
 
 @lru_cache(maxsize=256)
-def _ends(ranges: Ranges) -> tuple[int, int, NDArray[np.float64]]:
-    """Returns where the ends of ranges lie, lower ones first: as they are, and rounded to float32.
-
-    And what lies there, which is kept as long as that is known here.
-    """
+def _ends(ranges: Ranges) -> NDArray[np.float64]:
+    """Returns the ends of ranges, lower ones first: as they are, and rounded to float32; `[2, 2, levels]`."""
     wide = np.array(ranges, np.float64).T
     with np.errstate(over="ignore"):  # a range may end beyond float32, and is then endless
-        ends = np.ascontiguousarray([wide, wide.astype(np.float32)], np.float64)
-    address = address_of(ends)
-    return address, address + ends.strides[0], ends
+        return np.ascontiguousarray([wide, wide.astype(np.float32)], np.float64)

@@ -26,7 +26,7 @@ def count_objects_natively(labels: Any, num_classes: int) -> int | None:
         if not (labels.is_cpu and labels.is_contiguous()):
             return None
         address, count = labels.data_ptr(), labels.numel()
-    elif labels.flags.c_contiguous:
+    elif labels.flags.c_contiguous and labels.flags.aligned:
         address, count = address_of(labels), labels.size
     else:
         return None
