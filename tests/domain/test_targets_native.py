@@ -13,6 +13,11 @@ SIZES = [(20, 20), (10, 10)]
 IMAGES = [{"boxes": np.array([[3, 3, 70, 60], [20, 10, 120, 150]], np.float32), "labels": np.array([1, 2])}]
 
 
+@pytest.fixture(autouse=True)
+def _kernels():
+    assert load_library() is not None
+
+
 class Forgetful:
     """The library, which finds that others have had everything forgotten that is kept for later."""
 
@@ -39,8 +44,3 @@ def test_what_others_have_forgotten_is_still_there(monkeypatch):
     monkeypatch.setattr(native_painting, "loaded_library", Forgetful)
     for found, wanted in zip(assigned(), expected, strict=True):
         assert found.tobytes() == wanted.tobytes()
-
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    assert load_library() is not None

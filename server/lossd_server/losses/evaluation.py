@@ -204,7 +204,7 @@ def find_non_finite(
 
 
 def _totals(tensors: Sequence[Tensor]) -> Numbers:
-    """Returns the `totals` of a `FiniteCheck`; those of a GPU, where all are, are not waited for."""
+    """Returns the `totals` of a `FiniteCheck`. Where all tensors are of a GPU, nothing waits for it."""
     on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
     largest = [each.double() for each in torch._foreach_norm(on_gpu, torch.inf)] if on_gpu else []  # noqa: SLF001
     if len(on_gpu) == len(tensors):

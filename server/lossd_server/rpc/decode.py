@@ -56,8 +56,6 @@ def read_loss_job(
                 item = item._replace(outputs=read_outputs(request.message, index, item.arguments, slices))
         items.append(item)
     request.mark_as_checked()
-    if not slices.used:
-        return LossJob(plan.loss, items, plan.strict)
     slices.check_overlaps()
     return LossJob(loss=plan.loss, items=items, strict=plan.strict, owner=slices.owner())
 

@@ -17,7 +17,7 @@ AnyArray = Array | GpuArray
 """An array of the host's memory, or of a GPU's."""
 
 
-class Interval(NamedTuple):
+class _Interval(NamedTuple):
     """A slice of a region; they are ordered by where they begin."""
 
     region_id: bytes
@@ -33,16 +33,13 @@ class Slices:
     The caller can write to all of them at any time. What is read in place must be harmless whatever it
     holds; anything that is checked is to be read as a copy.
 
-    Attributes:
-        used: Those that were found to be as they should, but for empty ones.
-
     Args:
         regions: Where to find them; None for a caller who can have passed none.
     """
 
     def __init__(self, regions: Regions | None) -> None:
         self._regions = regions
-        self.used: list[Interval] = []
+        self._used: list[_Interval] = []
         self._named_bytes = 0
 
     def read(
@@ -78,14 +75,14 @@ class Slices:
 
     def owner(self) -> Owner | None:
         """Returns whose the memory is that is written to, else that is read; None where none is named."""
-        written = next((used for used in self.used if used.written), None)
-        first = written or next(iter(self.used), None)
+        written = next((used for used in self._used if used.written), None)
+        first = written or next(iter(self._used), None)
         return None if first is None or self._regions is None else self._regions.owner_of(first.region_id)
 
     def check_overlaps(self) -> None:
         """Raises `INVALID_SLICE` where a slice that is written to overlaps any other."""
         reach: dict[bytes, tuple[int, int]] = {}
-        for used in sorted(self.used):
+        for used in sorted(self._used):
             any_stop, written_stop = reach.get(used.region_id, (0, 0))
             if used.start < (any_stop if used.written else written_stop):
                 raise self._overlap(used)
@@ -126,17 +123,17 @@ class Slices:
 
     def _use(self, region_id: bytes, offset: int, array: AnyArray, path: str, *, written: bool) -> None:
         if array.nbytes:
-            self.used.append(
-                Interval(
+            self._used.append(
+                _Interval(
                     region_id=region_id, start=offset, stop=offset + array.nbytes, path=path, written=written
                 )
             )
 
-    def _overlap(self, used: Interval) -> InvalidInputError:
+    def _overlap(self, used: _Interval) -> InvalidInputError:
         """Returns the refusal of an overlap, by the path of the slice that is written to."""
         path = used.path or next(
             other.path
-            for other in self.used
+            for other in self._used
             if other.written
             and other.region_id == used.region_id
             and other.start < used.stop

@@ -116,18 +116,14 @@ class FCOSAssigner:
         self, ground_truth: Sequence[GroundTruth | Mapping[str, Any]], *, num_classes: int | None = None
     ) -> list[Objects]:
         """Checks the objects of each image and returns them in the assigner's terms; see `assign`."""
-        if not isinstance(ground_truth, list) and isinstance(ground_truth, Mapping):
+        if isinstance(ground_truth, Mapping):
             raise InvalidInputError(
                 Reason.INVALID_SHAPE, "is one mapping, want a list with one an image", field="ground_truth"
             )
+        fields = (f"ground_truth[{index}]" for index in range(len(ground_truth)))
         return [
-            read_objects(
-                GroundTruth.of(image, field := f"ground_truth[{index}]"),
-                self.box_format,
-                field=field,
-                num_classes=num_classes,
-            )
-            for index, image in enumerate(ground_truth)
+            read_objects(GroundTruth.of(image, field), self.box_format, field=field, num_classes=num_classes)
+            for field, image in zip(fields, ground_truth, strict=True)
         ]
 
     def assign_objects(

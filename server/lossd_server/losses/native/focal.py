@@ -124,8 +124,8 @@ class _Frame(NamedTuple):
     """
 
     size: int
-    layout: tuple[int | None, ...]
-    types: tuple[int | None, ...]
+    layout: tuple[int, ...]
+    types: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
@@ -136,17 +136,18 @@ def _frame(
     if not all(form is None or form.is_on_host for form in (logits, gradient, labels, ignored, rows)):
         return None
     like = gradient or logits
+    are_known = logits.dtype in FLOAT_TYPES and like.dtype in FLOAT_TYPES and labels.dtype in LABEL_TYPES
     layout, layout_of_gradient = _layout(logits), _layout(like)
-    if layout is None or layout_of_gradient is None or not (rows is None or rows.is_dense):
+    if not are_known or layout is None or layout_of_gradient is None or not (rows is None or rows.is_dense):
         return None
-    strides = [_row_stride(form, layout) for form in (labels, ignored)]
-    types = [FLOAT_TYPES.get(logits.dtype), FLOAT_TYPES.get(like.dtype), LABEL_TYPES.get(labels.dtype)]
-    if None in strides or None in types:
+    labels_stride, ignored_stride = _row_stride(labels, layout), _row_stride(ignored, layout)
+    if labels_stride is None or ignored_stride is None:
         return None
+    strides = *layout.strides, *layout_of_gradient.strides, labels_stride, ignored_stride
     return _Frame(
         size=math.prod(layout.extents),
-        layout=(*layout.extents, *layout.strides, *layout_of_gradient.strides, *strides),
-        types=tuple(types),
+        layout=(*layout.extents, *strides),
+        types=(FLOAT_TYPES[logits.dtype], FLOAT_TYPES[like.dtype], LABEL_TYPES[labels.dtype]),
     )
 
 
