@@ -12,7 +12,7 @@ from torch import nn
 
 from lossd_server.engine import Batching, CustomLoss, Engine, LossItem, LossJob
 from lossd_server.engine.affinity import leaves_torch_asleep
-from lossd_server.engine.steps import steps_of
+from lossd_server.engine.steps import Load
 from lossd_server.kernels import load_library
 from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss
 from tests.domain.support import needs_a_compiler, no_kernels
@@ -55,7 +55,7 @@ def job_of(loss, dtype=np.float32, **options):
 
 
 def stays(job):
-    return leaves_torch_asleep(job.loss, steps_of(job.items, Batching()))
+    return leaves_torch_asleep(job.loss, Load.of(job.items, Batching()))
 
 
 OURS = [FocalLoss(), GIoULoss(), CenternessLoss(), FCOSLoss(3, strides=(8,), regress_ranges=((-1, 64),))]

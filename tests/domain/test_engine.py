@@ -280,6 +280,24 @@ def test_arrays_are_evaluated_to_the_bit_as_tensors_are(monkeypatch, kind, has_o
                 assert outcome.gradients[name][0] is item.outputs[name][0]
 
 
+@pytest.mark.parametrize("kind", ["rows", "boxes", "centerness", "head"])
+def test_gradients_with_places_that_no_kernel_writes_to_go_by_tensors(monkeypatch, kind):
+    job = random_job(kind, [5], 1, has_outputs=True)
+    (item,) = job.items
+    outputs = {name: [place.astype(np.float64) for place in places] for name, places in item.outputs.items()}
+    wide = item._replace(options=item.options._replace(gradient_dtype=torch.float64), outputs=outputs)
+    with closing(cpu_engine()) as engine:
+        (narrow,) = engine.compute(job)[0]
+        monkeypatch.setattr(type(job.loss), "evaluate_arrays", None)
+        (found,) = engine.compute(job._replace(items=[wide]))[0]
+    for name, places in outputs.items():
+        for place, gradient, expected in zip(
+            places, found.gradients[name], narrow.gradients[name], strict=True
+        ):
+            assert gradient is place
+            np.testing.assert_allclose(place, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_arrays_are_not_tried_where_there_is_no_kernel_for_the_loss(monkeypatch):
     job = random_job("head", [5], 1)
     job = job._replace(loss=FCOSLoss(3, focal_gamma=1.5, strides=(8,), regress_ranges=((-1, 64),)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lossd_server.engine.transfer import from_host
 from lossd_server.kernels import load_library
 from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss
+from lossd_server.losses.arrays import are_places
 from tests.domain.support import needs_a_compiler
 
 FLOATS = ("float32", "float16", ml_dtypes.bfloat16)
@@ -327,21 +328,15 @@ def places_other_than(shape):
     return np.zeros(shape, np.float32, order="F"), np.zeros(shape), fixed
 
 
-def test_a_gradient_that_lies_otherwise_is_left_to_tensors():
-    loss, arguments = FocalLoss(), inputs_of((7, 5))
-    prepared, options = loss.prepare(arguments), EvaluationOptions(gradients=("inputs",))
-    for place in (*places_other_than((7, 5)), np.zeros((1, 5), np.float32)):
-        assert loss.evaluate_arrays(prepared, options, {"inputs": [place]}.get) is None
-    loss, options = GIoULoss(), EvaluationOptions(gradients=("pred_boxes",))
-    prepared = loss.prepare(boxes_of(7))
-    for place in (*places_other_than((7, 4)), np.zeros((1, 4), np.float32)):
-        assert loss.evaluate_arrays(prepared, options, {"pred_boxes": [place]}.get) is None
-    loss, options = FCOSLoss(3, **LEVELS), EvaluationOptions(gradients=("reg_preds",))
-    prepared = loss.prepare(head_of(2))
-    places = [np.zeros_like(pred) for pred in prepared["reg_preds"]]
-    for place in (*places_other_than(places[1].shape), places[2]):
-        found = loss.evaluate_arrays(prepared, options, {"reg_preds": [places[0], place, places[2]]}.get)
-        assert found is None
+def test_compiled_code_writes_to_arrays_in_order_and_of_the_type_and_shape_that_are_wanted():
+    prediction = np.zeros((7, 5), np.float32)
+    others = *places_other_than((7, 5)), np.zeros((1, 5), np.float32)
+    assert are_places([np.zeros((7, 5), np.float32)], [prediction], None)
+    assert are_places([np.zeros((7, 5), np.float16)], [prediction], torch.float16)
+    assert not are_places([np.zeros((7, 5))], [prediction], torch.float64)
+    for place in others:
+        assert not are_places([place], [prediction], None)
+        assert not are_places([prediction.copy(), place], [prediction, prediction], None)
 
 
 def with_strides_of_one_location(logits):

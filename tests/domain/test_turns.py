@@ -12,7 +12,7 @@ from lossd_server.engine.turns import Task, Turns
 from lossd_server.errors import CallerGoneError, DeadlineError, Reason, UnavailableError
 from tests.domain.regions import wait_until
 
-STEP = Step(items=["step"], size=0, is_narrow=True)
+STEP = Step(items=["step"], size=0)
 
 
 class Device:
@@ -38,7 +38,7 @@ class Device:
 
     def ask(self, *names, flow=None, size=0, kind="here", **asker):
         """Brings a task in so many steps, in a thread of its own."""
-        steps = [Step(items=[name], size=size, is_narrow=True) for name in names]
+        steps = [Step(items=[name], size=size) for name in names]
         costs = [step.cost for step in steps]
         task = Task(job=None, asker=Asker(**asker), steps=steps, costs=costs, flow=flow, kind=kind)
         thread = threading.Thread(target=self.complete, args=(task,))
@@ -188,7 +188,7 @@ def test_only_one_has_it_whoever_gives_up_when(batching):
     def run(flow):
         for patience in (0.0, 1e-5, 1e-4, 60.0) * 25:
             asker = Asker(deadline=time.monotonic() + patience)
-            steps = [Step(items=[flow], size=patience == 60.0, is_narrow=True)] * (flow % 3 + 1)
+            steps = [Step(items=[flow], size=patience == 60.0)] * (flow % 3 + 1)
             costs = [step.cost for step in steps]
             task = Task(job=None, asker=asker, steps=list(steps), costs=costs, flow=flow, kind="here")
             if patience < 1 and device.turns.take():

@@ -25,7 +25,7 @@ def cores_seen(monkeypatch, requests, **settings):
             seen.append(len(os.sched_getaffinity(0)))
             return work(*given)
 
-        for name in ("take_step", "take_steps"):
+        for name in ("take_job", "take_steps"):
             monkeypatch.setattr(evaluator, name, partial(watched, getattr(evaluator, name)))
         for request in requests:
             stub.ComputeLoss(request)

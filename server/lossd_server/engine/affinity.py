@@ -5,9 +5,7 @@ that does without them runs on the thread that brings it, and saves two changes 
 longer than a small evaluation.
 """
 
-from collections.abc import Iterable
-
-from lossd_server.engine.steps import Step
+from lossd_server.engine.steps import Load
 from lossd_server.engine.work import Evaluable
 from lossd_server.kernels import loaded_library
 from lossd_server.losses import LossModule
@@ -16,11 +14,8 @@ HERE, ELSEWHERE = "here", "elsewhere"
 """Kinds of tasks: those that any thread may do, and those that torch's thread does."""
 
 
-def leaves_torch_asleep(loss: Evaluable, steps: Iterable[Step]) -> bool:
-    """Whether the compiled kernels do all steps of a job on the host, and numpy what they leave."""
+def leaves_torch_asleep(loss: Evaluable, load: Load) -> bool:
+    """Whether the compiled kernels do all of a job on the host, and numpy what they leave."""
     return (
-        loaded_library() is not None
-        and isinstance(loss, LossModule)
-        and loss.has_kernels
-        and all(step.is_narrow for step in steps)
+        loaded_library() is not None and isinstance(loss, LossModule) and loss.has_kernels and load.is_narrow
     )

@@ -19,13 +19,12 @@ from lossd_server.engine.custom import CustomLoss
 from lossd_server.engine.evaluator import Evaluator
 from lossd_server.engine.home import Home
 from lossd_server.engine.resources import granted_cores
-from lossd_server.engine.steps import Step, steps_of
+from lossd_server.engine.steps import Load
 from lossd_server.engine.turns import Task, Turns
 from lossd_server.engine.watchdog import Watchdog
 from lossd_server.engine.work import (
     AssignJob,
     AssignResults,
-    Evaluable,
     LossItem,
     LossJob,
     LossOutcome,
@@ -104,8 +103,22 @@ class Engine:
         """Whether the device does not come back from an evaluation; see `watch`."""
         return self._watchdog is not None and self._watchdog.is_wedged
 
-    def compute(self, job: LossJob, asker: Asker = _ANYONE) -> LossResults:
+    def load_of(self, job: LossJob) -> Load:
+        """Returns what a job asks of the device."""
+        loss = job.loss
+        if not isinstance(loss, LossModule):
+            return Load.of(job.items, _ITEM_BY_ITEM)
+        load = Load.of(job.items, self._batching)
+        is_here = self._is_host and leaves_torch_asleep(loss, load)
+        return load._replace(kind=HERE if is_here else ELSEWHERE)
+
+    def compute(self, job: LossJob, asker: Asker = _ANYONE, load: Load | None = None) -> LossResults:
         """Evaluates a batch, all of it or none.
+
+        Args:
+            job: The batch.
+            asker: Whoever waits for it.
+            load: What `load_of` says of it, where that is known.
 
         Raises:
             UnavailableError: The engine drains, or the device does not come back.
@@ -117,18 +130,18 @@ class Engine:
         """
         self._refuse_when_draining()
         arrived = time.monotonic()
-        steps = steps_of(job.items, self._batching if isinstance(job.loss, LossModule) else _ITEM_BY_ITEM)
-        kind = self._kind_of(job.loss, steps)
-        if kind == HERE and len(steps) == 1 and self._turns.take():
-            outcomes = self._take_at_once(job, steps[0], asker)
+        load = load or self.load_of(job)
+        if load.kind == HERE and len(load.steps) == 1 and self._turns.take():
+            outcomes = self._take_at_once(job, load.steps[0][1], asker)
             return outcomes, Timing(queue=0.0, compute=time.monotonic() - arrived)
+        steps = load.cut(job.items)
         task = Task(
             job=job,
             asker=asker,
             steps=steps,
             costs=[step.cost for step in steps],
             flow=asker.flow if job.owner is None else job.owner,
-            kind=kind,
+            kind=load.kind,
         )
         self._turns.complete(task)
         outcomes = task.result()
@@ -191,19 +204,13 @@ class Engine:
         self._turns.refuse(_stopping)
         self._torch_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _kind_of(self, loss: Evaluable, steps: Sequence[Step]) -> str | None:
-        """Returns what a job may go together with: ours with ours, the operator's with nothing."""
-        if not isinstance(loss, LossModule):
-            return None
-        return HERE if self._is_host and leaves_torch_asleep(loss, steps) else ELSEWHERE
-
-    def _take_at_once(self, job: LossJob, step: Step, asker: Asker) -> list[LossOutcome]:
-        """Takes the only step of a job of the kind `HERE`, whose turn it is, and gives the device back."""
+    def _take_at_once(self, job: LossJob, size: int, asker: Asker) -> list[LossOutcome]:
+        """Takes a job of one step and the kind `HERE`, whose turn it is, and gives the device back."""
         try:
             if self._observe is not None:
-                self._observe(1, len(step.items))
-            with self._home.away(step.size):
-                return self._evaluator.take_step(job, step, asker)
+                self._observe(1, len(job.items))
+            with self._home.away(size):
+                return self._evaluator.take_job(job, asker)
         finally:
             self._turns.give_back()
 

@@ -22,7 +22,7 @@ from lossd_server.engine.work import LossItem, LossJob, LossOutcome
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
 from lossd_server.kernels import loaded_library
 from lossd_server.losses import EvaluationOptions, LossModule
-from lossd_server.losses.arrays import gradient_dtype
+from lossd_server.losses.arrays import are_places, gradient_dtype
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
 T = TypeVar("T")
@@ -67,12 +67,12 @@ class Evaluator:
         if tasks:
             self._by_tensors(tasks)
 
-    def take_step(self, job: LossJob, step: Step, asker: Asker) -> list[LossOutcome]:
-        """Returns what comes of the only step of a job that the compiled kernels do all of, on the host."""
-        found = self._by_arrays(job, step.items, asker)
+    def take_job(self, job: LossJob, asker: Asker) -> list[LossOutcome]:
+        """Returns what comes of all items of a job that the compiled kernels do all of, on the host."""
+        found = self._by_arrays(job, job.items, asker)
         if found is not None:
             return found
-        task = Task(job=job, asker=asker, steps=[step], costs=[step.cost])
+        task = Task(job=job, asker=asker, steps=[Step(job.items, 0)], costs=[0])
         self._by_tensors([task])
         return task.result()
 
@@ -94,8 +94,9 @@ class Evaluator:
         loss, outcomes = cast("LossModule", job.loss), []
         for item in items:
             asker.check()
-            if job.strict and item.outputs:
-                return None  # what may be refused is not written to a caller's memory
+            # What may be refused is not written to a caller's memory.
+            if item.outputs and (job.strict or not _writes_arrays(item)):
+                return None
             try:
                 found = loss.evaluate_arrays(item.arguments, item.options, partial(self._places, item))
             except MemoryError:
@@ -120,8 +121,8 @@ class Evaluator:
         if name in item.outputs:
             given: Any = item.outputs[name]
             return [*given]
-        likes, wanted = item.arguments[name], item.options.gradient_dtype
-        return [self._empty_like(like, wanted) for like in (likes if isinstance(likes, list) else [likes])]
+        wanted = item.options.gradient_dtype
+        return [self._empty_like(like, wanted) for like in _levels(item.arguments[name])]
 
     def _empty_like(self, array: NDArray[Any], wanted: torch.dtype | None) -> NDArray[Any]:
         dtype = gradient_dtype(array, wanted)
@@ -247,6 +248,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+
+
+def _writes_arrays(item: LossItem) -> bool:
+    """Whether each gradient that has a place can be written there by compiled code."""
+    wanted = item.options.gradient_dtype
+    return all(
+        are_places(places, _levels(item.arguments[name]), wanted) for name, places in item.outputs.items()
+    )
+
+
+def _levels(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _writes_to_a_gpu(task: Task) -> bool:

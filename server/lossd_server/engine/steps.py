@@ -20,17 +20,10 @@ _ITEM_COST = 1 << 19
 
 
 class Step(NamedTuple):
-    """Some items of a job.
-
-    Attributes:
-        items: The items.
-        size: Bytes that they read and write.
-        is_narrow: Whether no float among their tensors and gradients is of more than 32 bits.
-    """
+    """Some items of a job, and how many bytes they read and write."""
 
     items: Sequence[LossItem]
     size: int
-    is_narrow: bool
 
     @property
     def cost(self) -> int:
@@ -38,22 +31,43 @@ class Step(NamedTuple):
         return self.size + len(self.items) * _ITEM_COST
 
 
-def steps_of(items: Sequence[LossItem], limits: Batching) -> list[Step]:
-    """Cuts the items of a job into steps within the limits."""
-    steps, begun, size, is_narrow = [], 0, 0, True
-    for index, item in enumerate(items):
-        more, is_more_narrow = _look_at(item)
-        if index > begun and (index - begun >= limits.max_items or size + more > limits.max_bytes):
-            steps.append(Step(items[begun:index], size, is_narrow))
-            begun, size, is_narrow = index, 0, True
-        size += more
-        is_narrow = is_narrow and is_more_narrow
-    steps.append(Step(items[begun:], size, is_narrow))
-    return steps
+class Load(NamedTuple):
+    """What a job asks of the device: as much as any of that loss and options, with arrays like these.
+
+    Attributes:
+        steps: How many items each step has, and how many bytes they read and write.
+        is_narrow: Whether no float among the tensors and gradients of its items is of more than 32 bits.
+        kind: Jobs of one kind may go together; None goes alone.
+    """
+
+    steps: Sequence[tuple[int, int]]
+    is_narrow: bool
+    kind: str | None = None
+
+    @classmethod
+    def of(cls, items: Sequence[LossItem], limits: Batching) -> "Load":
+        """Returns the load of items, in steps within the limits."""
+        steps, count, size, is_narrow = [], 0, 0, True
+        for item in items:
+            more, is_item_narrow = _look_at(item)
+            is_narrow = is_narrow and is_item_narrow
+            if count and (count >= limits.max_items or size + more > limits.max_bytes):
+                steps.append((count, size))
+                count, size = 0, 0
+            count, size = count + 1, size + more
+        return cls([*steps, (count, size)], is_narrow)
+
+    def cut(self, items: Sequence[LossItem]) -> list[Step]:
+        """Returns the steps of items whose load this is."""
+        steps, begin = [], 0
+        for count, size in self.steps:
+            steps.append(Step(items[begin : begin + count], size))
+            begin += count
+        return steps
 
 
 def _look_at(item: LossItem) -> tuple[int, bool]:
-    """Returns what a `Step` says of the tensors of an item and of the gradients that are asked for."""
+    """Returns how many bytes an item reads and writes, and whether it is narrow, as in `Load`."""
     gradients = item.options.gradients
     size, is_narrow = 0, item.options.gradient_dtype in PLAIN_GRADIENTS
     for name, value in item.arguments.items():

@@ -86,6 +86,8 @@ def are_places(
     places: Sequence[Any], predictions: Sequence[NDArray[Any]], wanted: torch.dtype | None
 ) -> bool:
     """Whether gradients of predictions can be written to places: plain ones of their shapes, in some type."""
+    if wanted not in PLAIN_GRADIENTS:
+        return False
     for place, prediction in zip(places, predictions, strict=True):
         dtype = gradient_dtype(prediction, wanted)
         if not isinstance(place, np.ndarray) or place.dtype != dtype or place.shape != prediction.shape:

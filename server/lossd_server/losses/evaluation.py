@@ -21,7 +21,7 @@ Numbers = NDArray[np.float64] | Tensor
 """A few float64 numbers: numpy's on the host, on a GPU a tensor, so that nobody waits for it."""
 
 Place = Callable[[str], list[NDArray[Any]]]
-"""Returns the dense arrays that the gradient of an input is written to: one in its shape, or one a level."""
+"""Returns the arrays that the gradient of an input is written to, one or one a level: see `are_places`."""
 
 _NOTHING: Mapping[str, Any] = {}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_places, are_plain
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_plain
 from lossd_server.losses.evaluation import (
     ArrayEvaluation,
     Component,
@@ -254,9 +254,6 @@ class FCOSLoss(LossModule):
             return None
         reduction = self._reduction(arguments, options)
         gradients = {name: place(name) for name in options.gradients}
-        wanted = options.gradient_dtype
-        if not all(are_places(places, arguments[name], wanted) for name, places in gradients.items()):
-            return None
         requests = [
             GradientRequest(scales=scales, buffers=gradients[name]) if name in gradients else None
             for name, scales in zip(PREDICTIONS, reduction.scales(options), strict=True)

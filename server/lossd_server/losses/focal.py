@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_places, are_plain
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_plain
 from lossd_server.losses.evaluation import (
     ArrayEvaluation,
     Evaluation,
@@ -20,7 +20,7 @@ from lossd_server.losses.focal_kernel import focal_sums
 from lossd_server.losses.gpu import load_kernels
 from lossd_server.losses.gradients import gradient_buffers
 from lossd_server.losses.module import Arguments, LossModule, attach_gradients
-from lossd_server.losses.native import LABEL_TYPES, count_objects_natively, focal_sums_natively
+from lossd_server.losses.native import LABEL_TYPES, count_objects_natively, focal_sum_of_arrays
 from lossd_server.losses.presets import LossPreset
 from lossd_server.losses.reduction import Reduction
 
@@ -166,10 +166,7 @@ class FocalLoss(LossModule):
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
         gradients = {name: place(name) for name in options.gradients}
         (gradient,) = gradients.get("inputs", [None])
-        if gradient is not None and not are_places([gradient], [logits], options.gradient_dtype):
-            return None
-        problem = FocalGrid(logits=logits, labels=labels, gradient=gradient, scale=1 / divisor)
-        sums = focal_sums_natively([problem], self.constants)
+        sums = focal_sum_of_arrays(logits, labels, gradient, 1 / divisor, self.constants)
         if sums is None or not sums.finite:
             return None
         total = float(sums.losses[0])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.checks import host_array
-from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_places, are_plain
+from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_plain
 from lossd_server.losses.evaluation import (
     EvaluationOptions,
     Numbers,
@@ -138,8 +138,6 @@ def reduce_arrays(
         return None
     gradients = {name: place(name) for name in options.gradients}
     (gradient,) = next(iter(gradients.values()), [None])
-    if gradient is not None and not are_places([gradient], [preds], options.gradient_dtype):
-        return None
     shape = (-1, formula.numbers)
     group = RowGroup(
         preds=preds.reshape(shape).T[None],

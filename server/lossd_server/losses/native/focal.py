@@ -80,6 +80,38 @@ def focal_sums_natively(grids: Sequence[FocalGrid[A]], constants: FocalConstants
     return FocalSums(losses=losses, finite=not stray)
 
 
+def focal_sum_of_arrays(
+    logits: NDArray[Any],
+    labels: NDArray[Any],
+    gradient: NDArray[Any] | None,
+    scale: float,
+    constants: FocalConstants,
+) -> FocalSums | None:
+    """Returns what `focal_sums_natively` does of one grid of plain arrays, sooner.
+
+    Args:
+        logits: As in `FocalGrid`, dense.
+        labels: Likewise.
+        gradient: A dense array like the logits, of any type; None if not wanted.
+        scale: As in `FocalGrid`.
+        constants: Those of the loss.
+    """
+    library, weights = loaded_library(), _weights(constants)
+    wanted = None if gradient is None else gradient.dtype
+    frame = _frame_of_arrays(logits.dtype, logits.shape, logits.strides, labels.dtype, labels.shape, wanted)
+    if library is None or weights is None or frame is None:
+        return None
+    place = 0 if gradient is None else address_of(gradient)
+    problem = _GRID.pack(
+        address_of(logits), place, address_of(labels), 0, 0, *frame.layout, scale, *frame.types, 0
+    )
+    losses = np.empty(1)
+    stray = library.lossd_focal(problem, 1, weights, thread_count(frame.size, _SMALL), address_of(losses))
+    if stray < 0:
+        raise MemoryError
+    return FocalSums(losses=losses, finite=not stray)
+
+
 @lru_cache
 def _weights(constants: FocalConstants) -> Any:
     """Returns the constants in the kernel's terms, None where it does not know the gamma."""
@@ -149,6 +181,21 @@ def _frame(
         layout=(*layout.extents, *strides),
         types=(FLOAT_TYPES[logits.dtype], FLOAT_TYPES[like.dtype], LABEL_TYPES[labels.dtype]),
     )
+
+
+@lru_cache(maxsize=1024)
+def _frame_of_arrays(
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    label_dtype: np.dtype[Any],
+    label_shape: tuple[int, ...],
+    gradient_dtype: np.dtype[Any] | None,
+) -> _Frame | None:
+    """Returns the frame of plain arrays: of logits with these strides, and of what is dense beside them."""
+    logits = _Form(shape, strides, dtype.itemsize, dtype, is_dense=True, is_on_host=True)
+    gradient = None if gradient_dtype is None else _form(np.empty(shape, gradient_dtype))
+    return _frame(logits, gradient, _form(np.empty(label_shape, label_dtype)), None, None)
 
 
 class _Layout(NamedTuple):
