@@ -174,7 +174,7 @@ def _usual_batch(
     except TypeError:  # whatever is wrong with the options, it is for the general case to say
         return None
     if layout is None or storage.would_share(
-        [*(array.nbytes for array in arrays), layout.answer.gradient_size]
+        [*(array.nbytes for array in arrays), layout.answer.result.gradient_size]
     ):
         return None
     storage.form = layout.form

@@ -41,28 +41,37 @@ _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4, _GROUP: 0, _END_OF_GROUP: 0}
 
 
 class Payloads:
-    """The payloads of a message, in the order of their stand-ins."""
+    """The payloads of a message.
+
+    Attributes:
+        buffers: As they are, in the order of their stand-ins.
+    """
 
     def __init__(self, buffers: Sequence[Buffer] = ()) -> None:
-        self._buffers = list(buffers)
+        self.buffers = list(buffers)
 
     def __len__(self) -> int:
-        return len(self._buffers)
+        return len(self.buffers)
 
     def clear(self) -> None:
         """Lets go of all payloads; nothing can be read any more."""
-        self._buffers.clear()
+        self.buffers.clear()
 
     def add(self, buffer: Buffer) -> bytes:
         """Returns the stand-in of bytes."""
-        self._buffers.append(buffer)
-        return _MARKER + (len(self._buffers) - 1).to_bytes(_INDEX_BYTES, "little")
+        self.buffers.append(buffer)
+        return _MARKER + (len(self.buffers) - 1).to_bytes(_INDEX_BYTES, "little")
+
+    def place_of(self, inline: Buffer) -> int | None:
+        """Returns which payload `Tensor.inline` stands for; None where it stands for itself."""
+        if self.buffers and inline[: len(_MARKER)] == _MARKER:
+            return int.from_bytes(inline[len(_MARKER) :], "little")
+        return None
 
     def get(self, inline: Buffer) -> Buffer:
         """Returns the payload that `Tensor.inline` stands for: mostly itself."""
-        if self._buffers and inline[: len(_MARKER)] == _MARKER:
-            return self._buffers[int.from_bytes(inline[len(_MARKER) :], "little")]
-        return inline
+        place = self.place_of(inline)
+        return inline if place is None else self.buffers[place]
 
 
 @dataclass(frozen=True, slots=True)

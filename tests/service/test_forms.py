@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import _MARKER, Parcel
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses import FocalLoss
 from lossd_server.rpc import forms as module
-from lossd_server.rpc.decode import read_loss_job
 from lossd_server.rpc.forms import Forms
 from lossd_server.rpc.methods import Method, StreamMethod
 from tests.domain.oracle_wire import assert_is
@@ -224,14 +222,6 @@ def test_boxes_are_checked_in_every_request_of_a_form(stub):
             continue
         found = refusal(stub.AssignTargets, assign_request([image]))
         assert found.violations == ("items[0].ground_truth[0].boxes",)
-
-
-def test_types_and_shapes_are_checked_once_for_all_requests_of_a_form(rng, monkeypatch):
-    forms, checked, check = Forms(pb.ComputeLossRequest), [], FocalLoss.check
-    monkeypatch.setattr(FocalLoss, "check", lambda loss, given: checked.append(given) or check(loss, given))
-    for _ in range(5):
-        read_loss_job(forms.read(focal(rng).SerializeToString()), {})
-    assert len(checked) == 2  # of the first, which made no form known, and of the second
 
 
 def test_what_does_not_go_together_is_refused_however_often_it_comes(stub):

@@ -125,7 +125,7 @@ class Evaluator:
         return [self._empty_like(like, wanted) for like in _levels(item.arguments[name])]
 
     def _empty_like(self, array: NDArray[Any], wanted: torch.dtype | None) -> NDArray[Any]:
-        dtype = gradient_dtype(array, wanted)
+        dtype = gradient_dtype(array.dtype, wanted)
         memory = self.buffers.allocate(array.size * dtype.itemsize)
         return np.empty(array.shape, dtype) if memory is None else memory.view(dtype).reshape(array.shape)
 

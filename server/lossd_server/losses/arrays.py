@@ -77,9 +77,9 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
     return array
 
 
-def gradient_dtype(prediction: NDArray[Any], wanted: torch.dtype | None) -> np.dtype[Any]:
-    """Returns the type of a prediction's gradient, given which of `PLAIN_GRADIENTS` is wanted."""
-    return prediction.dtype if wanted is None else _GRADIENTS[wanted]
+def gradient_dtype(prediction: np.dtype[Any], wanted: torch.dtype | None) -> np.dtype[Any]:
+    """Returns the type of the gradient of such a prediction, given which of `PLAIN_GRADIENTS` is wanted."""
+    return prediction if wanted is None else _GRADIENTS[wanted]
 
 
 def are_places(
@@ -89,7 +89,7 @@ def are_places(
     if wanted not in PLAIN_GRADIENTS:
         return False
     for place, prediction in zip(places, predictions, strict=True):
-        dtype = gradient_dtype(prediction, wanted)
+        dtype = gradient_dtype(prediction.dtype, wanted)
         if not isinstance(place, np.ndarray) or place.dtype != dtype or place.shape != prediction.shape:
             return False
         if not place.flags.carray:  # in order, aligned, and to be written to

@@ -55,7 +55,6 @@ def read_loss_job(
             with errors_within(f"items[{index}]"):
                 item = item._replace(outputs=read_outputs(request.message, index, item.arguments, slices))
         items.append(item)
-    request.mark_as_checked()
     slices.check_overlaps()
     return LossJob(loss=plan.loss, items=items, strict=plan.strict, owner=slices.owner())
 

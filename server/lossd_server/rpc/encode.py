@@ -23,12 +23,23 @@ _NARROWED_BYTES = 7
 
 _COUNTS = {"valid_count", "positive_count"}
 
+_LOSS_RESULTS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"]
 _LOSS_RESULT = tags_of(pb.LossResult.DESCRIPTOR)
 _GRADIENT = tags_of(pb.Gradient.DESCRIPTOR)
 _TARGET_RESULT = tags_of(pb.TargetResult.DESCRIPTOR)
 _SPARSE = tags_of(pb.SparseTargets.DESCRIPTOR)
 _DENSE = tags_of(pb.DenseTargets.DESCRIPTOR)
 _DENSE_LEVEL = tags_of(pb.DenseLevel.DESCRIPTOR)
+
+
+def loss_results(
+    outcomes: Iterable[LossOutcome], outputs: Iterable[Iterable[pb.GradientOutput]]
+) -> list[Piece]:
+    """Returns the results of evaluations as fields of an answer; arguments as for `loss_result`, of each."""
+    pieces: list[Piece] = []
+    for found, places in zip(outcomes, outputs, strict=True):
+        pieces += message_field(_LOSS_RESULTS, loss_result(found, places))
+    return pieces
 
 
 def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ()) -> list[Piece]:
@@ -39,7 +50,7 @@ def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ())
         outputs: Where gradients were written, which are not sent then.
     """
     places = {output.input: output.slices for output in outputs}
-    pieces: list[Piece] = [_about(outcome), *tensor_field(_LOSS_RESULT["loss"], outcome.loss)]
+    pieces: list[Piece] = [about(outcome), *tensor_field(_LOSS_RESULT["loss"], outcome.loss)]
     for name in outcome.gradients:
         pieces += message_field(_LOSS_RESULT["gradients"], _gradient(name, outcome, places.get(name)))
     if outcome.kept_rows is not None:
@@ -47,21 +58,21 @@ def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ())
     return pieces
 
 
-def _about(outcome: LossOutcome) -> bytes:
-    """Returns what a result holds beside tensors."""
-    about = pb.LossResult(
+def about(outcome: LossOutcome) -> bytes:
+    """Returns what a `LossResult` holds beside tensors."""
+    result = pb.LossResult(
         positive_count=outcome.positive_count,
         negative_side_count=outcome.negative_side_count,
     )
     if outcome.preset is not None:
-        about.preset = number_of(LOSS_PRESETS, outcome.preset)
+        result.preset = number_of(LOSS_PRESETS, outcome.preset)
     for name, value, weight in outcome.components:
-        about.components.add(name=name, value=value, weight=weight)
+        result.components.add(name=name, value=value, weight=weight)
     for level in outcome.raw_sums:
-        about.raw_sums.add(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})
+        result.raw_sums.add(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})
     for found in outcome.non_finite:
-        about.non_finite.add(input=found.input, count=found.count, first_index=found.first_index)
-    return about.SerializeToString()
+        result.non_finite.add(input=found.input, count=found.count, first_index=found.first_index)
+    return result.SerializeToString()
 
 
 @lru_cache(maxsize=256)

@@ -46,14 +46,16 @@ class Form(Generic[M]):
         plan: What was made of it; None before.
         is_checked: Whether the types and shapes of a request's tensors were found to go together: then those
             of all do.
+        recipe: What became of plan and tensors; None before, and where each request is to be read whole.
     """
 
-    __slots__ = ("_fixed", "_places", "is_checked", "message", "plan")
+    __slots__ = ("_fixed", "_places", "is_checked", "message", "plan", "recipe")
 
     def __init__(self, message: M, data: bytes, places: list[tuple[int, int]]) -> None:
         self.message = message
         self.plan: Any = None
         self.is_checked = False
+        self.recipe: Any = None
         self._places = places
         starts = [0, *(stop for _, stop in places)]
         stops = [*(start for start, _ in places), len(data)]
@@ -99,9 +101,19 @@ class Request(Generic[M]):
         """Whether the types and shapes of its tensors are known to go together."""
         return self.form is not None and self.form.is_checked
 
-    def mark_as_checked(self) -> None:
-        """Says that they do, and so those of all requests of its form."""
-        if self.form is not None:
+    @property
+    def recipe(self) -> Any:
+        """What is known to be done with requests of its form; None where nothing is."""
+        return None if self.form is None else self.form.recipe
+
+    def mark_as_checked(self, make: Callable[[Any, Payloads], Any]) -> None:
+        """Says that they do, and so those of all requests of its form.
+
+        Args:
+            make: Makes the recipe of its form, where there is one, of its plan and payloads. Called once.
+        """
+        if self.form is not None and not self.form.is_checked:
+            self.form.recipe = make(self.form.plan, self.payloads)
             self.form.is_checked = True
 
 

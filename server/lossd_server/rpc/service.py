@@ -14,11 +14,11 @@ from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, numbers_of
 from lossd_server.rpc.forms import Request
 from lossd_server.rpc.losses import LOSS_KINDS
 from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.recipes import Recipe
 from lossd_server.rpc.stages import Stages
 from lossd_server.shared_memory import RegionListener, Regions
 from lossd_server.targets import BYTES_OF_POSITIVE
 
-_LOSS_RESULTS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"]
 _TARGET_RESULTS = tags_of(pb.AssignTargetsResponse.DESCRIPTOR)["results"]
 
 
@@ -38,17 +38,24 @@ class LossService:
         self, request: Request[pb.ComputeLossRequest], stages: Stages, caller: Caller
     ) -> list[Piece]:
         """Evaluates a batch of items."""
-        job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
+        recipe = request.recipe
+        if recipe is None:
+            job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
+            load = self._engine.load_of(job)
+            request.mark_as_checked(partial(Recipe.of, load=load))
+        else:
+            job, load = recipe.job(request.payloads), recipe.load
         request.payloads.clear()
         stages.end()
-        outcomes, timing = self._engine.compute(job, caller.asker)
+        outcomes, timing = self._engine.compute(job, caller.asker, load)
         del job  # with the memory of the request, before the answer takes as much
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
         stages.begin("encode")
-        answer: list[Piece] = []
-        for outcome, item in zip(outcomes, request.message.items, strict=True):
-            answer += message_field(_LOSS_RESULTS, encode.loss_result(outcome, item.outputs))
+        if recipe is None:
+            answer = encode.loss_results(outcomes, [item.outputs for item in request.message.items])
+        else:
+            answer = recipe.results(outcomes)
         self._metrics.of("ComputeLoss").count_outcomes(outcomes)
         return [*answer, pb.ComputeLossResponse(timings=stages.timings()).SerializeToString()]
 
