@@ -168,4 +168,9 @@ def _head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[byt
 
 def _bytes_of(array: Array) -> memoryview:
     """Returns the elements of an array: as they lie where they are in order, and in a copy if not."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    if not array.nbytes:
+        return memoryview(b"")
+    array = np.ascontiguousarray(array)
+    if array.dtype.kind == "V":  # which numpy does not export
+        array = array.view(f"u{array.itemsize}")
+    return array.data.cast("B")

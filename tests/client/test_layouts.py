@@ -23,8 +23,7 @@ from lossd_client import _loss_requests as requests
 from lossd_client._layouts import AnswerLayout
 from lossd_client._options import EvaluationOptions
 from lossd_client._storage import LEAST_BYTES, Storage
-from lossd_server.engine import LossOutcome
-from lossd_server.losses import LossPreset, NonFinite
+from lossd_server.losses import LossOutcome, LossPreset, NonFinite
 from lossd_server.rpc.encode import loss_result
 from tests.client.support import SIMPLE, same_bits
 from tests.service.support import make_server

@@ -41,7 +41,7 @@ class Untimed(Stages):
     """Stages that take no time, so that answers can be compared."""
 
     def timings(self):
-        return pb.StageTimings()
+        return b""
 
 
 @pytest.fixture(scope="module")

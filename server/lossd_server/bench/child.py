@@ -17,7 +17,8 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2, tensor_pb2
 from lossd_server.bench import process
 from lossd_server.config import ServerConfig
-from lossd_server.engine import Engine, LossOutcome, keep_freed_memory, resolve_device
+from lossd_server.engine import Engine, keep_freed_memory, resolve_device
+from lossd_server.losses import LossOutcome
 from lossd_server.rpc import Server, decode
 from lossd_server.rpc.forms import Request
 

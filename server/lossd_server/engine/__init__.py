@@ -14,7 +14,6 @@ from lossd_server.engine.work import (
     AssignJob,
     LossItem,
     LossJob,
-    LossOutcome,
     Timing,
 )
 
@@ -31,7 +30,6 @@ __all__ = [
     "LockedBudget",
     "LossItem",
     "LossJob",
-    "LossOutcome",
     "Place",
     "Timing",
     "describe_device",

@@ -27,13 +27,20 @@ from lossd_server.engine.work import (
     AssignResults,
     LossItem,
     LossJob,
-    LossOutcome,
     LossResults,
     Timing,
 )
 from lossd_server.errors import Reason, UnavailableError, errors_within
 from lossd_server.kernels import load_library
-from lossd_server.losses import CenternessLoss, EvaluationOptions, FCOSLoss, FocalLoss, GIoULoss, LossModule
+from lossd_server.losses import (
+    CenternessLoss,
+    EvaluationOptions,
+    FCOSLoss,
+    FocalLoss,
+    GIoULoss,
+    LossModule,
+    LossOutcome,
+)
 from lossd_server.losses.gpu import compile_programs
 
 _ANYONE = Asker()

@@ -18,10 +18,10 @@ from lossd_server.engine.outcome import Launched, Reading, read
 from lossd_server.engine.steps import Step
 from lossd_server.engine.transfer import as_tensor, to_device
 from lossd_server.engine.turns import Task
-from lossd_server.engine.work import LossItem, LossJob, LossOutcome
+from lossd_server.engine.work import LossItem, LossJob
 from lossd_server.errors import InvalidInputError, OutOfMemoryError, Reason, errors_within
 from lossd_server.kernels import loaded_library
-from lossd_server.losses import EvaluationOptions, LossModule
+from lossd_server.losses import EvaluationOptions, LossModule, LossOutcome
 from lossd_server.losses.arrays import are_places, gradient_dtype
 from lossd_server.losses.evaluation import FiniteCheck, find_non_finite
 
@@ -103,17 +103,7 @@ class Evaluator:
                 return None
             if found is None:
                 return None
-            outcomes.append(
-                LossOutcome(
-                    loss=found.loss,
-                    components=found.components,
-                    gradients=found.gradients,
-                    raw_sums=found.raw_sums,
-                    preset=found.preset,
-                    negative_side_count=found.negative_side_count,
-                    nonzero_rows=found.nonzero_rows,
-                )
-            )
+            outcomes.append(found)
         return outcomes
 
     def _places(self, item: LossItem, name: str) -> list[NDArray[Any]]:

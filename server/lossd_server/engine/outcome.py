@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lossd_server.engine.transfer import as_tensor, from_host, to_host
-from lossd_server.engine.work import AnyArray, Array, LossItem, LossOutcome
+from lossd_server.engine.work import AnyArray, Array, LossItem
 from lossd_server.errors import CustomLossError, Reason
-from lossd_server.losses import Evaluation, NonFinite
+from lossd_server.losses import Evaluation, LossOutcome, NonFinite
 from lossd_server.losses.evaluation import FiniteCheck, Numbers, find_non_finite
 
 

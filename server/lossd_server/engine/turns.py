@@ -10,8 +10,9 @@ from lossd_server.engine.batching import Batching
 from lossd_server.engine.calling import LOOK_SECONDS, Waiting
 from lossd_server.engine.queue import FairQueue
 from lossd_server.engine.steps import Step
-from lossd_server.engine.work import LossJob, LossOutcome
+from lossd_server.engine.work import LossJob
 from lossd_server.errors import LossdError
+from lossd_server.losses import LossOutcome
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -1,13 +1,12 @@
 """What the engine is asked, and what it answers: numpy, or what lies on its GPU; nothing of a transport."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lossd.gpu_memory import GpuArray
-from lossd_server.losses import Evaluation, EvaluationOptions, LossPreset, NonFinite
+from lossd_server.losses import Evaluation, EvaluationOptions, LossOutcome
 from lossd_server.losses.module import Arguments
 from lossd_server.targets import Assignment, FCOSAssigner
 from lossd_server.targets.ground_truth import Objects
@@ -61,37 +60,6 @@ class LossJob(NamedTuple):
     items: list[LossItem]
     strict: bool = False
     owner: Hashable = None
-
-
-class LossOutcome(NamedTuple):
-    """An `Evaluation` on the host.
-
-    Attributes:
-        loss: 0-d, or one number a row.
-        components: Name, value and weight of each term.
-        gradients: By input name, one array or one a level.
-        raw_sums: One mapping a level.
-        non_finite: Inputs that hold NaN or infinity.
-        preset: Whose numbers these are; None for a custom loss.
-        kept_rows: Which flattened target positions `loss` is of, where some are left out.
-        negative_side_count: Positives whose predicted distances have a negative side.
-        nonzero_rows: Outside which places along `[B, H, W]` a gradient is exactly zero, as in `Evaluation`.
-    """
-
-    loss: Array
-    components: Sequence[tuple[str, float, float]] = ()
-    gradients: Mapping[str, Sequence[AnyArray]] = _NOTHING
-    raw_sums: Sequence[Mapping[str, float]] = ()
-    non_finite: Sequence[NonFinite] = ()
-    preset: LossPreset | None = None
-    kept_rows: Array | None = None
-    negative_side_count: int = 0
-    nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
-
-    @property
-    def positive_count(self) -> int:
-        """Rows or locations that carry an object, over all levels."""
-        return int(sum(level["positive_count"] for level in self.raw_sums))
 
 
 class AssignItem(NamedTuple):

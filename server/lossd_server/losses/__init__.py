@@ -5,7 +5,7 @@ to autograd, `evaluate` hands both out with all that a remote caller needs.
 """
 
 from lossd_server.losses.centerness import CenternessLoss
-from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, NonFinite
+from lossd_server.losses.evaluation import Component, Evaluation, EvaluationOptions, LossOutcome, NonFinite
 from lossd_server.losses.fcos import FCOSLoss
 from lossd_server.losses.focal import FocalLoss
 from lossd_server.losses.giou import GIoULoss
@@ -22,6 +22,7 @@ __all__ = [
     "FocalLoss",
     "GIoULoss",
     "LossModule",
+    "LossOutcome",
     "LossPreset",
     "NonFinite",
     "Reduction",

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.losses.evaluation import (
-    ArrayEvaluation,
     Component,
     Evaluation,
     EvaluationOptions,
+    LossOutcome,
     Place,
 )
 from lossd_server.losses.formulas import RowFormula
@@ -89,7 +89,7 @@ class CenternessLoss(LossModule):
 
     def evaluate_arrays(
         self, arguments: Arguments, options: EvaluationOptions, place: Place
-    ) -> ArrayEvaluation | None:
+    ) -> LossOutcome | None:
         """Evaluates prepared logits in numpy; see `LossModule.evaluate_arrays`."""
         pred, weight = arguments["pred"], arguments["weight"]
         reduced = reduce_arrays(
@@ -104,7 +104,7 @@ class CenternessLoss(LossModule):
         )
         if reduced is None:
             return None
-        return ArrayEvaluation(
+        return LossOutcome(
             loss=reduced.loss,
             components=(
                 ("centerness_loss", float(reduced.loss), 1.0),

@@ -98,26 +98,38 @@ class Evaluation(NamedTuple):
     nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
 
 
-class ArrayEvaluation(NamedTuple):
-    """An `Evaluation` of arrays on the host whose inputs are finite: numpy alone.
+class LossOutcome(NamedTuple):
+    """An `Evaluation` on the host: numpy alone, but for gradients that were written to a GPU's memory.
 
     Attributes:
-        loss: 0-d float32.
+        loss: 0-d, or one number a row.
+        components: Name, value and weight of each term; empty where the loss has just one.
         gradients: By input name, one array or one a level.
         raw_sums: By the contract's name, one mapping a level.
-        preset: Whose numbers these are.
-        components: Name, value and weight of each term; empty where the loss has just one.
-        negative_side_count: As in `Evaluation`.
-        nonzero_rows: As in `Evaluation`.
+        non_finite: Inputs that hold NaN or infinity.
+        preset: Whose numbers these are; None for a custom loss.
+        kept_rows: Which flattened target positions `loss` is of, where some are left out.
+        negative_side_count: Positives whose predicted distances have a negative side.
+        nonzero_rows: Outside which places along `[B, H, W]` a gradient is exactly zero, as in `Evaluation`.
     """
 
-    loss: NDArray[np.float32]
-    gradients: Mapping[str, list[NDArray[Any]]]
-    raw_sums: Sequence[Mapping[str, float]]
-    preset: LossPreset
+    loss: NDArray[Any]
     components: Sequence[tuple[str, float, float]] = ()
+    gradients: Mapping[str, Sequence[Any]] = _NOTHING
+    raw_sums: Sequence[Mapping[str, float]] = ()
+    non_finite: Sequence[NonFinite] = ()
+    preset: LossPreset | None = None
+    kept_rows: NDArray[Any] | None = None
     negative_side_count: int = 0
     nonzero_rows: Mapping[str, Sequence[NDArray[np.int64]]] = _NOTHING
+
+    @property
+    def positive_count(self) -> int:
+        """Rows or locations that carry an object, over all levels."""
+        count = 0.0
+        for level in self.raw_sums:
+            count += level["positive_count"]
+        return int(count)
 
 
 def fixed_order_sum(values: Tensor) -> Tensor:

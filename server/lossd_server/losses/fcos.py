@@ -11,10 +11,10 @@ from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_finite, are_plain
 from lossd_server.losses.evaluation import (
-    ArrayEvaluation,
     Component,
     Evaluation,
     EvaluationOptions,
+    LossOutcome,
     Place,
     as_float32,
     as_tensor,
@@ -242,7 +242,7 @@ class FCOSLoss(LossModule):
 
     def evaluate_arrays(
         self, arguments: Arguments, options: EvaluationOptions, place: Place
-    ) -> ArrayEvaluation | None:
+    ) -> LossOutcome | None:
         """Evaluates prepared predictions in numpy; see `LossModule.evaluate_arrays`."""
         preds = [arguments[name] for name in PREDICTIONS]
         if (
@@ -268,7 +268,7 @@ class FCOSLoss(LossModule):
         if loss is None:
             return None
         sums = {name: numbers.tolist() for name, numbers in reduction.raw_sums(found.numbers).items()}
-        return ArrayEvaluation(
+        return LossOutcome(
             loss=loss,
             components=components,
             gradients=gradients,

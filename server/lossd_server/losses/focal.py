@@ -8,9 +8,9 @@ from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.losses.arrays import NARROW_FLOATS, PLAIN_GRADIENTS, are_plain
 from lossd_server.losses.evaluation import (
-    ArrayEvaluation,
     Evaluation,
     EvaluationOptions,
+    LossOutcome,
     Place,
     as_float32,
     as_tensor,
@@ -156,7 +156,7 @@ class FocalLoss(LossModule):
 
     def evaluate_arrays(
         self, arguments: Arguments, options: EvaluationOptions, place: Place
-    ) -> ArrayEvaluation | None:
+    ) -> LossOutcome | None:
         """Evaluates prepared logits and labels in numpy; see `LossModule.evaluate_arrays`."""
         logits, labels, valid = arguments["inputs"], arguments["targets"], arguments["valid_count"]
         if self.reduction is Reduction.NONE or options.gradient_dtype not in PLAIN_GRADIENTS:
@@ -173,7 +173,7 @@ class FocalLoss(LossModule):
         mean = as_float32(total / divisor)
         if mean is None:
             return None
-        return ArrayEvaluation(
+        return LossOutcome(
             loss=mean,
             gradients=gradients,
             raw_sums=[{"cls_loss": total, "valid_count": float(valid), "positive_count": float(valid)}],

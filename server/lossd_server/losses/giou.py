@@ -5,9 +5,9 @@ from torch import Tensor
 
 from lossd_server import checks
 from lossd_server.losses.evaluation import (
-    ArrayEvaluation,
     Evaluation,
     EvaluationOptions,
+    LossOutcome,
     Place,
     to_float64,
 )
@@ -86,7 +86,7 @@ class GIoULoss(LossModule):
 
     def evaluate_arrays(
         self, arguments: Arguments, options: EvaluationOptions, place: Place
-    ) -> ArrayEvaluation | None:
+    ) -> LossOutcome | None:
         """Evaluates prepared boxes in numpy; see `LossModule.evaluate_arrays`."""
         pred, weight = arguments["pred_boxes"], arguments["weight"]
         reduced = reduce_arrays(
@@ -102,7 +102,7 @@ class GIoULoss(LossModule):
         )
         if reduced is None:
             return None
-        return ArrayEvaluation(
+        return LossOutcome(
             loss=reduced.loss,
             gradients=reduced.gradients,
             raw_sums=[

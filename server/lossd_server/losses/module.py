@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason
-from lossd_server.losses.evaluation import ArrayEvaluation, Evaluation, EvaluationOptions, Place
+from lossd_server.losses.evaluation import Evaluation, EvaluationOptions, LossOutcome, Place
 from lossd_server.losses.reduction import Reduction
 
 Arguments = Mapping[str, Any]
@@ -86,7 +86,7 @@ class LossModule(nn.Module):
         arguments: Arguments,  # noqa: ARG002  # of those that do more
         options: EvaluationOptions,  # noqa: ARG002
         place: Place,  # noqa: ARG002
-    ) -> ArrayEvaluation | None:
+    ) -> LossOutcome | None:
         """Evaluates prepared numpy arrays by compiled code alone: to the bit what `evaluate` makes of them.
 
         To make tensors of a small input, and arrays of what comes of it, takes longer than its evaluation.

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from lossd.narrow import narrowed_integers
+from lossd.scalars import Scalars
 from lossd.sparse import is_smaller, sparse_tensor_field
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.writing import Piece, message_field, shared_tensor_field, tags_of, tensor_field
-from lossd_server.engine import LossOutcome
+from lossd_server.losses import LossOutcome, NonFinite
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
 from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
 from lossd_server.targets.pyramid import Pyramid
@@ -21,10 +22,11 @@ _SPARSE_FORMATS = {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
 _NARROWED_BYTES = 7
 """What a label loses at most: of eight bytes."""
 
-_COUNTS = {"valid_count", "positive_count"}
-
 _LOSS_RESULTS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"]
 _LOSS_RESULT = tags_of(pb.LossResult.DESCRIPTOR)
+_NUMBERS = Scalars(pb.LossResult.DESCRIPTOR)
+_COMPONENT = Scalars(pb.LossComponent.DESCRIPTOR)
+_RAW_SUMS = Scalars(pb.RawSums.DESCRIPTOR)
 _GRADIENT = tags_of(pb.Gradient.DESCRIPTOR)
 _TARGET_RESULT = tags_of(pb.TargetResult.DESCRIPTOR)
 _SPARSE = tags_of(pb.SparseTargets.DESCRIPTOR)
@@ -60,19 +62,34 @@ def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ())
 
 def about(outcome: LossOutcome) -> bytes:
     """Returns what a `LossResult` holds beside tensors."""
-    result = pb.LossResult(
-        positive_count=outcome.positive_count,
-        negative_side_count=outcome.negative_side_count,
-    )
+    numbers: dict[str, float] = {
+        "positive_count": outcome.positive_count,
+        "negative_side_count": outcome.negative_side_count,
+    }
     if outcome.preset is not None:
-        result.preset = number_of(LOSS_PRESETS, outcome.preset)
+        numbers["preset"] = number_of(LOSS_PRESETS, outcome.preset)
+    pieces: list[Piece] = [_NUMBERS.write(numbers)]
     for name, value, weight in outcome.components:
-        result.components.add(name=name, value=value, weight=weight)
+        component = [_about_component(name), _COMPONENT.write({"value": value, "weight": weight})]
+        pieces += message_field(_LOSS_RESULT["components"], component)
     for level in outcome.raw_sums:
-        result.raw_sums.add(**{name: int(v) if name in _COUNTS else v for name, v in level.items()})
-    for found in outcome.non_finite:
-        result.non_finite.add(input=found.input, count=found.count, first_index=found.first_index)
-    return result.SerializeToString()
+        pieces += message_field(_LOSS_RESULT["raw_sums"], [_RAW_SUMS.write(level)])
+    if outcome.non_finite:
+        pieces.append(_about_non_finite(outcome.non_finite))
+    return b"".join(pieces)  # type: ignore[arg-type]  # nothing of it is large
+
+
+@lru_cache(maxsize=256)
+def _about_component(name: str) -> bytes:
+    """Returns what a component holds beside numbers; there are few names."""
+    return pb.LossComponent(name=name).SerializeToString()
+
+
+def _about_non_finite(found: Iterable[NonFinite]) -> bytes:
+    inputs = [
+        pb.NonFinite(input=each.input, count=each.count, first_index=each.first_index) for each in found
+    ]
+    return pb.LossResult(non_finite=inputs).SerializeToString()
 
 
 @lru_cache(maxsize=256)

@@ -7,8 +7,8 @@ import grpc
 from prometheus_client import CollectorRegistry, Gauge, Info
 
 from lossd.v1 import loss_service_pb2 as pb
-from lossd_server.engine import LossOutcome
 from lossd_server.errors import Reason
+from lossd_server.losses import LossOutcome
 from lossd_server.rpc.collectors import register_process
 from lossd_server.rpc.series import Counter, Histogram, Level, note
 from lossd_server.rpc.stages import STAGES
@@ -201,9 +201,11 @@ class MethodMetrics:
 
     def count_outcomes(self, outcomes: Sequence[LossOutcome]) -> None:
         """Counts the items, positives and non-finite inputs of a batch of evaluations."""
-        positives = sum(outcome.positive_count for outcome in outcomes)
+        positives = non_finite = 0
+        for outcome in outcomes:
+            positives += outcome.positive_count
+            non_finite += len(outcome.non_finite)
         note((self._items, len(outcomes)), (self._positives, positives))
-        non_finite = sum(len(outcome.non_finite) for outcome in outcomes)
         if non_finite:
             note((self._non_finite, non_finite))
 

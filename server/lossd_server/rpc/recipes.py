@@ -8,10 +8,10 @@ import numpy as np
 from lossd.answers import ResultLayout
 from lossd.wire import LARGE_BYTES, Payloads
 from lossd.writing import Piece
-from lossd_server.engine import LossItem, LossJob, LossOutcome
+from lossd_server.engine import LossItem, LossJob
 from lossd_server.engine.steps import Load
 from lossd_server.errors import LossdError
-from lossd_server.losses import EvaluationOptions, LossModule, Reduction
+from lossd_server.losses import EvaluationOptions, LossModule, LossOutcome, Reduction
 from lossd_server.losses.arrays import PLAIN_GRADIENTS, gradient_dtype
 from lossd_server.rpc import encode
 from lossd_server.rpc.plans import LossPlan, PlannedEvaluation

@@ -53,7 +53,8 @@ def note(*values: tuple[Series, float]) -> None:
     """Counts values, each in its series."""
     with _lock:
         for series, value in values:
-            series.counts[bisect_left(series.bounds, value)] += 1
+            bounds = series.bounds
+            series.counts[bisect_left(bounds, value) if bounds else 0] += 1
             series.total += value
 
 

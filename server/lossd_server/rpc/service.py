@@ -19,7 +19,9 @@ from lossd_server.rpc.stages import Stages
 from lossd_server.shared_memory import RegionListener, Regions
 from lossd_server.targets import BYTES_OF_POSITIVE
 
+_LOSS_TIMINGS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["timings"]
 _TARGET_RESULTS = tags_of(pb.AssignTargetsResponse.DESCRIPTOR)["results"]
+_TARGET_TIMINGS = tags_of(pb.AssignTargetsResponse.DESCRIPTOR)["timings"]
 
 
 class LossService:
@@ -57,7 +59,7 @@ class LossService:
         else:
             answer = recipe.results(outcomes)
         self._metrics.of("ComputeLoss").count_outcomes(outcomes)
-        return [*answer, pb.ComputeLossResponse(timings=stages.timings()).SerializeToString()]
+        return answer + message_field(_LOSS_TIMINGS, [stages.timings()])
 
     def assign_targets(
         self, request: Request[pb.AssignTargetsRequest], stages: Stages, caller: Caller
@@ -84,7 +86,7 @@ class LossService:
         for found in assignments:
             answer += message_field(_TARGET_RESULTS, result(found))
         self._metrics.of("AssignTargets").count_assignments(assignments)
-        return [*answer, pb.AssignTargetsResponse(timings=stages.timings()).SerializeToString()]
+        return answer + message_field(_TARGET_TIMINGS, [stages.timings()])
 
     def get_server_info(
         self, _request: Request[pb.GetServerInfoRequest], stages: Stages, caller: Caller

@@ -2,7 +2,10 @@
 
 import time
 
+from lossd.scalars import Scalars
 from lossd.v1 import loss_service_pb2 as pb
+
+_TIMINGS = Scalars(pb.StageTimings.DESCRIPTOR)
 
 STAGES = ("decode", "queue", "compute", "encode")
 
@@ -42,10 +45,10 @@ class Stages:
         """Ends the request."""
         self.end()
 
-    def timings(self) -> pb.StageTimings:
-        """Returns the stages so far, with the one that the call is in, as the contract's message."""
+    def timings(self) -> bytes:
+        """Returns the stages so far, with the one that the call is in, as the contract's `StageTimings`."""
         seconds = self.seconds
         if self._stage is not None:
             spent = time.monotonic() - self._since
             seconds = seconds | {self._stage: seconds.get(self._stage, 0.0) + spent}
-        return pb.StageTimings(**{_FIELDS[stage]: round(spent * 1e6) for stage, spent in seconds.items()})
+        return _TIMINGS.write({_FIELDS[stage]: round(spent * 1e6) for stage, spent in seconds.items()})
