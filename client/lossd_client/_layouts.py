@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from lossd.answers import ResultLayout
+import numpy as np
+
+from lossd.answers import ResultLayout, result_layout
 from lossd.narrow import type_depends_on_values
 from lossd.tensors import DTYPES, MAX_DIMENSIONS, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
@@ -25,6 +27,7 @@ _REQUEST = tags_of(pb.ComputeLossRequest.DESCRIPTOR)
 _ITEM = tags_of(pb.LossItem.DESCRIPTOR)
 
 _TYPES = frozenset(DTYPES.values())
+_FLOAT32, _FLOAT64 = np.dtype("<f4"), np.dtype("<f8")
 
 
 class AnswerLayout(NamedTuple):
@@ -92,10 +95,11 @@ def layout_of_call(
     heads[0] = head + message_head(_REQUEST["items"], len(item) + inputs) + item + heads[0]
     form = WireForm()
     form.note(f"items[0].{loss.kind}.{name}", prediction)
-    result = ResultLayout.of(prediction.dtype)
+    loss_dtype = _FLOAT64 if prediction.dtype == _FLOAT64 else _FLOAT32
+    result = result_layout(loss_dtype)
     if gradients:
         dtype = DTYPES.get(gradient_dtype, prediction.dtype)
-        result = result.with_gradient(name, dtype, prediction.shape)
+        result = result_layout(loss_dtype, name, dtype, prediction.shape)
     return CallLayout(heads=tuple(heads), form=form, answer=AnswerLayout(name, result))
 
 

@@ -23,13 +23,20 @@ from lossd.wire import LARGE_BYTES, Buffer
 _VIEWED_BYTES = 4 << 10
 """Fewer are copied before they are gathered: that is sooner than to view them."""
 
-_ALIGNMENT = 4
+ALIGNMENT = 4
 """Where large elements begin, a multiple of it: as float32 wants. More would take a varint of over five
 bytes, which not every reader of an enum takes."""
 
 
 def _tag(number: int) -> bytes:
     return varint(number << 3 | 2)
+
+
+def _dtype(data_type: int, padding: int = 0) -> bytes:
+    """Returns the field `Tensor.dtype` in so many bytes more than it needs, 3 at most."""
+    if not padding:
+        return _DTYPE_TAG + varint(data_type)
+    return _DTYPE_TAG + bytes([data_type | 0x80, *[0x80] * (padding - 1), 0])
 
 
 _DTYPE_TAG = varint(pb.Tensor.DTYPE_FIELD_NUMBER << 3)
@@ -51,7 +58,7 @@ class LargeTensor:
         self._data_type = data_type_of(array.dtype)
         self._elements = _bytes_of(array)
         self._about = pb.Tensor(shape=array.shape).SerializeToString() + _INLINE_TAG + varint(array.nbytes)
-        size = 2 * len(self._dtype(0)) + _ALIGNMENT - 1 + len(self._about) + array.nbytes
+        size = 2 * len(_dtype(self._data_type)) + ALIGNMENT - 1 + len(self._about) + array.nbytes
         self._start = tag + varint(size)
         self._size = len(self._start) + size
 
@@ -60,15 +67,10 @@ class LargeTensor:
 
     def pieces(self, at: int) -> list[Buffer]:
         """Returns its bytes, of which the first lies at some place in the message."""
-        padding = -(at + len(self._start) + len(self._dtype(0)) + len(self._about)) % _ALIGNMENT
-        head = self._start + self._dtype(padding) + self._about
-        return [head, self._elements, self._dtype(_ALIGNMENT - 1 - padding)]
-
-    def _dtype(self, padding: int) -> bytes:
-        """Returns the field `dtype` in so many bytes more than it needs."""
-        if not padding:
-            return _DTYPE_TAG + varint(self._data_type)
-        return _DTYPE_TAG + bytes([self._data_type | 0x80, *[0x80] * (padding - 1), 0])
+        before = at + len(self._start) + len(_dtype(self._data_type)) + len(self._about)
+        padding = -before % ALIGNMENT
+        head = self._start + _dtype(self._data_type, padding) + self._about
+        return [head, self._elements, _dtype(self._data_type, ALIGNMENT - 1 - padding)]
 
 
 Piece: TypeAlias = Buffer | LargeTensor
@@ -116,13 +118,19 @@ def tensor_field(tag: bytes, array: Array) -> list[Piece]:
     return [head, elements_of(array)] if array.nbytes < LARGE_BYTES else [LargeTensor(tag, array)]
 
 
-def tensor_head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+def tensor_head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], padding: int = 0) -> bytes:
     """Returns what comes before the elements of a tensor that is not large, as `tensor_field` has it.
+
+    Args:
+        tag: The tag of the field.
+        dtype: The type of the elements.
+        shape: The shape of the tensor.
+        padding: How many bytes more it is to take, 3 at most.
 
     Raises:
         TensorError: The dtype is not one of the contract's, or there are too many dimensions.
     """
-    return _head(tag, dtype, shape)[0]
+    return _head(tag, dtype, shape, padding)[0]
 
 
 def elements_of(array: Array) -> Buffer:
@@ -157,12 +165,16 @@ def placed(pieces: Sequence[Piece]) -> list[Buffer]:
 
 
 @lru_cache(maxsize=4096)
-def _head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[bytes, np.dtype[Any]]:
+def _head(
+    tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], padding: int = 0
+) -> tuple[bytes, np.dtype[Any]]:
     """Returns what comes before the elements of a tensor in a field, and their type on the wire."""
     check_dimensions(shape)
     data_type = data_type_of(dtype)
     size = math.prod(shape) * dtype.itemsize
-    about = pb.Tensor(dtype=data_type, shape=shape).SerializeToString() + _INLINE_TAG + varint(size)
+    about = (
+        _dtype(data_type, padding) + pb.Tensor(shape=shape).SerializeToString() + _INLINE_TAG + varint(size)
+    )
     return tag + varint(len(about) + size) + about, DTYPES[data_type]
 
 

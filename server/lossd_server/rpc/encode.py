@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from lossd.answers import result_layout
 from lossd.narrow import narrowed_integers
 from lossd.scalars import Scalars
 from lossd.sparse import is_smaller, sparse_tensor_field
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
+from lossd.wire import LARGE_BYTES, Buffer
 from lossd.writing import Piece, message_field, shared_tensor_field, tags_of, tensor_field
 from lossd_server.losses import LossOutcome, NonFinite
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
@@ -40,8 +42,23 @@ def loss_results(
     """Returns the results of evaluations as fields of an answer; arguments as for `loss_result`, of each."""
     pieces: list[Piece] = []
     for found, places in zip(outcomes, outputs, strict=True):
-        pieces += message_field(_LOSS_RESULTS, loss_result(found, places))
+        usual = None if places else _usual_result(found)
+        pieces += usual or message_field(_LOSS_RESULTS, loss_result(found, places))
     return pieces
+
+
+def _usual_result(outcome: LossOutcome) -> list[Buffer] | None:
+    """Returns a result in its usual layout, as a field; None where it has none."""
+    loss = outcome.loss
+    if loss.shape or outcome.kept_rows is not None or outcome.nonzero_rows or len(outcome.gradients) > 1:
+        return None
+    for name, arrays in outcome.gradients.items():
+        gradient = arrays[0]
+        if len(arrays) > 1 or not isinstance(gradient, np.ndarray) or gradient.nbytes >= LARGE_BYTES:
+            return None
+        layout = result_layout(loss.dtype, name, gradient.dtype, gradient.shape)
+        return layout.pieces(about(outcome), loss, gradient)
+    return result_layout(loss.dtype).pieces(about(outcome), loss)
 
 
 def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ()) -> list[Piece]:

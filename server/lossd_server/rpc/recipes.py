@@ -1,19 +1,15 @@
-"""How requests of one form become jobs, and what comes of these answers: settled by the first of them."""
+"""How requests of one form become jobs: settled by the first of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossd.answers import ResultLayout
-from lossd.wire import LARGE_BYTES, Payloads
-from lossd.writing import Piece
+from lossd.wire import Payloads
 from lossd_server.engine import LossItem, LossJob
 from lossd_server.engine.steps import Load
 from lossd_server.errors import LossdError
-from lossd_server.losses import EvaluationOptions, LossModule, LossOutcome, Reduction
-from lossd_server.losses.arrays import PLAIN_GRADIENTS, gradient_dtype
-from lossd_server.rpc import encode
+from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.rpc.plans import LossPlan, PlannedEvaluation
 from lossd_server.rpc.sources import Source
 
@@ -28,13 +24,12 @@ class _Tensor(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """An item: what a `PlannedEvaluation` says of it, and the layout of its result if that is a usual one."""
+    """An item: a `PlannedEvaluation` whose arguments are tensors in the message, or absent."""
 
     path: str
     tensors: Sequence[_Tensor]
     absent: Mapping[str, None]
     options: EvaluationOptions
-    layout: ResultLayout | None
 
 
 class Recipe:
@@ -68,7 +63,7 @@ class Recipe:
             return None
         items = []
         for planned in plan.items:
-            item = None if planned.has_outputs else _item(plan.loss, planned, payloads)
+            item = None if planned.has_outputs else _item(planned, payloads)
             if item is None:
                 return None
             items.append(item)
@@ -81,7 +76,7 @@ class Recipe:
             InvalidInputError: A value is refused.
         """
         loss, items = self._loss, []
-        for path, tensors, absent, options, _ in self._items:
+        for path, tensors, absent, options in self._items:
             arguments: dict[str, Any] = {**absent}
             for name, dtype, shape, payload in tensors:
                 arguments[name] = np.ndarray(shape, dtype, payloads.buffers[payload])
@@ -92,19 +87,8 @@ class Recipe:
                 raise
         return LossJob(loss, items, self._strict)
 
-    def results(self, outcomes: Sequence[LossOutcome]) -> list[Piece]:
-        """Returns the results of an answer: to the byte what `encode.loss_results` makes of outcomes."""
-        pieces: list[Piece] = []
-        for item, outcome in zip(self._items, outcomes, strict=True):
-            if item.layout is None:
-                pieces += encode.loss_results([outcome], [()])
-                continue
-            gradients = [array for (array,) in outcome.gradients.values() if isinstance(array, np.ndarray)]
-            pieces += item.layout.pieces(encode.about(outcome), outcome.loss, *gradients)
-        return pieces
 
-
-def _item(loss: LossModule, planned: PlannedEvaluation, payloads: Payloads) -> _Item | None:
+def _item(planned: PlannedEvaluation, payloads: Payloads) -> _Item | None:
     """Returns an item; None where it has levels, objects, bools, or anything that is no payload."""
     tensors = []
     for name, source in planned.sources.items():
@@ -121,19 +105,4 @@ def _item(loss: LossModule, planned: PlannedEvaluation, payloads: Payloads) -> _
         tensors=tensors,
         absent={name: None for name, source in planned.sources.items() if source is None},
         options=planned.options,
-        layout=_layout(loss, planned),
     )
-
-
-def _layout(loss: LossModule, planned: PlannedEvaluation) -> ResultLayout | None:
-    """Returns the layout of a result; None where it is of one number a row, or large."""
-    options = planned.options
-    if loss.reduction is Reduction.NONE or options.gradient_dtype not in PLAIN_GRADIENTS:
-        return None
-    (name,) = loss.differentiable
-    prediction = planned.sources[name]
-    layout = ResultLayout.of(prediction.dtype)
-    if options.gradients:
-        dtype = gradient_dtype(prediction.dtype, options.gradient_dtype)
-        layout = layout.with_gradient(name, dtype, prediction.shape)
-    return layout if layout.gradient_size < LARGE_BYTES else None
