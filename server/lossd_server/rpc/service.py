@@ -14,7 +14,7 @@ from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, numbers_of
 from lossd_server.rpc.forms import Request
 from lossd_server.rpc.losses import LOSS_KINDS
 from lossd_server.rpc.metrics import Metrics
-from lossd_server.rpc.recipes import Recipe
+from lossd_server.rpc.recipes import AssignRecipe, LossRecipe
 from lossd_server.rpc.stages import Stages
 from lossd_server.shared_memory import RegionListener, Regions
 from lossd_server.targets import BYTES_OF_POSITIVE
@@ -44,7 +44,7 @@ class LossService:
         if recipe is None:
             job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
             load = self._engine.load_of(job)
-            request.mark_as_checked(partial(Recipe.of, load=load))
+            request.mark_as_checked(partial(LossRecipe.of, load=load))
         else:
             job, load = recipe.job(request.payloads), recipe.load
         request.payloads.clear()
@@ -63,7 +63,12 @@ class LossService:
         self, request: Request[pb.AssignTargetsRequest], stages: Stages, caller: Caller
     ) -> list[Piece]:
         """Assigns targets to a batch of items."""
-        job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
+        recipe = request.recipe
+        if recipe is None:
+            job = decode.read_assign_job(request, self._config.max_message_bytes, self._regions(caller))
+            request.mark_as_checked(partial(AssignRecipe.of, job=job))
+        else:
+            job = recipe.job(request.payloads)
         result = partial(
             encode.target_result,
             target_format=request.message.format,
@@ -76,7 +81,7 @@ class LossService:
             caller.reserve(job.answer_bytes)
         assignments, timing = self._engine.assign(job, caller.asker)
         if not job.answer_bytes:
-            caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
+            caller.reserve(BYTES_OF_POSITIVE * sum([found.positive_count for found in assignments]))
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
         stages.begin("encode")
