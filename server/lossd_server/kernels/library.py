@@ -42,6 +42,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32),
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
     )
+    library.lossd_positives.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     library.lossd_positives.restype = None
 
 

@@ -12,6 +12,7 @@ typedef struct {
     int64_t count;
     int64_t narrow;        /* whether the boxes are float32 */
 } image_objects;
+_Static_assert(sizeof(image_objects) == 40, "packed so by targets/native_painting.py");
 
 typedef struct {
     const image_objects *images; /* [batch] */
@@ -23,6 +24,7 @@ typedef struct {
     double least_extent;   /* floor of what centerness divides by */
     int32_t lower_included, upper_included;
 } paint_job;
+_Static_assert(sizeof(paint_job) == 112, "packed so by targets/native_painting.py");
 
 typedef struct {
     double size;
@@ -98,6 +100,7 @@ typedef struct {
     float *centerness;
     int64_t *level_counts; /* [levels], in place of `count`: how many lie on each */
 } positives;
+_Static_assert(sizeof(positives) == 48, "packed so by targets/native_painting.py");
 
 #define REAL float
 #define NAME(function) function##_float32

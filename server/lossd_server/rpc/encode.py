@@ -12,6 +12,7 @@ from lossd.scalars import Scalars
 from lossd.sparse import is_smaller, sparse_tensor_field
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
+from lossd.varints import varint
 from lossd.wire import LARGE_BYTES, Buffer
 from lossd.writing import Piece, message_field, shared_tensor_field, tags_of, tensor_field
 from lossd_server.losses import LossOutcome, NonFinite
@@ -145,8 +146,8 @@ def target_result(
         preset: Whose rules were followed.
         narrow: Whether integers may go in fewer bytes.
     """
-    counts = pb.TargetResult(positive_counts=assignment.positive_counts()).SerializeToString()
-    pieces: list[Piece] = [_about_targets(assignment.pyramid, preset), counts]
+    counts = message_field(_TARGET_RESULT["positive_counts"], [*map(varint, assignment.positive_counts())])
+    pieces: list[Piece] = [_about_targets(assignment.pyramid, preset), *counts]
     targets = _targets(assignment, target_format, narrow=narrow)
     if isinstance(targets, SparseTargets):
         return pieces + message_field(_TARGET_RESULT["sparse"], _tensors(_SPARSE, targets))

@@ -1,8 +1,8 @@
 """The compiled painter, called with numpy arrays."""
 
-import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,42 +20,21 @@ _NO_MEMORY = -(2**63)
 _INT64, _INT32, _FLOAT32 = np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.float32)
 
 
-class _Image(ctypes.Structure):
-    """`image_objects` of paint.c."""
+_IMAGE = Struct("3P2q")  # boxes, labels, crowd; count, narrow
+"""`image_objects` of paint.c."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("boxes", "labels", "crowd")),
-        *((name, ctypes.c_int64) for name in ("count", "narrow")),
-    )
+_JOB = Struct(
+    "P"  # images
+    "4P"  # strides, heights, widths, starts
+    "3P"  # wide ends, narrow ends, canvas
+    "3q"  # batch, levels, locations
+    "2d"  # offset, least extent
+    "2i"  # whether the lower and the upper end are included
+)
+"""`paint_job` of paint.c."""
 
-
-class _Job(ctypes.Structure):
-    """`paint_job` of paint.c."""
-
-    _fields_ = (
-        ("images", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("strides", "heights", "widths", "starts")),
-        *((name, ctypes.c_void_p) for name in ("wide_ends", "narrow_ends", "canvas")),
-        *((name, ctypes.c_int64) for name in ("batch", "levels", "locations")),
-        *((name, ctypes.c_double) for name in ("offset", "least_extent")),
-        *((name, ctypes.c_int32) for name in ("lower_included", "upper_included")),
-    )
-
-
-class _Positives(ctypes.Structure):
-    """`positives` of paint.c."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            "labels",
-            "cells",
-            "matched",
-            "ltrb",
-            "centerness",
-            "level_counts",
-        )
-    )
+_PLACES = Struct("6P")  # labels, cells, matched, ltrb, centerness, level counts
+"""`positives` of paint.c."""
 
 
 def assign_natively(
@@ -71,9 +50,9 @@ def assign_natively(
         return None
     canvas = np.empty((len(objects), levels.location_count), np.int32)
     ends = _ends(ranges)  # to be held meanwhile: others may have it forgotten
-    images = (_Image * len(objects))(*map(_image, objects))
-    job = _Job(
-        ctypes.addressof(images),
+    images = np.frombuffer(b"".join(map(_image, objects)) or b"\0", np.uint8)
+    job = _JOB.pack(
+        address_of(images),
         *_level_addresses(levels),
         address_of(ends),
         address_of(ends) + ends.strides[0],
@@ -86,31 +65,30 @@ def assign_natively(
         rules.lower_included,
         rules.upper_included,
     )
-    reference = ctypes.byref(job)
-    count = library.lossd_paint(reference, MAX_PAIRS)
+    count = library.lossd_paint(job, MAX_PAIRS)
     if count == _NO_MEMORY:
         raise MemoryError
     if count < 0:
         require_pairs(~count)
     require_positives(count, max_positives)
     found, places = _room(count, len(levels.strides))
-    library.lossd_positives(reference, ctypes.byref(places))
+    library.lossd_positives(job, places)
     return found
 
 
-def _image(objects: Objects) -> _Image:
+def _image(objects: Objects) -> bytes:
     """Returns the objects of an image in the painter's terms; it points into their arrays."""
     boxes, crowd = objects.boxes, objects.iscrowd
-    return _Image(
+    return _IMAGE.pack(
         address_of(boxes),
         address_of(objects.labels),
-        None if crowd is None else address_of(crowd),
+        0 if crowd is None else address_of(crowd),
         len(boxes),
-        boxes.dtype == np.float32,
+        boxes.dtype == _FLOAT32,
     )
 
 
-def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
+def _room(count: int, levels: int) -> tuple[Positives, bytes]:
     """Returns arrays for so many positives, their elements not set, and where they lie: all in one piece."""
     counts = 8 * count
     cells = counts + 8 * levels
@@ -127,7 +105,7 @@ def _room(count: int, levels: int) -> tuple[Positives, _Positives]:
         centerness=np.ndarray((count,), _FLOAT32, memory, centerness),
         level_counts=np.ndarray((levels,), _INT64, memory, counts),
     )
-    places = _Positives(at, at + cells, at + matched, at + ltrb, at + centerness, at + counts)
+    places = _PLACES.pack(at, at + cells, at + matched, at + ltrb, at + centerness, at + counts)
     return found, places
 
 
