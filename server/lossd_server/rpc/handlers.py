@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 import structlog
@@ -51,31 +51,50 @@ _Packing = Callable[[Sequence[Buffer]], T]
 """Makes what gRPC sends of an answer in pieces."""
 
 
-class _Observed(AbstractContextManager[Stages]):
-    """A request at work: a class, since a generator takes three times as long."""
+class _Observed(AbstractContextManager["_Observed"]):
+    """A request at work: a class, since a generator takes three times as long.
 
-    __slots__ = ("_away", "_metrics", "_size", "_stages")
+    Args:
+        metrics: What counts it.
+        stages: What times it.
+        away: Where it is worked on.
+        size: Bytes of the request.
+
+    Attributes:
+        stages: As above.
+        answer_size: Bytes of its answer, once there is one.
+    """
+
+    __slots__ = ("_away", "_metrics", "_size", "answer_size", "stages")
 
     def __init__(
         self, metrics: MethodMetrics, stages: Stages, away: AbstractContextManager[None], size: int
     ) -> None:
+        self.stages = stages
+        self.answer_size: int | None = None
         self._metrics = metrics
-        self._stages = stages
         self._away = away
         self._size = size
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> Self:
         self._away.__enter__()
         self._metrics.begin(self._size)
-        self._stages.begin("decode")
-        return self._stages
+        self.stages.begin("decode")
+        return self
 
     def __exit__(self, *_exception: object) -> None:
         self._away.__exit__(None, None, None)
         try:
-            self._stages.close()
+            self.stages.close()
         finally:
-            self._metrics.end(self._stages.seconds)
+            self._metrics.end(self.stages.seconds, self.answer_size)
+
+    def packed(self, answer: Sequence[Piece], pack: _Packing[T]) -> T:
+        """Returns what gRPC sends of an answer, and counts it."""
+        self.stages.begin("encode")
+        packed = pack(placed(answer))
+        self.answer_size = size_of(answer)
+        return packed
 
 
 class Handlers:
@@ -225,36 +244,30 @@ class Handlers:
     def _answer(
         self, method: Method, body: Body, call: grpc.ServicerContext, place: Place, pack: _Packing[T]
     ) -> T:
-        with self._observed(method, len(body), call) as stages:
+        with self._observed(method, len(body), call) as at_work:
             requests = [method.forms.read(body.take())]
             caller = Caller.of(call, place.peer, partial(self._admission.grow, place))
             # Handed over, so that the service can let go of it while it waits.
-            answer = method.answer(requests.pop(), stages, caller)
-            return self._serialize(method, answer, stages, pack)
+            answer = method.answer(requests.pop(), at_work.stages, caller)
+            return at_work.packed(answer, pack)
 
     def _answer_on_stream(
         self, stream: StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
     ) -> bytes:
         method, size = stream.method, len(body)
-        with self._observed(method, size, call) as stages:
+        with self._observed(method, size, call) as at_work:
             mark, request = stream.read(body.take())
             try:
                 _require_request(request)
                 with self._admission.holding(peer, size) as place:
                     caller = Caller.of(call, peer, partial(self._admission.grow, place))
-                    answer = envelope(mark, method.answer(request, stages, caller))
+                    answer = envelope(mark, method.answer(request, at_work.stages, caller))
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
-                stages.end()
+                at_work.stages.end()
                 refusal = _as_lossd_error(error)
                 self._refusals.record(method.name, refusal, peer)
                 answer = [stream.response(id=mark, error=stream_error(refusal)).SerializeToString()]
-            return self._serialize(method, answer, stages, b"".join)
-
-    def _serialize(self, method: Method, answer: Sequence[Piece], stages: Stages, pack: _Packing[T]) -> T:
-        stages.begin("encode")
-        packed = pack(placed(answer))
-        self._metrics.of(method.name).count_answer(size_of(answer))
-        return packed
+            return at_work.packed(answer, b"".join)
 
     def _observed(self, method: Method, size: int, call: grpc.ServicerContext) -> _Observed:
         """Counts a request of so many bytes, and its time by stage however it ends."""

@@ -114,8 +114,7 @@ class _ObservedMethod:
         except BaseException:
             self._finish(began, call, failed=True)
             raise
-        note((self._sent, 1))
-        self._finish(began, call)
+        self._finish(began, call, sent=1)
         return response
 
     def stream(self, behaviour: _Behaviour, request: Any, call: grpc.ServicerContext) -> Iterator[Any]:
@@ -136,16 +135,17 @@ class _ObservedMethod:
 
     def _counted(self, request: Any) -> Any:
         """Returns the request, or its stream, with every message counted."""
-        return map(self._count, request) if isinstance(request, Iterator) else self._count(request)
+        return map(self._count, request) if hasattr(request, "__next__") else self._count(request)
 
     def _count(self, request: Any) -> Any:
         note((self._received, 1))
         return request
 
-    def _finish(self, began: float, call: Any, *, failed: bool = False) -> None:
+    def _finish(self, began: float, call: Any, *, failed: bool = False, sent: int = 0) -> None:
         seconds = time.monotonic() - began
         code = code_of_call(call, failed=failed)
-        note((self._handling, seconds), (self._handled.get(code) or self._handled_otherwise(code.name), 1))
+        handled = self._handled.get(code) or self._handled_otherwise(code.name)
+        note((self._sent, sent), (self._handling, seconds), (handled, 1))
 
 
 def code_of_call(call: Any, *, failed: bool) -> grpc.StatusCode:

@@ -214,10 +214,14 @@ class MethodMetrics:
         positives = sum(found.positive_count for found in assignments)
         note((self._items, len(assignments)), (self._positives, positives))
 
-    def count_answer(self, size: int) -> None:
-        """Counts an answer of so many bytes."""
-        note((self._response_bytes, size))
+    def end(self, seconds: Mapping[str, float], size: int | None) -> None:
+        """Counts a request as served, however it ended.
 
-    def end(self, seconds: Mapping[str, float]) -> None:
-        """Counts a request as served, however it ended, and what each stage of it took."""
-        note((self._in_flight, -1), *((self._stages[stage], spent) for stage, spent in seconds.items()))
+        Args:
+            seconds: What each stage of it took.
+            size: Bytes of its answer; None where it has none.
+        """
+        values = [(self._stages[stage], spent) for stage, spent in seconds.items()]
+        if size is not None:
+            values.append((self._response_bytes, size))
+        note((self._in_flight, -1), *values)
