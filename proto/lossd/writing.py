@@ -182,7 +182,8 @@ def _bytes_of(array: Array) -> memoryview:
     """Returns the elements of an array: as they lie where they are in order, and in a copy if not."""
     if not array.nbytes:
         return memoryview(b"")
-    array = np.ascontiguousarray(array)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
     if array.dtype.kind == "V":  # which numpy does not export
         array = array.view(f"u{array.itemsize}")
     return array.data.cast("B")

@@ -164,8 +164,8 @@ class FocalLoss(LossModule):
         if not (are_plain(NARROW_FLOATS, logits) and are_plain(LABEL_TYPES, labels) and logits.size):
             return None
         divisor = self.reduction.divisor(valid, least=1, normalizer=options.normalizer)
-        gradients = {name: place(name) for name in options.gradients}
-        (gradient,) = gradients.get("inputs", [None])
+        gradients = {"inputs": place("inputs")} if options.gradients else {}
+        gradient = gradients["inputs"][0] if gradients else None
         sums = focal_sum_of_arrays(logits, labels, gradient, 1 / divisor, self.constants)
         if sums is None or not sums.finite:
             return None
@@ -173,10 +173,11 @@ class FocalLoss(LossModule):
         mean = as_float32(total / divisor)
         if mean is None:
             return None
+        count = float(valid)
         return LossOutcome(
             loss=mean,
             gradients=gradients,
-            raw_sums=[{"cls_loss": total, "valid_count": float(valid), "positive_count": float(valid)}],
+            raw_sums=[{"cls_loss": total, "valid_count": count, "positive_count": count}],
             preset=LossPreset.AUTOTIMM,
         )
 

@@ -31,12 +31,6 @@ class Caller(NamedTuple):
     def of(cls, call: grpc.ServicerContext, peer: str, reserve: Callable[[int], None]) -> "Caller":
         """Returns who makes a call, whose peer was asked for before: gRPC makes that name anew each time."""
         remaining = call.time_remaining()
-        return cls(
-            asker=Asker(
-                flow=peer,
-                deadline=None if remaining is None else time.monotonic() + remaining,
-                is_gone=lambda: not call.is_active(),
-            ),
-            is_on_this_host=peer.startswith("unix:"),
-            reserve=reserve,
-        )
+        deadline = None if remaining is None else time.monotonic() + remaining
+        asker = Asker(peer, deadline, lambda: not call.is_active())
+        return cls(asker, peer.startswith("unix:"), reserve)

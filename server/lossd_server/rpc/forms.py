@@ -74,7 +74,7 @@ class Form(Generic[M]):
         return Payloads([data[start:stop] for start, stop in self._places])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that takes four times as long to make
 class Request(Generic[M]):
     """A request: its message, what the message's stand-ins stand for, and its form if that is known."""
 

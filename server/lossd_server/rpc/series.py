@@ -23,7 +23,13 @@ _lock = threading.Lock()
 
 
 class Reading(NamedTuple):
-    """What was counted under one set of labels: values by bucket, the last without a bound; and their sum."""
+    """What was counted under one set of labels.
+
+    Attributes:
+        counts: How many values lie in each bucket, the last without a bound. Where there are no bounds, they
+            are not counted.
+        total: The sum of all values.
+    """
 
     counts: list[int]
     total: float
@@ -53,8 +59,8 @@ def note(*values: tuple[Series, float]) -> None:
     """Counts values, each in its series."""
     with _lock:
         for series, value in values:
-            bounds = series.bounds
-            series.counts[bisect_left(bounds, value) if bounds else 0] += 1
+            if series.bounds:
+                series.counts[bisect_left(series.bounds, value)] += 1
             series.total += value
 
 

@@ -27,9 +27,10 @@ class Stages:
     def begin(self, stage: str) -> None:
         """Ends the stage that the call is in, and begins another, unless it is in that one."""
         if stage != self._stage:
-            self.end()
-            self._stage = stage
-            self._since = time.monotonic()
+            now = time.monotonic()
+            if self._stage is not None:
+                self.add(self._stage, now - self._since)
+            self._stage, self._since = stage, now
 
     def end(self) -> None:
         """Ends the stage that the call is in, if it is in any."""
