@@ -238,6 +238,13 @@ def test_a_servers_answer_is_read_by_its_layout(client, noted, name, gradients, 
         assert getattr(result, property_name) == getattr(again, property_name)
 
 
+def test_a_gradient_is_a_view_of_its_answer_wherever_that_begins(client):
+    for rows in range(200, 232):
+        arrays = np.zeros((rows, 3), np.float32), np.zeros(rows, np.int64)
+        result = client.compute_loss(FocalLoss(), *arrays, gradients=True)
+        assert isinstance(result.gradients["inputs"].base, bytes)
+
+
 UNUSUAL = {
     "names in a list": ((LOGITS, LABELS), {"gradients": ["inputs"]}),
     "nothing": ((LOGITS[:0], LABELS[:0]), {"gradients": True}),
