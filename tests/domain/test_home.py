@@ -1,5 +1,6 @@
 """The threads of small calls share a core; large work, and whatever it makes, has all of them."""
 
+import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lossd_server.engine import Home
-from lossd_server.engine.home import LARGE_BYTES, find_better
+from lossd_server.engine.core_usage import find_better, is_crowded
+from lossd_server.engine.home import LARGE_BYTES
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
@@ -16,6 +18,10 @@ pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores, and a s
 
 def here():
     return os.sched_getaffinity(0)
+
+
+def policy():
+    return os.sched_getscheduler(0)
 
 
 def in_thread(function):
@@ -127,9 +133,48 @@ def test_leaving_is_for_good():
     def left():
         home.settle()
         home.leave()
-        return here()
+        return here(), policy()
 
-    assert in_thread(left) == CORES
+    assert in_thread(left) == (CORES, os.SCHED_OTHER)
+
+
+def test_threads_at_home_are_patient_and_those_away_are_not():
+    home = Home(CORES)
+
+    def seen():
+        home.settle()
+        policies = [policy()]
+        with home.away():
+            policies += policy(), in_thread(policy)
+        return [*policies, policy()]
+
+    assert in_thread(seen) == [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_BATCH]
+    assert policy() == os.SCHED_OTHER
+
+
+def test_nobody_is_patient_where_others_crowd_the_core():
+    home = Home(CORES)
+
+    def seen():
+        home.settle()
+        home.be_patient(is_patient=False)
+        crowded, late = policy(), in_thread(lambda: home.settle() or policy())
+        home.be_patient(is_patient=True)
+        return crowded, late, policy()
+
+    assert in_thread(seen) == (os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_BATCH)
+
+
+def test_a_policy_of_the_operators_is_let_be():
+    home = Home(CORES)
+
+    def seen():
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        home.settle()
+        with home.away():
+            return policy()
+
+    assert in_thread(seen) == os.SCHED_IDLE
 
 
 @pytest.mark.parametrize("cores", [set(), {min(CORES, default=0)}])
@@ -154,6 +199,7 @@ def test_a_system_that_says_no_is_let_be(monkeypatch, error):
 
     home = Home(CORES)
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
 
     def seen():
         home.settle()
@@ -179,6 +225,40 @@ def test_a_system_that_says_no_is_let_be(monkeypatch, error):
 )
 def test_where_to_move(free, own, better):
     assert find_better(0, free, own) == better
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "crowded"),
+    [
+        pytest.param({0: 0.1}, 0.75, False, id="a caller"),
+        pytest.param({0: 0.0}, 0.5, True, id="others who never wait"),
+        pytest.param({0: 0.0}, 1.9, False, id="all of it is ours"),
+        pytest.param({}, 0.0, False, id="a system that says nothing"),
+    ],
+)
+def test_when_a_core_is_crowded(free, own, crowded):
+    assert is_crowded(0, free, own) is crowded
+
+
+def test_a_watching_home_is_patient_as_long_as_nobody_crowds_it(monkeypatch):
+    monkeypatch.setattr("lossd_server.engine.home._LOOK_SECONDS", 0.01)
+    crowded = itertools.cycle([True, False])
+    monkeypatch.setattr("lossd_server.engine.home.is_crowded", lambda *_: next(crowded))
+    home = Home(CORES)
+    said, enough = [], threading.Event()
+
+    def note(*, is_patient):
+        said.append(is_patient)
+        if len(said) == 4:
+            enough.set()
+
+    monkeypatch.setattr(home, "be_patient", note)
+    home.watch()
+    try:
+        assert enough.wait(10)
+    finally:
+        home.close()
+    assert said[:4] == [False, True, False, True]
 
 
 def test_a_watching_home_moves_out_of_the_way(monkeypatch):

@@ -3,22 +3,27 @@
 Python lets one thread run at a time. On several cores a change of threads wakes one up on another core,
 which takes long, and there the counts of references are in the caches of the core before. On one core
 both are cheap. Work that more cores are good for is done away from home.
+
+There a thread that wakes another would lose the core to it at once, and have it back when that finds Python's
+lock taken: each call took twenty changes of threads for ten. So those at home are patient: they are run as
+batches are (`SCHED_BATCH`), when whoever has the core waits. That is no good where others crowd the core, who
+do not wait: there they are run as any other.
 """
 
 import os
 import random
 import threading
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
-from typing import Self
+
+from lossd_server.engine.core_usage import STATISTICS, Usage, find_better, is_crowded
 
 LARGE_BYTES = 128 << 10
 """Work on so many bytes and more is worth the way."""
+
+_PATIENT: int | None = getattr(os, "SCHED_BATCH", None)
+"""The policy of patient threads, where the system has it."""
 
 _AT_HOME = nullcontext()
 
@@ -26,14 +31,6 @@ _CALLER = 0
 """What the system calls the thread that asks."""
 
 _LOOK_SECONDS = 2.0
-_CROWDED, _IDLE = 0.3, 0.5
-"""Shares of a core's time: what others have of a home that is worth leaving, and what is free of the next."""
-
-_STATISTICS = Path("/proc/stat")
-_STATISTICS_BYTES = 64 << 10
-"""What is read of it: the lines of the cores come first."""
-_IDLE_FIELDS = slice(4, 6)
-"""Of a core's line there: ticks that it was idle, or waited for a disk."""
 
 
 class Home:
@@ -51,6 +48,7 @@ class Home:
         self._here = threading.local()
         self._lock = threading.Lock()
         self._members: set[int] = set()
+        self._is_patient = True
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None
 
@@ -99,6 +97,7 @@ class Home:
         with self._lock:
             self._members.discard(thread)
             _keep(thread, self._cores)
+            _schedule(thread, is_patient=False)
         try:
             yield
         finally:
@@ -109,15 +108,19 @@ class Home:
         """Lets the calling thread use every core from now on, whoever made it."""
         if self._is_chosen:
             _keep(_CALLER, self._cores)
+            _schedule(_CALLER, is_patient=False)
 
     def watch(self) -> None:
-        """Moves from time to time, where other processes want this core while another is idle."""
-        if self._is_chosen and _STATISTICS.exists():
+        """Looks from time to time whether other processes want this core.
+
+        Then it moves, where another core is idle, and is not patient meanwhile.
+        """
+        if self._is_chosen and STATISTICS.exists():
             self._watch = threading.Thread(target=self._look, name="lossd-home", daemon=True)
             self._watch.start()
 
     def close(self) -> None:
-        """Moves no more."""
+        """Looks no more."""
         self._closed.set()
         if self._watch is not None:
             self._watch.join()
@@ -129,75 +132,47 @@ class Home:
             for thread in self._members:
                 _keep(thread, {core})
 
+    def be_patient(self, *, is_patient: bool) -> None:
+        """Says whether those who are not away are to wait for each other, and for everyone else."""
+        with self._lock:
+            if is_patient != self._is_patient:
+                self._is_patient = is_patient
+                for thread in self._members:
+                    _schedule(thread, is_patient=is_patient)
+
     def _arrive(self, thread: int) -> None:
         with self._lock:
             _keep(thread, {self._core})
+            _schedule(thread, is_patient=self._is_patient)
             self._members.add(thread)
 
     def _look(self) -> None:
-        with _STATISTICS.open("rb", buffering=0) as statistics:
-            before = _Usage.read(statistics)
+        with STATISTICS.open("rb", buffering=0) as statistics:
+            before = Usage.read(statistics)
             while not self._closed.wait(_LOOK_SECONDS):
-                now = _Usage.read(statistics)
-                better = find_better(self._core, *now.since(before, self._cores))
+                now = Usage.read(statistics)
+                usage = now.since(before, self._cores)
+                self.be_patient(is_patient=not is_crowded(self._core, *usage))
+                better = find_better(self._core, *usage)
                 # Two servers that meet on a core had better not leave it together.
                 if better is not None and self._random.random() < 0.5:
                     self.move(better)
                 before = now
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Usage:
-    """What was used of the cores since the system, and the process, began.
-
-    Attributes:
-        at: When, in seconds.
-        own: Seconds of this process, on whatever core.
-        idle: Seconds in which each core was idle.
-    """
-
-    at: float
-    own: float
-    idle: Mapping[int, float]
-
-    @classmethod
-    def read(cls, statistics: FileIO) -> Self:
-        """Returns what the system's statistics say now."""
-        statistics.seek(0)
-        *lines, _ = map(bytes.split, statistics.read(_STATISTICS_BYTES).split(b"\n"))  # the last may be cut
-        tick = os.sysconf("SC_CLK_TCK")
-        idle = {
-            int(fields[0].removeprefix(b"cpu")): sum(map(int, fields[_IDLE_FIELDS])) / tick
-            for fields in lines
-            if fields and fields[0].startswith(b"cpu") and fields[0] != b"cpu"
-        }
-        return cls(at=time.monotonic(), own=time.process_time(), idle=idle)
-
-    def since(self, before: Self, cores: AbstractSet[int]) -> tuple[dict[int, float], float]:
-        """Returns the share of each core's time in which it was idle, and what we used as a share of one."""
-        seconds = self.at - before.at
-        known = cores & self.idle.keys() & before.idle.keys()
-        free = {core: (self.idle[core] - before.idle[core]) / seconds for core in known}
-        return free, (self.own - before.own) / seconds
-
-
-def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
-    """Returns the core to move to from one that others want; None where it is as good as any.
-
-    Args:
-        core: Where we are.
-        free: The share of each core's time in which it was idle.
-        own: What we used, on whatever core, as a share of one.
-    """
-    others = 1 - free.get(core, 1) - own
-    best = max(free, key=free.__getitem__, default=core)
-    return best if others > _CROWDED and free[best] > _IDLE else None
-
-
 def _keep(thread: int, cores: Collection[int]) -> None:
     """Keeps a thread on some cores, where the system lets us and the thread has not ended."""
     with suppress(OSError):
         os.sched_setaffinity(thread, cores)
+
+
+def _schedule(thread: int, *, is_patient: bool) -> None:
+    """Has a thread wait for whoever runs, or not; one that the operator gave another policy is let be."""
+    if _PATIENT is None:
+        return
+    with suppress(OSError):
+        if os.sched_getscheduler(thread) in {os.SCHED_OTHER, _PATIENT}:
+            os.sched_setscheduler(thread, _PATIENT if is_patient else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _cores_of(thread: int) -> AbstractSet[int]:

@@ -1,0 +1,77 @@
+"""How much of each core is used, and by whom."""
+
+import os
+import time
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Self
+
+STATISTICS = Path("/proc/stat")
+_STATISTICS_BYTES = 64 << 10
+"""What is read of it: the lines of the cores come first."""
+_IDLE_FIELDS = slice(4, 6)
+"""Of a core's line there: ticks that it was idle, or waited for a disk."""
+
+_CROWDED, _IDLE = 0.3, 0.5
+"""Shares of a core's time: what others have of one that is crowded, and what is free of one to move to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What was used of the cores since the system, and the process, began.
+
+    Attributes:
+        at: When, in seconds.
+        own: Seconds of this process, on whatever core.
+        idle: Seconds in which each core was idle.
+    """
+
+    at: float
+    own: float
+    idle: Mapping[int, float]
+
+    @classmethod
+    def read(cls, statistics: FileIO) -> Self:
+        """Returns what the system's statistics say now."""
+        statistics.seek(0)
+        *lines, _ = map(bytes.split, statistics.read(_STATISTICS_BYTES).split(b"\n"))  # the last may be cut
+        tick = os.sysconf("SC_CLK_TCK")
+        idle = {
+            int(fields[0].removeprefix(b"cpu")): sum(map(int, fields[_IDLE_FIELDS])) / tick
+            for fields in lines
+            if fields and fields[0].startswith(b"cpu") and fields[0] != b"cpu"
+        }
+        return cls(at=time.monotonic(), own=time.process_time(), idle=idle)
+
+    def since(self, before: Self, cores: AbstractSet[int]) -> tuple[dict[int, float], float]:
+        """Returns the share of each core's time in which it was idle, and what we used as a share of one."""
+        seconds = self.at - before.at
+        known = cores & self.idle.keys() & before.idle.keys()
+        free = {core: (self.idle[core] - before.idle[core]) / seconds for core in known}
+        return free, (self.own - before.own) / seconds
+
+
+def is_crowded(core: int, free: Mapping[int, float], own: float) -> bool:
+    """Whether others have much of a core.
+
+    Args:
+        core: The core.
+        free: The share of each core's time in which it was idle.
+        own: What we used, on whatever core, as a share of one.
+    """
+    return 1 - free.get(core, 1) - own > _CROWDED
+
+
+def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
+    """Returns the core to move to from one that others want; None where it is as good as any.
+
+    Args:
+        core: Where we are.
+        free: The share of each core's time in which it was idle.
+        own: What we used, on whatever core, as a share of one.
+    """
+    best = max(free, key=free.__getitem__, default=core)
+    return best if is_crowded(core, free, own) and free[best] > _IDLE else None
