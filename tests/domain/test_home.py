@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lossd_server.engine import Home
-from lossd_server.engine.core_usage import find_better, is_crowded
+from lossd_server.engine.core_usage import find_better, is_full
 from lossd_server.engine.home import LARGE_BYTES
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
@@ -152,15 +152,15 @@ def test_threads_at_home_are_patient_and_those_away_are_not():
     assert policy() == os.SCHED_OTHER
 
 
-def test_nobody_is_patient_where_others_crowd_the_core():
+def test_nobody_is_patient_where_others_keep_the_core_busy():
     home = Home(CORES)
 
     def seen():
         home.settle()
         home.be_patient(is_patient=False)
-        crowded, late = policy(), in_thread(lambda: home.settle() or policy())
+        busy, late = policy(), in_thread(lambda: home.settle() or policy())
         home.be_patient(is_patient=True)
-        return crowded, late, policy()
+        return busy, late, policy()
 
     assert in_thread(seen) == (os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_BATCH)
 
@@ -228,22 +228,23 @@ def test_where_to_move(free, own, better):
 
 
 @pytest.mark.parametrize(
-    ("free", "own", "crowded"),
+    ("free", "own", "full"),
     [
         pytest.param({0: 0.1}, 0.75, False, id="a caller"),
+        pytest.param({0: 0.2}, 0.4, False, id="a caller who has other work"),
         pytest.param({0: 0.0}, 0.5, True, id="others who never wait"),
         pytest.param({0: 0.0}, 1.9, False, id="all of it is ours"),
         pytest.param({}, 0.0, False, id="a system that says nothing"),
     ],
 )
-def test_when_a_core_is_crowded(free, own, crowded):
-    assert is_crowded(0, free, own) is crowded
+def test_when_a_core_is_full(free, own, full):
+    assert is_full(0, free, own) is full
 
 
-def test_a_watching_home_is_patient_as_long_as_nobody_crowds_it(monkeypatch):
+def test_a_watching_home_is_patient_unless_its_core_is_full(monkeypatch):
     monkeypatch.setattr("lossd_server.engine.home._LOOK_SECONDS", 0.01)
-    crowded = itertools.cycle([True, False])
-    monkeypatch.setattr("lossd_server.engine.home.is_crowded", lambda *_: next(crowded))
+    full = itertools.cycle([True, False])
+    monkeypatch.setattr("lossd_server.engine.home.is_full", lambda *_: next(full))
     home = Home(CORES)
     said, enough = [], threading.Event()
 

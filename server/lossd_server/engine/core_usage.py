@@ -16,7 +16,9 @@ _IDLE_FIELDS = slice(4, 6)
 """Of a core's line there: ticks that it was idle, or waited for a disk."""
 
 _CROWDED, _IDLE = 0.3, 0.5
-"""Shares of a core's time: what others have of one that is crowded, and what is free of one to move to."""
+"""Shares of a core's time: what others have of one that is worth leaving, and what is free of the next."""
+_FULL = 0.05
+"""What is free of a core that others keep busy whatever we do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,15 +56,16 @@ class Usage:
         return free, (self.own - before.own) / seconds
 
 
-def is_crowded(core: int, free: Mapping[int, float], own: float) -> bool:
-    """Whether others have much of a core.
+def is_full(core: int, free: Mapping[int, float], own: float) -> bool:
+    """Whether others have much of a core that is hardly ever idle: they do not wait, as those do who call us.
 
     Args:
         core: The core.
         free: The share of each core's time in which it was idle.
         own: What we used, on whatever core, as a share of one.
     """
-    return 1 - free.get(core, 1) - own > _CROWDED
+    idle = free.get(core, 1)
+    return idle < _FULL and 1 - idle - own > _CROWDED
 
 
 def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
@@ -73,5 +76,6 @@ def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
         free: The share of each core's time in which it was idle.
         own: What we used, on whatever core, as a share of one.
     """
+    others = 1 - free.get(core, 1) - own
     best = max(free, key=free.__getitem__, default=core)
-    return best if is_crowded(core, free, own) and free[best] > _IDLE else None
+    return best if others > _CROWDED and free[best] > _IDLE else None

@@ -6,8 +6,8 @@ both are cheap. Work that more cores are good for is done away from home.
 
 There a thread that wakes another would lose the core to it at once, and have it back when that finds Python's
 lock taken: each call took twenty changes of threads for ten. So those at home are patient: they are run as
-batches are (`SCHED_BATCH`), when whoever has the core waits. That is no good where others crowd the core, who
-do not wait: there they are run as any other.
+batches are (`SCHED_BATCH`), when whoever has the core waits. That is no good where others keep the core
+busy, who do not wait: there they are run as any other.
 """
 
 import os
@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from lossd_server.engine.core_usage import STATISTICS, Usage, find_better, is_crowded
+from lossd_server.engine.core_usage import STATISTICS, Usage, find_better, is_full
 
 LARGE_BYTES = 128 << 10
 """Work on so many bytes and more is worth the way."""
@@ -113,7 +113,7 @@ class Home:
     def watch(self) -> None:
         """Looks from time to time whether other processes want this core.
 
-        Then it moves, where another core is idle, and is not patient meanwhile.
+        Then it moves, where another core is idle; where none is, nobody is patient.
         """
         if self._is_chosen and STATISTICS.exists():
             self._watch = threading.Thread(target=self._look, name="lossd-home", daemon=True)
@@ -152,7 +152,7 @@ class Home:
             while not self._closed.wait(_LOOK_SECONDS):
                 now = Usage.read(statistics)
                 usage = now.since(before, self._cores)
-                self.be_patient(is_patient=not is_crowded(self._core, *usage))
+                self.be_patient(is_patient=not is_full(self._core, *usage))
                 better = find_better(self._core, *usage)
                 # Two servers that meet on a core had better not leave it together.
                 if better is not None and self._random.random() < 0.5:
