@@ -63,8 +63,8 @@ class ResultLayout(NamedTuple):
 
     Attributes:
         loss: The loss.
-        gradient: The gradient; None where none was asked for. Where its answer has no other result before,
-            its elements lie where they can be used.
+        gradient: The gradient; None where none was asked for. Elements of up to four bytes lie mostly where
+            they can be used, in the first result of an answer.
     """
 
     loss: TensorLayout
@@ -139,8 +139,9 @@ def result_layout(
         return ResultLayout(number, None)
     size = math.prod(shape) * dtype.itemsize
     after = len(message_head(_RESULTS, size + _ABOUT_BYTES))
-    heads = [_gradient_head(name, dtype, shape, padding) for padding in range(ALIGNMENT)]
-    head = next((head for head in heads if (after + len(head)) % ALIGNMENT == 0), heads[0])
+    head = _gradient_head(name, dtype, shape, 0)
+    if padding := -(after + len(head)) % ALIGNMENT:
+        head = _gradient_head(name, dtype, shape, padding)
     return ResultLayout(number, TensorLayout(head, size, dtype, shape))
 
 

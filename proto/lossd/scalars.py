@@ -19,7 +19,7 @@ class Scalars:
     """Writes the numbers of messages of a type.
 
     Args:
-        descriptor: The type; its fields are written that are doubles, or whole numbers.
+        descriptor: The type; its fields are written that hold a double, or a whole number.
     """
 
     def __init__(self, descriptor: Any) -> None:
@@ -35,7 +35,7 @@ class Scalars:
         }
 
     def write(self, numbers: Mapping[str, float]) -> bytes:
-        """Returns a message with the numbers of some fields by name; whole ones are at least 0."""
+        """Returns a message with the numbers of some fields by name; whole ones are 0 to 2⁶³ - 1."""
         pieces: list[bytes] = []
         for name, number in numbers.items():
             tag = self._doubles.get(name)

@@ -135,7 +135,7 @@ def tensor_head(tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], paddin
 
 def elements_of(array: Array) -> Buffer:
     """Returns the elements of an array of a type of the contract, in C order, as `tensor_field` has them."""
-    return array.tobytes() if array.nbytes < _VIEWED_BYTES else _bytes_of(array)
+    return np.asarray(array).tobytes() if array.nbytes < _VIEWED_BYTES else _bytes_of(array)
 
 
 def shared_tensor_field(tag: bytes, array: Array | GpuArray, place: pb.SharedSlice) -> list[Piece]:
@@ -182,8 +182,7 @@ def _bytes_of(array: Array) -> memoryview:
     """Returns the elements of an array: as they lie where they are in order, and in a copy if not."""
     if not array.nbytes:
         return memoryview(b"")
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array)
     if array.dtype.kind == "V":  # which numpy does not export
         array = array.view(f"u{array.itemsize}")
     return array.data.cast("B")

@@ -165,16 +165,22 @@ def test_nobody_is_patient_where_others_keep_the_core_busy():
     assert in_thread(seen) == (os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_BATCH)
 
 
-def test_a_policy_of_the_operators_is_let_be():
+@pytest.mark.parametrize("theirs", [os.SCHED_BATCH, os.SCHED_IDLE, os.SCHED_FIFO])
+def test_a_policy_of_the_operators_is_let_be(monkeypatch, theirs):
+    said = []
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _process: theirs)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *given: said.append(given))
     home = Home(CORES)
 
-    def seen():
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    def stays():
         home.settle()
+        home.be_patient(is_patient=False)
+        home.be_patient(is_patient=True)
         with home.away():
-            return policy()
+            home.leave()
 
-    assert in_thread(seen) == os.SCHED_IDLE
+    in_thread(stays)
+    assert not said
 
 
 @pytest.mark.parametrize("cores", [set(), {min(CORES, default=0)}])

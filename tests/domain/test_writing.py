@@ -119,3 +119,11 @@ def test_a_tensor_that_lies_elsewhere_is_named_by_its_place():
 def test_what_the_contract_does_not_know_is_refused(array):
     with pytest.raises(TensorError):
         tensor_field(b"\x0a", array)
+
+
+@pytest.mark.parametrize("rows", [5, 5_000])
+def test_masked_arrays_go_as_what_they_hold(rows):
+    held = np.arange(rows * 5, dtype=np.float32).reshape(rows, 5)
+    pieces = tensor_field(FCOS["cls_preds"], np.ma.masked_array(held, held % 2 == 0))
+    (found,) = losses_pb2.FCOSInputs.FromString(written(pieces)).cls_preds
+    assert np.array_equal(unpack(found), held)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lossd.v1 import losses_pb2
+from tests.domain.regions import wait_until
 from tests.service.support import connect, focal_arrays, good_loss_request, loss_request, make_server
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
@@ -56,3 +57,14 @@ def test_what_torch_does_has_all_cores(monkeypatch):
     arrays = {"inputs": np.zeros((3, 5)), "targets": np.zeros(3, np.int64)}  # float64 has no kernel
     seen, _ = cores_seen(monkeypatch, [loss_request(losses_pb2.FocalLoss(), [arrays])])
     assert seen == [len(CORES)]
+
+
+def test_whoever_waits_for_bodies_is_not_at_home():
+    others = set(threading.enumerate())
+    with make_server() as server, connect(server) as stub:
+        stub.ComputeLoss(good_loss_request())
+        threads = {thread.name: thread.native_id for thread in set(threading.enumerate()) - others}
+        wait_until(lambda: os.sched_getaffinity(threads["lossd-bodies"]) == CORES)
+        assert os.sched_getscheduler(threads["lossd-bodies"]) == os.SCHED_OTHER
+        handlers = [thread for name, thread in threads.items() if name.startswith("lossd-rpc")]
+        assert {os.sched_getscheduler(thread) for thread in handlers} == {os.SCHED_BATCH}

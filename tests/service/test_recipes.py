@@ -178,6 +178,21 @@ def test_tensors_with_nothing_in_them_are_no_exception(service):
     assert_answered_alike(service, request.SerializeToString(), by_recipe=True)
 
 
+def test_what_was_learned_before_the_kernels_were_there_does_without_torch_afterwards(service, monkeypatch):
+    case = CASES["focal"]
+    data = loss_request(case.config, [case.arrays(np.random.default_rng(0), 3)]).SerializeToString()
+    with monkeypatch.context() as without:
+        without.setattr("lossd_server.engine.affinity.loaded_library", lambda: None)
+        request = known(service, data)
+    assert request.recipe is not None
+    taken, take_job = [], service._engine._evaluator.take_job
+    monkeypatch.setattr(
+        service._engine._evaluator, "take_job", lambda *given: taken.append(1) or take_job(*given)
+    )
+    answer(service, request)
+    assert taken
+
+
 def test_types_and_shapes_are_checked_once_for_all_requests_of_a_form(service, monkeypatch):
     forms, checked, check = Forms(pb.ComputeLossRequest), [], FocalLoss.check
     monkeypatch.setattr(FocalLoss, "check", lambda loss, given: checked.append(given) or check(loss, given))

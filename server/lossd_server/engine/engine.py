@@ -25,6 +25,7 @@ from lossd_server.engine.watchdog import Watchdog
 from lossd_server.engine.work import (
     AssignJob,
     AssignResults,
+    Evaluable,
     LossItem,
     LossJob,
     LossResults,
@@ -112,12 +113,7 @@ class Engine:
 
     def load_of(self, job: LossJob) -> Load:
         """Returns what a job asks of the device."""
-        loss = job.loss
-        if not isinstance(loss, LossModule):
-            return Load.of(job.items, _ITEM_BY_ITEM)
-        load = Load.of(job.items, self._batching)
-        is_here = self._is_host and leaves_torch_asleep(loss, load)
-        return load._replace(kind=HERE if is_here else ELSEWHERE)
+        return Load.of(job.items, self._batching if isinstance(job.loss, LossModule) else _ITEM_BY_ITEM)
 
     def compute(self, job: LossJob, asker: Asker = _ANYONE, load: Load | None = None) -> LossResults:
         """Evaluates a batch, all of it or none.
@@ -138,7 +134,8 @@ class Engine:
         self._refuse_when_draining()
         arrived = time.monotonic()
         load = load or self.load_of(job)
-        if load.kind == HERE and len(load.steps) == 1 and self._turns.take():
+        kind = self._kind_of(job.loss, load)
+        if kind == HERE and len(load.steps) == 1 and self._turns.take():
             outcomes = self._take_at_once(job, load.steps[0][1], asker)
             return outcomes, Timing(queue=0.0, compute=time.monotonic() - arrived)
         steps = load.cut(job.items)
@@ -148,7 +145,7 @@ class Engine:
             steps=steps,
             costs=[step.cost for step in steps],
             flow=asker.flow if job.owner is None else job.owner,
-            kind=load.kind,
+            kind=kind,
         )
         self._turns.complete(task)
         outcomes = task.result()
@@ -210,6 +207,12 @@ class Engine:
             self._watchdog.stop()
         self._turns.refuse(_stopping)
         self._torch_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _kind_of(self, loss: Evaluable, load: Load) -> str | None:
+        """Returns what a job may go together with: ours with ours, the operator's with nothing."""
+        if not isinstance(loss, LossModule):
+            return None
+        return HERE if self._is_host and leaves_torch_asleep(loss, load) else ELSEWHERE
 
     def _take_at_once(self, job: LossJob, size: int, asker: Asker) -> list[LossOutcome]:
         """Takes a job of one step and the kind `HERE`, whose turn it is, and gives the device back."""

@@ -48,7 +48,7 @@ class Home:
         self._here = threading.local()
         self._lock = threading.Lock()
         self._members: set[int] = set()
-        self._is_patient = True
+        self._is_patient = _has_usual_policy()
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None
 
@@ -113,7 +113,8 @@ class Home:
     def watch(self) -> None:
         """Looks from time to time whether other processes want this core.
 
-        Then it moves, where another core is idle; where none is, nobody is patient.
+        Then it moves, where another core is idle. As long as it stays where they keep the core busy, nobody
+        is patient.
         """
         if self._is_chosen and STATISTICS.exists():
             self._watch = threading.Thread(target=self._look, name="lossd-home", daemon=True)
@@ -133,9 +134,12 @@ class Home:
                 _keep(thread, {core})
 
     def be_patient(self, *, is_patient: bool) -> None:
-        """Says whether those who are not away are to wait for each other, and for everyone else."""
+        """Says whether those who are not away are to wait for each other, and for everyone else.
+
+        Nobody ever is where the operator gave the process a policy.
+        """
         with self._lock:
-            if is_patient != self._is_patient:
+            if is_patient != self._is_patient and _has_usual_policy():
                 self._is_patient = is_patient
                 for thread in self._members:
                     _schedule(thread, is_patient=is_patient)
@@ -152,11 +156,13 @@ class Home:
             while not self._closed.wait(_LOOK_SECONDS):
                 now = Usage.read(statistics)
                 usage = now.since(before, self._cores)
-                self.be_patient(is_patient=not is_full(self._core, *usage))
                 better = find_better(self._core, *usage)
+                is_patient = not is_full(self._core, *usage)
                 # Two servers that meet on a core had better not leave it together.
                 if better is not None and self._random.random() < 0.5:
                     self.move(better)
+                    is_patient = True
+                self.be_patient(is_patient=is_patient)
                 before = now
 
 
@@ -166,13 +172,17 @@ def _keep(thread: int, cores: Collection[int]) -> None:
         os.sched_setaffinity(thread, cores)
 
 
+def _has_usual_policy() -> bool:
+    """Whether this process has the policy of all that nobody gave another; its first thread keeps it."""
+    return _PATIENT is not None and os.sched_getscheduler(os.getpid()) == os.SCHED_OTHER
+
+
 def _schedule(thread: int, *, is_patient: bool) -> None:
-    """Has a thread wait for whoever runs, or not; one that the operator gave another policy is let be."""
-    if _PATIENT is None:
+    """Has a thread wait for whoever runs, or not, where the system lets us and the thread has not ended."""
+    if _PATIENT is None or not _has_usual_policy():
         return
     with suppress(OSError):
-        if os.sched_getscheduler(thread) in {os.SCHED_OTHER, _PATIENT}:
-            os.sched_setscheduler(thread, _PATIENT if is_patient else os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setscheduler(thread, _PATIENT if is_patient else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _cores_of(thread: int) -> AbstractSet[int]:

@@ -37,12 +37,10 @@ class Load(NamedTuple):
     Attributes:
         steps: How many items each step has, and how many bytes they read and write.
         is_narrow: Whether no float among the tensors and gradients of its items is of more than 32 bits.
-        kind: Jobs of one kind may go together; None goes alone.
     """
 
     steps: Sequence[tuple[int, int]]
     is_narrow: bool
-    kind: str | None = None
 
     @classmethod
     def of(cls, items: Sequence[LossItem], limits: Batching) -> "Load":

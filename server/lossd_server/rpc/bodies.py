@@ -67,14 +67,20 @@ class BodyReader:
         most: How many are waited for: when another comes, whoever has waited longest is given up. None for
             any number.
         look: Called as often as those who wait are looked through.
+        begin: Called first by the thread that does.
     """
 
     def __init__(
-        self, seconds: float, most: int | None = None, look: Callable[[], object] = lambda: None
+        self,
+        seconds: float,
+        most: int | None = None,
+        look: Callable[[], object] = lambda: None,
+        begin: Callable[[], object] = lambda: None,
     ) -> None:
         self._seconds = seconds
         self._most = most
         self._look_too = look
+        self._begin_look = begin
         self._lock = threading.Lock()
         self._waits: dict[_Wait, None] = {}  # of whom nothing has come for longest comes first
         self._watch: threading.Thread | None = None
@@ -134,6 +140,7 @@ class BodyReader:
         return wait
 
     def _look(self) -> None:
+        self._begin_look()
         while not self._closed.wait(min(self._seconds / _LOOKS, _LONGEST_SLEEP)):
             self._give_up_late()
             self._look_too()

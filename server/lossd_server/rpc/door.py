@@ -11,7 +11,7 @@ import structlog
 from lossd.chunks import Assembly, ChunkError
 from lossd.headers import REQUEST_BYTES
 from lossd.v1 import loss_service_pb2 as pb
-from lossd_server.engine import Admission, BufferPool, Place
+from lossd_server.engine import Admission, BufferPool, Home, Place
 from lossd_server.errors import CallerGoneError, InvalidInputError, Reason, UnavailableError
 from lossd_server.rpc.bodies import Body, BodyReader
 from lossd_server.rpc.forms import parse
@@ -36,15 +36,22 @@ class Door:
         read_seconds: How long the body of one may take, and its answer to be taken.
         max_message_bytes: What gRPC reads of one: more than that none comes to.
         buffers: Memory for those that come in chunks.
+        home: The core of the threads that make its own, which is no part of it.
     """
 
     def __init__(
-        self, admission: Admission, *, read_seconds: float, max_message_bytes: int, buffers: BufferPool
+        self,
+        admission: Admission,
+        *,
+        read_seconds: float,
+        max_message_bytes: int,
+        buffers: BufferPool,
+        home: Home,
     ) -> None:
         self._admission = admission
         self._max_message_bytes = max_message_bytes
         self._read_seconds = read_seconds
-        self._reader = BodyReader(read_seconds, look=self._hang_up)
+        self._reader = BodyReader(read_seconds, look=self._hang_up, begin=home.leave)
         self._buffers = buffers
 
     def enter(self, call: grpc.ServicerContext) -> Place:

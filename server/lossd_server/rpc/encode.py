@@ -53,13 +53,14 @@ def _usual_result(outcome: LossOutcome) -> list[Buffer] | None:
     loss = outcome.loss
     if loss.shape or outcome.kept_rows is not None or outcome.nonzero_rows or len(outcome.gradients) > 1:
         return None
-    for name, arrays in outcome.gradients.items():
-        gradient = arrays[0]
-        if len(arrays) > 1 or not isinstance(gradient, np.ndarray) or gradient.nbytes >= LARGE_BYTES:
-            return None
-        layout = result_layout(loss.dtype, name, gradient.dtype, gradient.shape)
-        return layout.pieces(about(outcome), loss, gradient)
-    return result_layout(loss.dtype).pieces(about(outcome), loss)
+    if not outcome.gradients:
+        return result_layout(loss.dtype).pieces(about(outcome), loss)
+    ((name, arrays),) = outcome.gradients.items()
+    gradient = arrays[0]
+    if len(arrays) > 1 or not isinstance(gradient, np.ndarray) or gradient.nbytes >= LARGE_BYTES:
+        return None
+    layout = result_layout(loss.dtype, name, gradient.dtype, gradient.shape)
+    return layout.pieces(about(outcome), loss, gradient)
 
 
 def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ()) -> list[Piece]:

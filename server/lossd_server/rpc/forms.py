@@ -110,7 +110,8 @@ class Request(Generic[M]):
         """Says that they do, and so those of all requests of its form.
 
         Args:
-            make: Makes the recipe of its form, where there is one, of its plan and payloads. Called once.
+            make: Makes the recipe of its form, where there is one, of its plan and payloads. Called once, or
+                by each of some threads that come together.
         """
         if self.form is not None and not self.form.is_checked:
             self.form.recipe = make(self.form.plan, self.payloads)

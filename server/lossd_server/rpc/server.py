@@ -97,6 +97,7 @@ class Server:
             read_seconds=self._config.read_seconds,
             max_message_bytes=self._config.max_message_bytes,
             buffers=self._engine.buffers,
+            home=self._home,
         )
         self._handlers = Handlers(
             service,
@@ -108,7 +109,9 @@ class Server:
             max_streams=self._config.max_streams,
             stages=self._tracing.stages if self._tracing else None,
         )
-        self._standard = StandardServices((SERVICE_NAME,), self._refusals, self._config.read_seconds)
+        self._standard = StandardServices(
+            (SERVICE_NAME,), self._refusals, self._config.read_seconds, self._home
+        )
         self._grpc = self._assemble()
         self._metrics_server: Any = None
 

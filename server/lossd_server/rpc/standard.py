@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from lossd_server.engine import LockedBudget
+from lossd_server.engine import Home, LockedBudget
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
 from lossd_server.rpc.bodies import BodyReader
 from lossd_server.rpc.refusals import Refusals
@@ -43,9 +43,12 @@ class StandardServices:
         service_names: Names that health knows beside the empty one.
         refusals: Where refusals are recorded.
         read_seconds: How long a body may take, and the next request of a reflection stream.
+        home: The core of the threads that make those of these, which are no part of it.
     """
 
-    def __init__(self, service_names: tuple[str, ...], refusals: Refusals, read_seconds: float) -> None:
+    def __init__(
+        self, service_names: tuple[str, ...], refusals: Refusals, read_seconds: float, home: Home
+    ) -> None:
         self._names = ("", *service_names)
         # A watcher takes a thread here: the other way, one that does not read would block them all.
         self._health = health.HealthServicer(experimental_non_blocking=False)
@@ -57,7 +60,7 @@ class StandardServices:
         self._watchers = LockedBudget(MAX_WATCHERS)
         self._reflections = LockedBudget(MAX_REFLECTIONS)
         threads = _MAX_WAITING + MAX_WATCHERS + MAX_REFLECTIONS + _SPARE_THREADS
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lossd-standard")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lossd-standard", initializer=home.leave)
 
     def set_health(self, *, serving: bool) -> None:
         """Says whether the server serves."""

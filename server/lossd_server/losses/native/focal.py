@@ -194,8 +194,13 @@ def _frame_of_arrays(
 ) -> _Frame | None:
     """Returns the frame of plain arrays: of logits with these strides, and of what is dense beside them."""
     logits = _Form(shape, strides, dtype.itemsize, dtype, is_dense=True, is_on_host=True)
-    gradient = None if gradient_dtype is None else _form(np.empty(shape, gradient_dtype))
-    return _frame(logits, gradient, _form(np.empty(label_shape, label_dtype)), None, None)
+    gradient = None if gradient_dtype is None else _dense_form(shape, gradient_dtype)
+    return _frame(logits, gradient, _dense_form(label_shape, label_dtype), None, None)
+
+
+def _dense_form(shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Form:
+    steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return _Form(shape, steps, 1, dtype, is_dense=True, is_on_host=True)
 
 
 class _Layout(NamedTuple):
