@@ -148,6 +148,12 @@ def test_a_run_writes_what_compare_reads(tmp_path):
     assert "before / it" in again
 
 
+def test_malloc_keeps_freed_memory_unless_it_is_to_be_plain(monkeypatch):
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: True)
+    assert "malloc thresholds raised" in quick_run(["assign-20"])
+    assert "malloc as it is" in quick_run(["assign-20"], plain_malloc=True)
+
+
 def test_calls_of_a_server_in_a_child_process(tmp_path):
     file = tmp_path / "rpc.json"
     quick_run(["rpc-S"], json_path=file)

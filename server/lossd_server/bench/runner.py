@@ -36,6 +36,7 @@ def run(
     json_path: FilePath | None = None,
     compare: FilePath | None = None,
     coco: FilePath | None = None,
+    plain_malloc: bool = False,
 ) -> None:
     """Measures, prints tables, and writes JSON.
 
@@ -47,6 +48,8 @@ def run(
         json_path: Where to write the report as JSON.
         compare: An earlier report, to be set beside this one.
         coco: A COCO annotation file; without one, cases of real objects are left out.
+        plain_malloc: Whether malloc of this process stays as callers have it: else it keeps freed memory, as
+            servers have it do, which is the process of a case's server in any case.
 
     Raises:
         InvalidInputError: There is no case of that name, or the earlier report is none, or the
@@ -57,7 +60,7 @@ def run(
     place = resolve_device(device)
     specs = select(names, quick=quick, coco=coco is not None, gpu=place.type == "cuda")
     earlier = None if compare is None else from_json(compare.read_text(encoding="utf-8"))
-    tuned = keep_freed_memory()
+    tuned = not plain_malloc and keep_freed_memory()
     load_kernels(place)
     environment = describe_environment(place, quick=quick, tuned_malloc=tuned)
     cases = []

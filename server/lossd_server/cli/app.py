@@ -189,6 +189,11 @@ def health(target: str, service: str, timeout: float, **tls: object) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A COCO annotation file, to assign targets to real objects.",
 )
+@click.option(
+    "--plain-malloc",
+    is_flag=True,
+    help="Leave malloc of this process as callers have it; else it keeps freed memory, as servers do.",
+)
 @load_options
 def bench(
     names: tuple[str, ...],
@@ -198,6 +203,7 @@ def bench(
     json_path: Path | None,
     compare: Path | None,
     coco: Path | None,
+    plain_malloc: bool,
     loaded: bool,
     **load: object,
 ) -> None:
@@ -222,6 +228,7 @@ def bench(
             json_path=json_path,
             compare=compare,
             coco=coco,
+            plain_malloc=plain_malloc,
         )
     except (LossdError, OSError) as error:
         sys.exit(f"lossd: {error}")
