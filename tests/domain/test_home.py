@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -152,6 +153,28 @@ def test_threads_at_home_are_patient_and_those_away_are_not():
     assert policy() == os.SCHED_OTHER
 
 
+def test_work_that_is_done_away_is_not_done_at_home():
+    home = Home(CORES)
+
+    def work(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def seen():
+        home.settle()
+        before = home._seconds_at_home()
+        work(0.05)
+        between = home._seconds_at_home()
+        with home.away():
+            work(0.3)
+        return between - before, home._seconds_at_home() - between
+
+    here, there = in_thread(seen)
+    assert 0.04 < here < 0.15
+    assert there < 0.1
+
+
 def test_nobody_is_patient_where_others_keep_the_core_busy():
     home = Home(CORES)
 
@@ -234,17 +257,17 @@ def test_where_to_move(free, own, better):
 
 
 @pytest.mark.parametrize(
-    ("free", "own", "full"),
+    ("free", "ours", "full"),
     [
         pytest.param({0: 0.1}, 0.75, False, id="a caller"),
         pytest.param({0: 0.2}, 0.4, False, id="a caller who has other work"),
         pytest.param({0: 0.0}, 0.5, True, id="others who never wait"),
-        pytest.param({0: 0.0}, 1.9, False, id="all of it is ours"),
+        pytest.param({0: 0.0}, 0.9, False, id="nearly all of it is ours"),
         pytest.param({}, 0.0, False, id="a system that says nothing"),
     ],
 )
-def test_when_a_core_is_full(free, own, full):
-    assert is_full(0, free, own) is full
+def test_when_a_core_is_full(free, ours, full):
+    assert is_full(0, free, ours) is full
 
 
 def test_a_watching_home_is_patient_unless_its_core_is_full(monkeypatch):

@@ -56,16 +56,16 @@ class Usage:
         return free, (self.own - before.own) / seconds
 
 
-def is_full(core: int, free: Mapping[int, float], own: float) -> bool:
+def is_full(core: int, free: Mapping[int, float], ours: float) -> bool:
     """Whether others have much of a core that is hardly ever idle: they do not wait, as those do who call us.
 
     Args:
         core: The core.
         free: The share of each core's time in which it was idle.
-        own: What we used, on whatever core, as a share of one.
+        ours: The share that those had who ask; others are also other threads of this process.
     """
     idle = free.get(core, 1)
-    return idle < _FULL and 1 - idle - own > _CROWDED
+    return idle < _FULL and 1 - idle - ours > _CROWDED
 
 
 def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
@@ -79,3 +79,11 @@ def find_better(core: int, free: Mapping[int, float], own: float) -> int | None:
     others = 1 - free.get(core, 1) - own
     best = max(free, key=free.__getitem__, default=core)
     return best if others > _CROWDED and free[best] > _IDLE else None
+
+
+def thread_seconds(thread: int) -> float:
+    """Returns how long a thread of this process was at work; 0 where it ended, or the system does not say."""
+    try:
+        return int(Path(f"/proc/self/task/{thread}/schedstat").read_bytes().split()[0]) / 1e9
+    except OSError:
+        return 0.0

@@ -7,17 +7,18 @@ both are cheap. Work that more cores are good for is done away from home.
 There a thread that wakes another would lose the core to it at once, and have it back when that finds Python's
 lock taken: each call took twenty changes of threads for ten. So those at home are patient: they are run as
 batches are (`SCHED_BATCH`), when whoever has the core waits. That is no good where others keep the core
-busy, who do not wait: there they are run as any other.
+busy, who do not wait, such as our own large evaluations: then they are run as any other.
 """
 
 import os
 import random
 import threading
+import time
 from collections.abc import Collection, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from lossd_server.engine.core_usage import STATISTICS, Usage, find_better, is_full
+from lossd_server.engine.core_usage import STATISTICS, Usage, find_better, is_full, thread_seconds
 
 LARGE_BYTES = 128 << 10
 """Work on so many bytes and more is worth the way."""
@@ -48,6 +49,8 @@ class Home:
         self._here = threading.local()
         self._lock = threading.Lock()
         self._members: set[int] = set()
+        self._settled: set[int] = set()  # those who are away too
+        self._away_seconds = 0.0  # of processors
         self._is_patient = _has_usual_policy()
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None
@@ -92,7 +95,7 @@ class Home:
 
     @contextmanager
     def _away(self) -> Iterator[None]:
-        thread = threading.get_native_id()
+        thread, began = threading.get_native_id(), time.thread_time()
         self._here.is_home = False
         with self._lock:
             self._members.discard(thread)
@@ -103,6 +106,8 @@ class Home:
         finally:
             self._here.is_home = True
             self._arrive(thread)
+            with self._lock:
+                self._away_seconds += time.thread_time() - began
 
     def leave(self) -> None:
         """Lets the calling thread use every core from now on, whoever made it."""
@@ -149,21 +154,28 @@ class Home:
             _keep(thread, {self._core})
             _schedule(thread, is_patient=self._is_patient)
             self._members.add(thread)
+            self._settled.add(thread)
+
+    def _seconds_at_home(self) -> float:
+        """Returns how long threads were at work at home; less where one ended, or the system does not say."""
+        with self._lock:
+            threads, away = list(self._settled), self._away_seconds
+        return sum(map(thread_seconds, threads)) - away
 
     def _look(self) -> None:
         with STATISTICS.open("rb", buffering=0) as statistics:
-            before = Usage.read(statistics)
+            before, ours_before = Usage.read(statistics), self._seconds_at_home()
             while not self._closed.wait(_LOOK_SECONDS):
-                now = Usage.read(statistics)
-                usage = now.since(before, self._cores)
-                better = find_better(self._core, *usage)
-                is_patient = not is_full(self._core, *usage)
+                now, ours = Usage.read(statistics), self._seconds_at_home()
+                free, own = now.since(before, self._cores)
+                better = find_better(self._core, free, own)
+                is_patient = not is_full(self._core, free, (ours - ours_before) / (now.at - before.at))
                 # Two servers that meet on a core had better not leave it together.
                 if better is not None and self._random.random() < 0.5:
                     self.move(better)
                     is_patient = True
                 self.be_patient(is_patient=is_patient)
-                before = now
+                before, ours_before = now, ours
 
 
 def _keep(thread: int, cores: Collection[int]) -> None:
