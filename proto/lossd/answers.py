@@ -110,9 +110,8 @@ class ResultLayout(NamedTuple):
             return None
         if rest.results or about.gradients or about.HasField("loss") or about.HasField("kept_rows"):
             return None
-        loss: Array = np.ndarray(
-            (), self.loss.dtype, data[loss_at:at]
-        )  # a copy, which may outlive the answer
+        # The loss is a copy, which may outlive the answer.
+        loss: Array = np.ndarray((), self.loss.dtype, data[loss_at:at])
         gradient = None
         if self.gradient is not None:
             gradient = aligned(np.ndarray(self.gradient.shape, self.gradient.dtype, data, gradient_at))
