@@ -222,13 +222,14 @@ def test_with_one_core_nothing_is_done(cores):
 
 
 @pytest.mark.parametrize("error", [PermissionError, OSError])
-def test_a_system_that_says_no_is_let_be(monkeypatch, error):
+@pytest.mark.parametrize("question", ["sched_setscheduler", "sched_getscheduler"])
+def test_a_system_that_says_no_is_let_be(monkeypatch, error, question):
     def refuse(*_arguments):
         raise error
 
+    monkeypatch.setattr(os, question, refuse)
     home = Home(CORES)
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    monkeypatch.setattr(os, "sched_setscheduler", refuse)
 
     def seen():
         home.settle()

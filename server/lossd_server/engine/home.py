@@ -186,15 +186,17 @@ def _keep(thread: int, cores: Collection[int]) -> None:
 
 def _has_usual_policy() -> bool:
     """Whether this process has the policy of all that nobody gave another; its first thread keeps it."""
-    return _PATIENT is not None and os.sched_getscheduler(os.getpid()) == os.SCHED_OTHER
+    try:
+        return _PATIENT is not None and os.sched_getscheduler(os.getpid()) == os.SCHED_OTHER
+    except OSError:
+        return False
 
 
 def _schedule(thread: int, *, is_patient: bool) -> None:
     """Has a thread wait for whoever runs, or not, where the system lets us and the thread has not ended."""
-    if _PATIENT is None or not _has_usual_policy():
-        return
-    with suppress(OSError):
-        os.sched_setscheduler(thread, _PATIENT if is_patient else os.SCHED_OTHER, os.sched_param(0))
+    if _PATIENT is not None and _has_usual_policy():
+        with suppress(OSError):
+            os.sched_setscheduler(thread, _PATIENT if is_patient else os.SCHED_OTHER, os.sched_param(0))
 
 
 def _cores_of(thread: int) -> AbstractSet[int]:
