@@ -44,7 +44,8 @@ def path(tmp_path, held):
         wait_until(lambda: held.held_bytes == 0)
     finally:
         listening.stop()
-    assert (descriptor_count(), mapping_count()) == (descriptors, 0)
+    assert mapping_count() == 0
+    wait_until(lambda: descriptor_count() <= descriptors)  # threads of gRPC's, of tests before, open some
 
 
 def test_a_region_is_taken_used_and_released(path, held):
