@@ -1,7 +1,7 @@
 """The numbers of small messages, written by hand.
 
-To make such a message with stock protobuf and have it written is a matter of two microseconds in a loop, and
-of ten in a call: most of the code has left the processor's caches since the last one.
+To make such a message with stock protobuf and have it written is soon done in a loop, and takes far longer in
+a call: most of the code has left the processor's caches since the last one.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ from lossd_server.rpc.forms import Forms, Request, parse
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
-from tests.service.support import CASES, boxes, floats, loss_request
+from tests.service.support import CASES, assign_request, boxes, floats, loss_request, scene
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 FLOATS = ("float32", "float64", "float16", ml_dtypes.bfloat16)
@@ -51,10 +51,10 @@ def service():
         yield LossService(engine, Metrics(), ServerConfig())
 
 
-def answer(service, request):
+def answer(method, request):
     """The bytes of an answer, or all that a refusal says."""
     try:
-        return b"".join(placed(service.compute_loss(request, Untimed(), Caller())))
+        return b"".join(placed(method(request, Untimed(), Caller())))
     except InvalidInputError as error:
         return error.reason, error.message, error.field, error.values
 
@@ -63,17 +63,17 @@ def known(service, data, first=None):
     """A request of a form that is known, with what was learned of it from requests like it."""
     forms = Forms(pb.ComputeLossRequest)
     for _ in range(2):
-        answer(service, forms.read(first or data))
+        answer(service.compute_loss, forms.read(first or data))
     return forms.read(data)
 
 
 def assert_answered_alike(service, data, first=None, *, by_recipe):
     """Asserts that a request is answered as if it had come once, also where others of its form came first."""
     parcel = parse(pb.ComputeLossRequest, data)
-    expected = answer(service, Request(parcel.message, parcel.payloads))
+    expected = answer(service.compute_loss, Request(parcel.message, parcel.payloads))
     request = known(service, data, first)
     assert (request.recipe is not None) is by_recipe
-    assert answer(service, request) == expected
+    assert answer(service.compute_loss, request) == expected
 
 
 def with_a(draw, array, *values):
@@ -172,6 +172,23 @@ def test_what_has_levels_has_no_recipe(service, name):
     assert_answered_alike(service, request.SerializeToString(), by_recipe=is_simple)
 
 
+@pytest.mark.parametrize("corner", [30.0, -1.0, np.nan])
+@pytest.mark.parametrize("target_format", [pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_DENSE])
+def test_assignments_have_recipes_that_answer_alike(service, target_format, corner):
+    forms, rng = Forms(pb.AssignTargetsRequest), np.random.default_rng(4)
+    images = [scene(rng, (64, 96), 3) for _ in range(3)]
+    images[-1]["boxes"][1] = [20, 20, corner, 60]
+    *first, last = (assign_request([image], format=target_format).SerializeToString() for image in images)
+    for data in first:
+        service.assign_targets(forms.read(data), Untimed(), Caller())
+    request, alone = forms.read(last), parse(pb.AssignTargetsRequest, last)
+    assert request.recipe is not None
+    found, expected = (
+        answer(service.assign_targets, each) for each in (request, Request(alone.message, alone.payloads))
+    )
+    assert found == expected
+
+
 def test_tensors_with_nothing_in_them_are_no_exception(service):
     arrays = {"inputs": np.zeros((0, 3), np.float32), "targets": np.zeros(0, np.int64)}
     request = loss_request(losses_pb2.FocalLoss(), [arrays], gradients=["inputs"])
@@ -189,7 +206,7 @@ def test_what_was_learned_before_the_kernels_were_there_does_without_torch_after
     monkeypatch.setattr(
         service._engine._evaluator, "take_job", lambda *given: taken.append(1) or take_job(*given)
     )
-    answer(service, request)
+    answer(service.compute_loss, request)
     assert taken
 
 
@@ -199,5 +216,5 @@ def test_types_and_shapes_are_checked_once_for_all_requests_of_a_form(service, m
     case = CASES["focal-grid"]
     for seed in range(5):
         request = loss_request(case.config, [case.arrays(np.random.default_rng(seed), 3)])
-        answer(service, forms.read(request.SerializeToString()))
+        answer(service.compute_loss, forms.read(request.SerializeToString()))
     assert len(checked) == 2  # of the first, which made no form known, and of the second

@@ -5,9 +5,9 @@ which takes long, and there the counts of references are in the caches of the co
 both are cheap. Work that more cores are good for is done away from home.
 
 There a thread that wakes another would lose the core to it at once, and have it back when that finds Python's
-lock taken: each call took twenty changes of threads for ten. So those at home are patient: they are run as
-batches are (`SCHED_BATCH`), when whoever has the core waits. That is no good where others keep the core
-busy, who do not wait, such as our own large evaluations: then they are run as any other.
+lock taken: so a call changes threads far more often than it need. Therefore those at home are patient: they
+are run as batches are (`SCHED_BATCH`), when whoever has the core waits. That is no good where others keep the
+core busy, who do not wait, such as our own large evaluations: then they are run as any other.
 """
 
 import os

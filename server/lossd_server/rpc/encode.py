@@ -54,13 +54,13 @@ def _usual_result(outcome: LossOutcome) -> list[Buffer] | None:
     if loss.shape or outcome.kept_rows is not None or outcome.nonzero_rows or len(outcome.gradients) > 1:
         return None
     if not outcome.gradients:
-        return result_layout(loss.dtype).pieces(about(outcome), loss)
+        return result_layout(loss.dtype).pieces(_about(outcome), loss)
     ((name, arrays),) = outcome.gradients.items()
     gradient = arrays[0]
     if len(arrays) > 1 or not isinstance(gradient, np.ndarray) or gradient.nbytes >= LARGE_BYTES:
         return None
     layout = result_layout(loss.dtype, name, gradient.dtype, gradient.shape)
-    return layout.pieces(about(outcome), loss, gradient)
+    return layout.pieces(_about(outcome), loss, gradient)
 
 
 def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ()) -> list[Piece]:
@@ -71,7 +71,7 @@ def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ())
         outputs: Where gradients were written, which are not sent then.
     """
     places = {output.input: output.slices for output in outputs}
-    pieces: list[Piece] = [about(outcome), *tensor_field(_LOSS_RESULT["loss"], outcome.loss)]
+    pieces: list[Piece] = [_about(outcome), *tensor_field(_LOSS_RESULT["loss"], outcome.loss)]
     for name in outcome.gradients:
         pieces += message_field(_LOSS_RESULT["gradients"], _gradient(name, outcome, places.get(name)))
     if outcome.kept_rows is not None:
@@ -79,7 +79,7 @@ def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ())
     return pieces
 
 
-def about(outcome: LossOutcome) -> bytes:
+def _about(outcome: LossOutcome) -> bytes:
     """Returns what a `LossResult` holds beside tensors."""
     numbers: dict[str, float] = {
         "positive_count": outcome.positive_count,

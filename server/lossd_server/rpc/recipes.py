@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lossd.wire import Payloads
 from lossd_server.engine import AssignItem, AssignJob, LossItem, LossJob
 from lossd_server.engine.steps import Load
-from lossd_server.errors import LossdError
+from lossd_server.errors import errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
 from lossd_server.rpc.plans import AssignPlan, LossPlan
 from lossd_server.rpc.sources import Source
@@ -96,11 +96,8 @@ class LossRecipe:
             arguments: dict[str, Any] = {}
             for name, tensor in tensors.items():
                 arguments[name] = None if tensor is None else tensor.array(payloads)
-            try:
+            with errors_within(path):
                 items.append(LossItem(path, loss.read(arguments), options))
-            except LossdError as error:
-                error.prefix_field(path)
-                raise
         return LossJob(loss, items, self._strict)
 
 
@@ -150,9 +147,6 @@ class AssignRecipe:
         job, items = self._job, []
         for path, images, levels in self._items:
             objects = [GroundTruth(boxes.array(payloads), labels.array(payloads)) for boxes, labels in images]
-            try:
+            with errors_within(path):
                 items.append(AssignItem(path, job.assigner.read(objects), levels))
-            except LossdError as error:
-                error.prefix_field(path)
-                raise
         return job._replace(items=items)

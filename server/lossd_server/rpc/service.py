@@ -81,7 +81,7 @@ class LossService:
             caller.reserve(job.answer_bytes)
         assignments, timing = self._engine.assign(job, caller.asker)
         if not job.answer_bytes:
-            caller.reserve(BYTES_OF_POSITIVE * sum([found.positive_count for found in assignments]))
+            caller.reserve(BYTES_OF_POSITIVE * sum(found.positive_count for found in assignments))
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
         stages.begin("encode")
