@@ -14,7 +14,7 @@ from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.shared_memory import Regions, Slices
 from lossd_server.shared_memory.mapping import RefusedError
 from lossd_server.shared_memory.regions import Owner
-from tests.domain.regions import Peer, descriptor_count, memory_file, started, wait_until
+from tests.domain.regions import Peer, memory_file, memory_file_count, started, wait_until
 from tests.stand_in_gpu import UUID, StandIn, numbers_of
 
 FLOAT = np.dtype("<f4")
@@ -134,13 +134,13 @@ def test_a_handle_is_let_go_whatever_becomes_of_it(gpu, exported, monkeypatch):
     def no_room(*_arguments):
         raise GpuMemoryError(2, "cuMemAddressReserve: out of memory")
 
-    before = descriptor_count()
+    before = memory_file_count()
     monkeypatch.setattr(StandIn, "map", no_room)
     with pytest.raises(GpuMemoryError, match="out of memory"):
         GpuMemory.create(0, GRANULARITY)
     with pytest.raises(GpuMemoryError):
         GpuMemory.open(0, exported[1], GRANULARITY)
-    assert descriptor_count() == before
+    assert memory_file_count() == before
 
 
 def test_without_a_driver_nothing_is_shared(monkeypatch):

@@ -45,7 +45,7 @@ def path(tmp_path, held):
     finally:
         listening.stop()
     assert mapping_count() == 0
-    wait_until(lambda: descriptor_count() <= descriptors)  # threads of gRPC's, of tests before, open some
+    wait_until(lambda: descriptor_count() <= descriptors)
 
 
 def test_a_region_is_taken_used_and_released(path, held):

@@ -13,7 +13,7 @@ from lossd_server.errors import InvalidInputError, Reason
 from lossd_server.shared_memory import Regions, regions
 from lossd_server.shared_memory.mapping import RefusedError
 from lossd_server.shared_memory.regions import Owner
-from tests.domain.regions import PAGE, SEALED, bytes_of, descriptor_count, mapping_count, memory_file
+from tests.domain.regions import PAGE, SEALED, bytes_of, mapping_count, memory_file, memory_file_count
 
 MANY = 1 << 30
 
@@ -91,13 +91,13 @@ def test_huge_pages_are_refused():
 
 
 def test_nothing_is_left_of_what_was_refused():
-    held, descriptors = make_regions(max_bytes=PAGE), descriptor_count()
+    held, files = make_regions(max_bytes=PAGE), memory_file_count()
     for seals, claimed in ((0, PAGE), (SEALED, 7), (SEALED | fcntl.F_SEAL_WRITE, PAGE)):
         with memory_file(seals=seals) as descriptor:
             refusal(held, descriptor, claimed)
     with memory_file(size=2 * PAGE) as descriptor:
         refusal(held, descriptor, 2 * PAGE)
-    assert (held.held_bytes, held.count, descriptor_count(), mapping_count()) == (0, 0, descriptors, 0)
+    assert (held.held_bytes, held.count, memory_file_count(), mapping_count()) == (0, 0, files, 0)
 
 
 def test_the_owner_can_no_longer_cut_it_off():
