@@ -7,6 +7,7 @@ evaluation, and most of that is code that has left the processor's caches since 
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ from lossd.tensors import DTYPES, MAX_DIMENSIONS, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.writing import elements_of, message_head, tags_of, tensor_head
 from lossd_client._arrays import Array
+from lossd_client._calls import Call
 from lossd_client._configs import LossConfig, tags_of_inputs
 from lossd_client._gradients import GradientArrays
-from lossd_client._results import LossResult
-from lossd_client._wire_form import Layout, WireForm
+from lossd_client._results import LossResult, read_loss_results
+from lossd_client._storage import Storage
+from lossd_client._wire_form import Layout
 
 _REQUEST = tags_of(pb.ComputeLossRequest.DESCRIPTOR)
 _ITEM = tags_of(pb.LossItem.DESCRIPTOR)
@@ -56,13 +59,13 @@ class CallLayout(NamedTuple):
 
     Attributes:
         heads: What stands before the elements of each array in the request.
-        form: In what form its prediction travels. All such calls share it, and nobody changes it.
-        answer: The layout of its answer.
+        call: All of it but its request. All such calls share it, and nobody changes it.
+        largest_bytes: What the largest tensor of the request or its answer comes to.
     """
 
     heads: tuple[bytes, ...]
-    form: WireForm
-    answer: AnswerLayout
+    call: Call[list[LossResult]]
+    largest_bytes: int
 
     def request(self, arrays: Sequence[Array]) -> bytes:
         """Returns the request with arrays of these types and shapes, in order."""
@@ -93,14 +96,21 @@ def layout_of_call(
     inputs = sum(map(len, heads)) + sum(sizes)
     item = message_head(_ITEM[loss.kind], inputs)
     heads[0] = head + message_head(_REQUEST["items"], len(item) + inputs) + item + heads[0]
-    form = WireForm()
-    form.note(f"items[0].{loss.kind}.{name}", prediction)
+    storage = Storage(None)
+    storage.form.note(f"items[0].{loss.kind}.{name}", prediction)
     loss_dtype = _FLOAT64 if prediction.dtype == _FLOAT64 else _FLOAT32
     result = result_layout(loss_dtype)
     if gradients:
         dtype = DTYPES.get(gradient_dtype, prediction.dtype)
         result = result_layout(loss_dtype, name, dtype, prediction.shape)
-    return CallLayout(heads=tuple(heads), form=form, answer=AnswerLayout(name, result))
+    call = Call(
+        method="ComputeLoss",
+        request=(),
+        read=partial(read_loss_results, loss.kind, storage, 0),
+        storage=storage,
+        read_usual=AnswerLayout(name, result).read,
+    )
+    return CallLayout(tuple(heads), call, max(*sizes, result.gradient_size))
 
 
 def _is_sent_as_it_is(array: Layout, size: int) -> bool:

@@ -13,7 +13,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import LARGE_BYTES, Parcel
 from lossd.writing import Piece, message_field, size_of, tags_of
-from lossd_client._arrays import host_arrays
+from lossd_client._arrays import Array, host_arrays
 from lossd_client._calls import SMALL_BYTES, Call
 from lossd_client._configs import CenternessLoss, CustomLoss, FCOSLoss, FocalLoss, GIoULoss, LossConfig
 from lossd_client._errors import refused_here, too_large
@@ -23,6 +23,7 @@ from lossd_client._narrow import wire_type
 from lossd_client._options import EvaluationOptions, Gradients
 from lossd_client._results import LossResult, read_loss_results
 from lossd_client._storage import FLOAT_TYPES, Storage
+from lossd_client._storage import LEAST_BYTES as SHARED_BYTES
 from lossd_client._streams import Stream
 from lossd_client._wire_form import Layout, WireForm
 
@@ -100,28 +101,45 @@ class LossBatch(NamedTuple):
         yield first, part
 
 
-class UsualBatch(NamedTuple):
-    """A batch of one evaluation whose layout is known; see `CallLayout`.
+class UsualCall(NamedTuple):
+    """A call of one evaluation whose layout is known; see `CallLayout`.
 
     Attributes:
-        call: The one call that it takes.
+        call: All of it but its request, the same for all calls of this layout.
+        request: What is sent.
     """
 
     call: Call[list[LossResult]]
+    request: bytes
 
-    @property
-    def pieces(self) -> list[Piece]:
-        """All of it in one message."""
-        return list(self.call.request)
 
-    @property
-    def is_small(self) -> bool:
-        """Whether any server reads it in one message."""
-        return True
+def usual_call(
+    loss: LossConfig,
+    items: Sequence[Sequence[Any]],
+    options: EvaluationOptions,
+    normalizers: Sequence[float | None] | None,
+    *,
+    shares_memory: bool,
+) -> UsualCall | None:
+    """Returns the call of a batch, as `loss_batch` takes it; None where its layout is not a usual one.
 
-    def calls(self, _max_bytes: int | None) -> list[Call[list[LossResult]]]:
-        """Returns the calls that evaluate it."""
-        return [self.call]
+    Args:
+        loss: Which loss.
+        items: The arguments of each evaluation.
+        options: What is asked of it.
+        normalizers: A normalizer, or None, for each item.
+        shares_memory: Whether tensors that are worth it lie in shared memory.
+    """
+    arrays = _usual_arrays(loss, items, normalizers)
+    if arrays is None or not _are_plain(options):
+        return None
+    try:
+        layout = _layout(loss, options, tuple([(array.dtype, array.shape) for array in arrays]))
+    except TypeError:  # whatever is wrong with the options, it is for the general case to say
+        return None
+    if layout is None or (shares_memory and layout.largest_bytes >= SHARED_BYTES):
+        return None
+    return UsualCall(layout.call, layout.request(arrays))
 
 
 def loss_batch(
@@ -130,12 +148,8 @@ def loss_batch(
     options: EvaluationOptions,
     normalizers: Sequence[float | None] | None,
     storage: Storage,
-) -> LossBatch | UsualBatch:
+) -> LossBatch:
     """Returns a batch of evaluations, each given by its arguments in order."""
-    if len(items) == 1 and (normalizers is None or (len(normalizers) == 1 and normalizers[0] is None)):
-        batch = _usual_batch(loss, items[0], options, storage)
-        if batch is not None:
-            return batch
     if options.wire_dtype is not None:
         storage.form = _narrow_form(loss, options)
     config = config_field(loss)
@@ -158,34 +172,19 @@ def loss_batch(
     return LossBatch(kind=loss.kind, head=head, items=fields, size=size, storage=storage)
 
 
-def _usual_batch(
-    loss: LossConfig, arguments: Sequence[Any], options: EvaluationOptions, storage: Storage
-) -> UsualBatch | None:
-    """Returns a batch of one evaluation; None where its layout is not a usual one."""
-    if type(loss) not in _WITHOUT_LEVELS or not _are_plain(options):
+def _usual_arrays(
+    loss: LossConfig, items: Sequence[Sequence[Any]], normalizers: Sequence[float | None] | None
+) -> list[Array] | None:
+    """Returns the arguments of a batch of one evaluation without levels; None of any other, or large ones."""
+    if type(loss) not in _WITHOUT_LEVELS or len(items) != 1:
         return None
+    if normalizers is not None and (len(normalizers) != 1 or normalizers[0] is not None):
+        return None
+    (arguments,) = items
     if not isinstance(arguments, tuple | list) or len(arguments) > len(loss.inputs):
         return None
     arrays = host_arrays(arguments)
-    if arrays is None or sum(array.nbytes for array in arrays) >= LARGE_BYTES:
-        return None
-    try:
-        layout = _layout(loss, options, tuple([(array.dtype, array.shape) for array in arrays]))
-    except TypeError:  # whatever is wrong with the options, it is for the general case to say
-        return None
-    if layout is None or storage.would_share(
-        [*(array.nbytes for array in arrays), layout.answer.result.gradient_size]
-    ):
-        return None
-    storage.form = layout.form
-    call = Call(
-        method="ComputeLoss",
-        request=[layout.request(arrays)],
-        read=partial(read_loss_results, loss.kind, storage, 0),
-        storage=storage,
-        read_usual=layout.answer.read,
-    )
-    return UsualBatch(call)
+    return None if arrays is None or sum(array.nbytes for array in arrays) >= LARGE_BYTES else arrays
 
 
 def _are_plain(options: EvaluationOptions) -> bool:
@@ -240,7 +239,12 @@ def loss_stream(
     """Returns the stream of evaluations, each given by its arguments in order."""
 
     def make(arguments: Sequence[Any], storage: Storage) -> list[Piece]:
-        return loss_batch(loss, [arguments], options, [normalizer], storage).pieces
+        shares_memory = storage.has_pool
+        usual = usual_call(loss, [arguments], options, [normalizer], shares_memory=shares_memory)
+        if usual is None:
+            return loss_batch(loss, [arguments], options, [normalizer], storage).pieces
+        storage.form = usual.call.storage.form
+        return [usual.request]
 
     def read(answer: Parcel[pb.ComputeLossResponse], storage: Storage) -> LossResult:
         (result,) = read_loss_results(loss.kind, storage, 0, answer)

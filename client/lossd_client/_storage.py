@@ -88,10 +88,6 @@ class Storage:
         """Whether there is shared memory."""
         return self._pool is not None
 
-    def would_share(self, sizes: Iterable[int]) -> bool:
-        """Returns whether a tensor of one of some sizes may lie in shared memory, or be put there."""
-        return self._pool is not None and max(sizes, default=0) >= LEAST_BYTES
-
     @property
     def shares_memory(self) -> bool:
         """Whether a tensor of the request or its answer lies in shared memory."""

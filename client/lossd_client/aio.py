@@ -20,7 +20,7 @@ from lossd_client._calls import Call, info_call
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._hedging import send_async
-from lossd_client._loss_requests import loss_batch, loss_stream
+from lossd_client._loss_requests import loss_batch, loss_stream, usual_call
 from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
@@ -99,6 +99,9 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         """
         evaluation, attempts = EvaluationOptions(**options), self._attempts(timeout)
         items, pool = list(items), await self._pool(attempts.deadline)
+        usual = usual_call(loss, items, evaluation, normalizers, shares_memory=pool is not None)
+        if usual is not None:
+            return await self._call(usual.call, attempts, usual.request)
         storage = Storage(pool)
         while True:
             with storage:
@@ -201,8 +204,8 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
             self._max_message_bytes = info.max_message_bytes
         return self._max_message_bytes
 
-    async def _call(self, call: Call[R], attempts: Attempts) -> R:
-        request = call.outgoing()
+    async def _call(self, call: Call[R], attempts: Attempts, usual_request: bytes | None = None) -> R:
+        request = usual_request or call.outgoing()
         while True:
             try:
                 return call.result(await self._send(call, request, attempts.deadline))

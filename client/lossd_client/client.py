@@ -19,7 +19,7 @@ from lossd_client._calls import Call, info_call
 from lossd_client._configs import FCOSAssigner, LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._hedging import send
-from lossd_client._loss_requests import loss_batch, loss_stream
+from lossd_client._loss_requests import loss_batch, loss_stream, usual_call
 from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._results import LossResult, ServerInfo
 from lossd_client._retries import Attempts, Deadline
@@ -139,7 +139,11 @@ class Client(ClientBase[grpc.Channel]):
             LossdError: As for `compute_loss`; the field names the item.
         """
         evaluation, attempts = EvaluationOptions(**options), self._attempts(timeout)
-        items, storage = list(items), Storage(self._pool(attempts.deadline))
+        items, pool = list(items), self._pool(attempts.deadline)
+        usual = usual_call(loss, items, evaluation, normalizers, shares_memory=pool is not None)
+        if usual is not None:
+            return self._call(usual.call, attempts, usual.request)
+        storage = Storage(pool)
         while True:
             with storage:
                 batch = loss_batch(loss, items, evaluation, normalizers, storage)
@@ -297,8 +301,8 @@ class Client(ClientBase[grpc.Channel]):
             self._max_message_bytes = info.max_message_bytes
         return self._max_message_bytes
 
-    def _call(self, call: Call[R], attempts: Attempts) -> R:
-        request = call.outgoing()
+    def _call(self, call: Call[R], attempts: Attempts, usual_request: bytes | None = None) -> R:
+        request = usual_request or call.outgoing()
         while True:
             try:
                 return call.result(self._send(call, request, attempts.deadline))

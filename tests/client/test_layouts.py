@@ -20,6 +20,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.writing import message_field, placed, tags_of
 from lossd_client import CenternessLoss, Client, FocalLoss, GIoULoss, InvalidInputError, ServerError
 from lossd_client import _loss_requests as requests
+from lossd_client import client as client_module
 from lossd_client._layouts import AnswerLayout
 from lossd_client._options import EvaluationOptions
 from lossd_client._storage import LEAST_BYTES, Storage
@@ -56,22 +57,14 @@ MORE_OF_AN_ANSWER = [
 ]
 
 
-def batch_of(loss, arguments, options, storage=None):
-    return requests.loss_batch(loss, [arguments], options, [None], storage or Storage(None))
+def usual(loss, arguments, options):
+    """A call by its layout, with its request; None where it has no usual one."""
+    return requests.usual_call(loss, [arguments], options, [None], shares_memory=False)
 
 
-def general_batch(*arguments):
-    with patch.object(requests, "_usual_batch", lambda *_: None):
-        return batch_of(*arguments)
-
-
-def is_usual(batch):
-    return isinstance(batch, requests.UsualBatch)
-
-
-def bytes_of(batch):
-    (call,) = batch.calls(None)
-    return call.outgoing()
+def general_call(loss, arguments, options):
+    (call,) = requests.loss_batch(loss, [arguments], options, [None], Storage(None)).calls(None)
+    return call
 
 
 @st.composite
@@ -94,9 +87,9 @@ def test_a_request_is_the_same_to_the_byte(data):
         component_gradients=data.draw(st.booleans()),
         strict=data.draw(st.booleans()),
     )
-    usual = batch_of(loss, arguments, options)
-    assert is_usual(usual) == all(array.size for array in arguments)
-    assert bytes_of(usual) == bytes_of(general_batch(loss, arguments, options))
+    found = usual(loss, arguments, options)
+    assert (found is not None) == all(array.size for array in arguments)
+    assert found is None or found.request == general_call(loss, arguments, options).outgoing()
 
 
 @st.composite
@@ -169,7 +162,7 @@ def arrays_of(result):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_an_answer_that_is_cut_short_means_nothing(gradients):
     options = EvaluationOptions(gradients=gradients)
-    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), options).calls(None)
+    call, _ = usual(FocalLoss(), (LOGITS, LABELS), options)
     outcome = LossOutcome(np.float32(1), gradients={"inputs": [LOGITS]} if gradients else {})
     answer = b"".join(placed(message_field(RESULTS, loss_result(outcome))))
     assert meaning(call, answer) is not None
@@ -177,14 +170,14 @@ def test_an_answer_that_is_cut_short_means_nothing(gradients):
 
 
 def test_a_tensor_in_place_of_a_result_is_no_answer():
-    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), EvaluationOptions()).calls(None)
+    call, _ = usual(FocalLoss(), (LOGITS, LABELS), EvaluationOptions())
     answer = pb.LossResult(loss=pack(np.float32(7))).SerializeToString()
     assert call.read_usual(answer) is None
 
 
 @pytest.mark.parametrize("padding", [1, 3, 4, 8])
 def test_a_padded_length_is_left_to_protobuf(padding):
-    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), EvaluationOptions()).calls(None)
+    call, _ = usual(FocalLoss(), (LOGITS, LABELS), EvaluationOptions())
     result = pb.LossResult(loss=pack(np.float32(7))).SerializeToString()
     assert call.read_usual(RESULTS + bytes([len(result)]) + result) is not None
     assert call.read_usual(RESULTS + bytes([len(result) | 0x80, *[0x80] * (padding - 1), 0]) + result) is None
@@ -196,11 +189,11 @@ def test_any_answer_means_the_same_whoever_reads_it(data):
     shape = data.draw(st.sampled_from([(2, 3), (1, 4, 2, 1), (1, 1)]))
     options = EvaluationOptions(gradients=data.draw(st.booleans()))
     arguments = np.zeros(shape, np.float32), np.zeros(shape[:1] + shape[2:], np.int64)
-    (usual,) = batch_of(FocalLoss(), arguments, options).calls(None)
-    (general,) = general_batch(FocalLoss(), arguments, options).calls(None)
+    call, _ = usual(FocalLoss(), arguments, options)
     answer = data.draw(damaged(answers(shape)))
+    general = general_call(FocalLoss(), arguments, options)
     assert (
-        meaning(usual, answer) == meaning(general, answer) == meaning(usual._replace(read_usual=None), answer)
+        meaning(call, answer) == meaning(general, answer) == meaning(call._replace(read_usual=None), answer)
     )
 
 
@@ -216,7 +209,9 @@ def noted(monkeypatch):
         return results
 
     monkeypatch.setattr(AnswerLayout, "read", noting)
-    return found
+    requests._layout.cache_clear()  # of calls that know the other one
+    yield found
+    requests._layout.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
@@ -262,7 +257,7 @@ UNUSUAL = {
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_what_has_no_usual_layout_is_evaluated_as_ever(client, name):
     arguments, options = UNUSUAL[name]
-    assert not is_usual(batch_of(FocalLoss(), arguments, EvaluationOptions(**options)))
+    assert usual(FocalLoss(), arguments, EvaluationOptions(**options)) is None
     result = client.compute_loss(FocalLoss(), *arguments, **options)
     rows, classes = np.shape(arguments[0])
     assert float(result.loss) == pytest.approx(float(expected(classes)) if rows else 0, rel=2e-3)
@@ -309,7 +304,7 @@ def test_a_loss_that_packs_its_items_does(client):
 
 def test_an_answer_with_a_stray_bool_is_an_error():
     options = EvaluationOptions(gradients=True, gradient_dtype=bool)
-    (call,) = batch_of(FocalLoss(), (LOGITS, LABELS), options).calls(None)
+    call, _ = usual(FocalLoss(), (LOGITS, LABELS), options)
     gradient = pack(np.zeros((4, 3), np.bool_))
     for byte, is_well in ((1, True), (7, False)):
         gradient.inline = bytes([byte] * 12)
@@ -338,9 +333,9 @@ def expected(classes):
 )
 def test_bad_arguments_are_refused_as_ever(client, arguments):
     caught = []
-    for usual in (requests._usual_batch, lambda *_: None):
+    for find in (requests.usual_call, lambda *_, **__: None):
         with (
-            patch.object(requests, "_usual_batch", usual),
+            patch.object(client_module, "usual_call", find),
             pytest.raises((InvalidInputError, TypeError)) as error,
         ):
             client.compute_loss(FocalLoss(), *arguments, gradients=True)
@@ -358,18 +353,17 @@ PICKLES = [partial(through_a_pickle, protocol) for protocol in range(pickle.HIGH
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, *PICKLES])
 def test_a_copy_of_a_result_says_the_same(client, noted, again):
-    usual = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
+    by_layout = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
     general, _ = client.compute_losses(FocalLoss(), [(LOGITS, LABELS)] * 2, gradients=True)
-    assert noted == [[usual]]
-    for result in (usual, general):
+    assert noted == [[by_layout]]
+    for result in (by_layout, general):
         assert repr(again(result)) == repr(result)
 
 
 def test_torch_tensors_have_the_same_layout():
     options = EvaluationOptions(gradients=True)
-    usual = batch_of(FocalLoss(), (torch.zeros(4, 3, requires_grad=True), torch.zeros(4, dtype=int)), options)
-    assert is_usual(usual)
-    assert bytes_of(usual) == bytes_of(batch_of(FocalLoss(), (LOGITS, LABELS), options))
+    tensors = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, dtype=int)
+    assert usual(FocalLoss(), tensors, options) == usual(FocalLoss(), (LOGITS, LABELS), options)
 
 
 def test_a_released_result_keeps_nothing_of_its_answer(target):
