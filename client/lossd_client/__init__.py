@@ -10,14 +10,7 @@ with Client("localhost:50051") as client:
 
 from lossd_client._access import TLS
 from lossd_client._arrays import Array
-from lossd_client._configs import (
-    CenternessLoss,
-    CustomLoss,
-    FCOSAssigner,
-    FCOSLoss,
-    FocalLoss,
-    GIoULoss,
-)
+from lossd_client._configs import CenternessLoss, CustomLoss, FocalLoss, GIoULoss
 from lossd_client._errors import (
     AccessError,
     DeadlineError,
@@ -28,6 +21,7 @@ from lossd_client._errors import (
     TooLargeError,
     UnavailableError,
 )
+from lossd_client._fcos_configs import FCOSAssigner, FCOSLoss
 from lossd_client._results import LossResult, NonFinite, ServerInfo
 from lossd_client._retries import RetryPolicy
 from lossd_client._targets import DenseLevel, DenseTargets, SparseTargets

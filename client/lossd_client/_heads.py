@@ -7,7 +7,7 @@ import numpy as np
 
 from lossd.tensors import TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
-from lossd_client._configs import LossConfig
+from lossd_client._config import LossConfig
 from lossd_client._errors import refused_here
 from lossd_client._options import Gradients
 

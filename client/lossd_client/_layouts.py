@@ -20,7 +20,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd.writing import elements_of, message_head, tags_of, tensor_head
 from lossd_client._arrays import Array
 from lossd_client._calls import Call
-from lossd_client._configs import LossConfig, tags_of_inputs
+from lossd_client._config import LossConfig, tags_of_inputs
 from lossd_client._gradients import GradientArrays
 from lossd_client._results import LossResult, read_loss_results
 from lossd_client._storage import Storage

@@ -15,8 +15,10 @@ from lossd.wire import LARGE_BYTES, Parcel
 from lossd.writing import Piece, message_field, size_of, tags_of
 from lossd_client._arrays import Array, host_arrays
 from lossd_client._calls import SMALL_BYTES, Call
-from lossd_client._configs import CenternessLoss, CustomLoss, FCOSLoss, FocalLoss, GIoULoss, LossConfig
+from lossd_client._config import LossConfig
+from lossd_client._configs import CenternessLoss, CustomLoss, FocalLoss, GIoULoss
 from lossd_client._errors import refused_here, too_large
+from lossd_client._fcos_configs import FCOSLoss
 from lossd_client._heads import config_field, gradient_dtype_of, gradient_names, wanted_fields
 from lossd_client._layouts import CallLayout, layout_of_call
 from lossd_client._narrow import wire_type

@@ -9,7 +9,8 @@ from lossd.wire import Parcel
 from lossd.writing import Piece, message_field, tags_of
 from lossd_client._arrays import as_array
 from lossd_client._calls import Call
-from lossd_client._configs import FCOSAssigner, whole_number
+from lossd_client._config import whole_number
+from lossd_client._fcos_configs import FCOSAssigner
 from lossd_client._maps import DenseForm, dense_targets
 from lossd_client._packing import pack_ground_truth
 from lossd_client._storage import Storage

@@ -17,8 +17,9 @@ from lossd_client._access import Access
 from lossd_client._arrays import Array
 from lossd_client._base import ClientBase
 from lossd_client._calls import Call, info_call
-from lossd_client._configs import FCOSAssigner, LossConfig
+from lossd_client._config import LossConfig
 from lossd_client._errors import LossdError
+from lossd_client._fcos_configs import FCOSAssigner
 from lossd_client._hedging import send_async
 from lossd_client._loss_requests import loss_batch, loss_stream, usual_call
 from lossd_client._options import EvaluationOptions, LossOptions

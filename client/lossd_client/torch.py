@@ -13,7 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from lossd.gpu_memory import GpuArray
 from lossd_client._arrays import AnyArray, Array
-from lossd_client._configs import CustomLoss, FCOSLoss, LossConfig
+from lossd_client._config import LossConfig
+from lossd_client._configs import CustomLoss
+from lossd_client._fcos_configs import FCOSLoss
 from lossd_client._results import LossResult
 from lossd_client.client import Client
 
