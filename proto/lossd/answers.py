@@ -98,7 +98,8 @@ class ResultLayout(NamedTuple):
             loss_at = gradient_at + self.gradient_size + len(self.loss.head)
             at, end = loss_at + self.loss.size, start + size
             if not (
-                data.startswith(message_head(_RESULTS, size))  # whether it may be padded is protobuf's to say
+                data.startswith(_RESULTS)
+                and data[start - 1]  # else it is padded, and whether it may be is protobuf's to say
                 and (self.gradient is None or data.startswith(self.gradient.head, start))
                 and data.startswith(self.loss.head, loss_at - len(self.loss.head))
                 and at <= end <= len(data)
