@@ -275,6 +275,7 @@ def test_a_watching_home_is_patient_unless_its_core_is_full(monkeypatch):
     monkeypatch.setattr("lossd_server.engine.home._LOOK_SECONDS", 0.01)
     full = itertools.cycle([True, False])
     monkeypatch.setattr("lossd_server.engine.home.is_full", lambda *_: next(full))
+    monkeypatch.setattr("lossd_server.engine.home.find_better", lambda *_: None)
     home = Home(CORES)
     said, enough = [], threading.Event()
 

@@ -59,7 +59,8 @@ def test_what_torch_does_has_all_cores(monkeypatch):
     assert seen == [len(CORES)]
 
 
-def test_whoever_waits_for_bodies_is_not_at_home():
+def test_whoever_waits_for_bodies_is_not_at_home(monkeypatch):
+    monkeypatch.setattr("lossd_server.engine.home._LOOK_SECONDS", 60.0)  # whoever else has this core
     others = set(threading.enumerate())
     with make_server() as server, connect(server) as stub:
         stub.ComputeLoss(good_loss_request())
