@@ -1,7 +1,7 @@
 """Counts and times every call, whatever service it is for: the `grpc_server_*` metrics."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +17,27 @@ _Handler = Any
 _Behaviour = Callable[..., Any]
 _THREAD_POOL = "experimental_thread_pool"
 """The attribute of a behaviour that names the threads that it is run on; gRPC looks for it."""
+
+
+class Intercepted(grpc.GenericRpcHandler):
+    """Handlers behind interceptors, as gRPC has them: its own chain of them makes functions for each call.
+
+    Args:
+        handlers: The handlers.
+        interceptors: The first is asked first.
+    """
+
+    def __init__(
+        self, handlers: grpc.GenericRpcHandler, interceptors: Sequence[grpc.ServerInterceptor]
+    ) -> None:
+        find: Callable[[grpc.HandlerCallDetails], _Handler | None] = handlers.service
+        for interceptor in reversed(interceptors):
+            find = partial(interceptor.intercept_service, find)
+        self._find = find
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> _Handler | None:
+        """Returns the handler of a call; None of a method that is not among these."""
+        return self._find(handler_call_details)
 
 
 class MetricsInterceptor(grpc.ServerInterceptor):

@@ -27,7 +27,7 @@ from lossd_server.rpc.auth import AuthInterceptor
 from lossd_server.rpc.collectors import register_device
 from lossd_server.rpc.door import Door
 from lossd_server.rpc.handlers import SERVICE_NAME, Handlers
-from lossd_server.rpc.interceptor import MetricsInterceptor
+from lossd_server.rpc.interceptor import Intercepted, MetricsInterceptor
 from lossd_server.rpc.listeners import listen
 from lossd_server.rpc.metrics import Metrics, State
 from lossd_server.rpc.refusals import Refusals
@@ -210,15 +210,15 @@ class Server:
         config = self._config
         server = grpc.server(
             self._threads,  # type: ignore[arg-type]  # which can all that is asked of it
-            interceptors=[*self._traced(), MetricsInterceptor(self._metrics), *self._auth],
             options=server_options(
                 config.max_message_bytes,
                 max_connection_age_seconds=config.max_connection_age_seconds,
                 max_calls=config.max_in_flight // 2,
             ),
         )
-        server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
-        server.add_generic_rpc_handlers(self._standard.generic_handlers())
+        interceptors = [*self._traced(), MetricsInterceptor(self._metrics), *self._auth]
+        handlers = self._handlers.generic_handler(), *self._standard.generic_handlers()
+        server.add_generic_rpc_handlers([Intercepted(each, interceptors) for each in handlers])
         if self._sharing is not None:
             self._metrics.shared_memory.set_function(partial(getattr, self._sharing.regions, "held_bytes"))
         self._describe_budgets()
