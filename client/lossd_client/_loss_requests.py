@@ -241,8 +241,7 @@ def loss_stream(
     """Returns the stream of evaluations, each given by its arguments in order."""
 
     def make(arguments: Sequence[Any], storage: Storage) -> list[Piece]:
-        shares_memory = storage.has_pool
-        usual = usual_call(loss, [arguments], options, [normalizer], shares_memory=shares_memory)
+        usual = usual_call(loss, [arguments], options, [normalizer], shares_memory=storage.has_pool)
         if usual is None:
             return loss_batch(loss, [arguments], options, [normalizer], storage).pieces
         storage.form = usual.call.storage.form

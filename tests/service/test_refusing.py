@@ -7,7 +7,7 @@ import pytest
 
 from lossd.v1.loss_service_pb2_grpc import LossServiceStub
 from lossd_server.errors import AccessError, RateLimitedError, Reason
-from lossd_server.rpc.interceptor import MetricsInterceptor
+from lossd_server.rpc.interceptor import Intercepted, MetricsInterceptor
 from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.refusing import RefusingHandlers
@@ -43,8 +43,8 @@ def refusing():
 
     def serve(error):
         service = Refusing(error)
-        server = grpc.server(NoThreads(), interceptors=[MetricsInterceptor(service.metrics)])
-        server.add_generic_rpc_handlers((service,))
+        server = grpc.server(NoThreads())
+        server.add_generic_rpc_handlers([Intercepted(service, [MetricsInterceptor(service.metrics)])])
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         channel = grpc.insecure_channel(f"127.0.0.1:{port}")

@@ -1,4 +1,4 @@
-"""Counts and times every call, whatever service it is for: the `grpc_server_*` metrics."""
+"""Interceptors: how they are chained, and the one that counts and times every call (`grpc_server_*`)."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ _THREAD_POOL = "experimental_thread_pool"
 
 
 class Intercepted(grpc.GenericRpcHandler):
-    """Handlers behind interceptors, as gRPC has them: its own chain of them makes functions for each call.
+    """Handlers behind interceptors, which are chained once: gRPC's own chain makes functions for each call.
 
     Args:
         handlers: The handlers.
