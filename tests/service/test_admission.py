@@ -63,7 +63,7 @@ class Withheld:
         return self
 
     def __exit__(self, *_exception):
-        self._released.set()
+        self.release()
 
     def call(self, path, **metadata):
         """A call of a unary method."""
@@ -71,14 +71,18 @@ class Withheld:
         self._open.append(self._channel.stream_unary(path).future(self._bodies(), metadata=named, timeout=60))
         return self._open[-1]
 
-    def stream(self, path):
+    def stream(self, path, *bodies):
         """A call of a method with a stream of answers."""
-        self._open.append(self._channel.stream_stream(path)(self._bodies(), timeout=60))
+        self._open.append(self._channel.stream_stream(path)(self._bodies(bodies), timeout=60))
         return self._open[-1]
 
-    def _bodies(self):
+    def release(self):
+        """Lets the bodies come."""
+        self._released.set()
+
+    def _bodies(self, bodies=()):
         self._released.wait(60)
-        yield from ()
+        yield from bodies
 
 
 def path_of(method):
@@ -254,6 +258,17 @@ def test_watchers_of_health_are_so_many_and_no_more(server):
         for watch in watches:
             watch.cancel()
     eventually(lambda: server._standard._watchers.used == 0)
+
+
+def test_watchers_whose_bodies_are_all_late_are_all_served():
+    with make_server(read_seconds=600) as server, withheld(server) as calls:
+        body = health_pb2.HealthCheckRequest().SerializeToString()
+        watches = [calls.stream(f"{HEALTH}/Watch", body) for _ in range(MAX_WATCHERS // 2)]
+        eventually(lambda: server._standard._reader.waiting_count == len(watches))
+        calls.release()
+        for watch in watches:
+            found = health_pb2.HealthCheckResponse.FromString(next(watch))
+            assert found.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_reflection_streams_are_so_many_and_no_more():

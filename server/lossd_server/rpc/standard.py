@@ -26,9 +26,9 @@ MAX_WATCHERS = 64
 MAX_REFLECTIONS = 8
 """Reflection streams at a time: people at a prompt."""
 
-_MAX_WAITING = 16
-"""Calls whose body is waited for; beyond that the oldest is given up, and it is not a good caller's: its body
-comes with its header."""
+_MAX_WAITING = MAX_WATCHERS + MAX_REFLECTIONS
+"""Calls whose body is waited for: as many as may come to seats at once, however slow the machine is. Beyond
+that the oldest is given up."""
 
 _SPARE_THREADS = 4
 """To check, and to refuse."""
