@@ -11,6 +11,8 @@ from lossd_client._addresses import grpc_target
 from lossd_client._calls import Call
 from lossd_client._channel import ChannelKeeper
 from lossd_client._hedging import LARGEST_BYTES
+from lossd_client._lanes import LARGEST_BYTES as LARGEST_BYTES_ON_LANE
+from lossd_client._lanes import METHODS, LaneKeeper
 from lossd_client._retries import ONCE, Attempts, Deadline, RetryPolicy
 from lossd_client._sharing import Sharing
 
@@ -27,6 +29,7 @@ class ClientBase(Generic[C]):
     """A client without its methods; see `Client`."""
 
     _open: ClassVar["staticmethod[[Access], Any]"]
+    _open_lane: ClassVar[Callable[..., Any]]
     _place: ClassVar["staticmethod[[], object]"]
 
     def __init__(
@@ -63,6 +66,9 @@ class ClientBase(Generic[C]):
         self._channels: ChannelKeeper[C] = ChannelKeeper(
             channel, partial(self._open, self._access), self._place
         )
+        # A channel of the caller's carries the caller's calls and nothing else, and so do calls that race.
+        methods = () if self._channels.is_given or hedge_after is not None else METHODS
+        self._lanes = {method: LaneKeeper[Any](method, self._open_lane) for method in methods}
         self._sharing = Sharing(address, wanted=shared_memory and channel is None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,6 +91,19 @@ class ClientBase(Generic[C]):
     def _attempts(self, timeout: float | None) -> Attempts:
         """Returns the attempts at a call that may take so many seconds."""
         return Attempts(self._retries, self._deadline(timeout))
+
+    def _lane(self, call: Call[Any], size: int, deadline: Deadline) -> Any:
+        """Returns the lane that a call of so many bytes goes on; None where it goes by itself."""
+        keeper = self._lanes.get(call.method)
+        if keeper is None or size >= LARGEST_BYTES_ON_LANE:
+            return None
+        if call.storage.shares_memory or self._access.metadata() is not None:
+            return None
+        return keeper.take(self._channels.get(), deadline)
+
+    def _close_lanes(self) -> None:
+        for keeper in self._lanes.values():
+            keeper.close()
 
     def _hedge(self, call: Call[Any], data: bytes) -> float | None:
         """Returns after how many seconds without an answer a request is sent a second time, if it is."""

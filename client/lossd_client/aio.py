@@ -21,6 +21,7 @@ from lossd_client._config import LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._fcos_configs import FCOSAssigner
 from lossd_client._hedging import send_async
+from lossd_client._lane_tasks import LaneOfTasks
 from lossd_client._loss_requests import loss_batch, loss_stream, usual_call
 from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._results import LossResult, ServerInfo
@@ -63,6 +64,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
     """
 
     _open = staticmethod(Access.open_async)
+    _open_lane = LaneOfTasks
     _place = staticmethod(_home)
 
     async def __aenter__(self) -> Self:
@@ -190,6 +192,7 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def close(self) -> None:
         """Closes the connection, if this client made one here; a later call makes another."""
+        self._close_lanes()
         if channel := self._channels.take():
             await channel.close()
         self._sharing.close()
@@ -209,7 +212,9 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
         request = usual_request or call.outgoing()
         while True:
             try:
-                return call.result(await self._send(call, request, attempts.deadline))
+                return await self._result(call, request, attempts.deadline)
+            except LossdError as error:
+                pause, is_in_use = attempts.pause_after(error), False
             except grpc.RpcError as error:
                 if not isinstance(request, bytes) and _chunks.goes_better_whole(error):
                     request = await asyncio.to_thread(b"".join, request)
@@ -218,6 +223,14 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
             await asyncio.sleep(pause)
             if is_in_use:
                 raise MemoryInUseError
+
+    async def _result(self, call: Call[R], request: bytes | list[Buffer], deadline: Deadline) -> R:
+        """Returns what comes of one attempt at a call."""
+        if isinstance(request, bytes) and (lane := self._lane(call, len(request), deadline)) is not None:
+            result: R | None = await lane.ask(call, request)
+            if result is not None:
+                return result
+        return call.result(await self._send(call, request, deadline))
 
     async def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:
         if isinstance(request, bytes):

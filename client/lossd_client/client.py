@@ -20,6 +20,7 @@ from lossd_client._config import LossConfig
 from lossd_client._errors import LossdError
 from lossd_client._fcos_configs import FCOSAssigner
 from lossd_client._hedging import send
+from lossd_client._lane_threads import LaneOfThreads
 from lossd_client._loss_requests import loss_batch, loss_stream, usual_call
 from lossd_client._options import EvaluationOptions, LossOptions
 from lossd_client._results import LossResult, ServerInfo
@@ -68,6 +69,7 @@ class Client(ClientBase[grpc.Channel]):
     """
 
     _open = staticmethod(Access.open)
+    _open_lane = LaneOfThreads
     _place = staticmethod(os.getpid)
 
     def __enter__(self) -> Self:
@@ -287,6 +289,7 @@ class Client(ClientBase[grpc.Channel]):
 
     def close(self) -> None:
         """Closes the connection, if this client made one in this process; a later call makes another."""
+        self._close_lanes()
         if channel := self._channels.take():
             channel.close()
         self._sharing.close()
@@ -306,7 +309,9 @@ class Client(ClientBase[grpc.Channel]):
         request = usual_request or call.outgoing()
         while True:
             try:
-                return call.result(self._send(call, request, attempts.deadline))
+                return self._result(call, request, attempts.deadline)
+            except LossdError as error:
+                pause, is_in_use = attempts.pause_after(error), False
             except grpc.RpcError as error:
                 if not isinstance(request, bytes) and _chunks.goes_better_whole(error):
                     request = b"".join(request)
@@ -315,6 +320,14 @@ class Client(ClientBase[grpc.Channel]):
             time.sleep(pause)
             if is_in_use:
                 raise MemoryInUseError
+
+    def _result(self, call: Call[R], request: bytes | list[Buffer], deadline: Deadline) -> R:
+        """Returns what comes of one attempt at a call."""
+        if isinstance(request, bytes) and (lane := self._lane(call, len(request), deadline)) is not None:
+            result: R | None = lane.ask(call, request)
+            if result is not None:
+                return result
+        return call.result(self._send(call, request, deadline))
 
     def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:
         if isinstance(request, bytes):

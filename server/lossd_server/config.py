@@ -31,7 +31,8 @@ class ServerConfig:
         max_in_flight: Requests that are received, wait or are worked on at a time; further ones are
             refused. Nobody gets more of these places over one connection than are left for others.
         max_in_flight_bytes: Most bytes of their bodies, those on streams included; shared likewise.
-        max_streams: Streams open at a time, beside them; shared likewise.
+        max_streams: Streams open at a time, beside them, and as many again whose callers ask one thing at a
+            time; shared likewise.
         read_seconds: How long the body of a call may take to come, and its answer to be taken.
         max_shared_bytes: Most shared memory that one connection may pass, and that the slices of one
             request come to; 0 shares none. Shared only where one of `listen` is a Unix socket.

@@ -1,5 +1,6 @@
 """A live server for the service tests, spoken to by the raw generated stub."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -31,6 +32,15 @@ def fresh() -> Iterator[Server]:
     """A server that nobody else talks to."""
     with make_server(load=("tests.service.custom_modules:Held",)) as running:
         yield running
+
+
+@pytest.fixture
+def device_held() -> Iterator[threading.Event]:
+    """Lets `Held` go at the end, whatever happens; set when it has the device."""
+    custom_modules.entered.clear()
+    custom_modules.release.clear()
+    yield custom_modules.entered
+    custom_modules.release.set()
 
 
 @pytest.fixture

@@ -62,15 +62,6 @@ def readers():
 
 
 @pytest.fixture
-def device_held():
-    """Lets `Held` go at the end, whatever happens."""
-    custom_modules.entered.clear()
-    custom_modules.release.clear()
-    yield custom_modules.entered
-    custom_modules.release.set()
-
-
-@pytest.fixture
 def small_server():
     with make_server(max_streams=3) as running:
         yield running

@@ -101,6 +101,8 @@ class LossServiceServicer:
         """`ComputeLoss` for many requests on one stream. Several are worked on at a
         time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
+        With the metadata `lossd-one-at-a-time`, of any value, each request is
+        answered before the next is read: sooner, for a caller who waits for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +130,7 @@ class LossServiceServicer:
         """`AssignTargets` for many requests on one stream. Several are worked on at a
         time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
+        `lossd-one-at-a-time` is as for `ComputeLossStream`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,6 +51,8 @@ class LossServiceStub:
     """`ComputeLoss` for many requests on one stream. Several are worked on at a
     time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
+    With the metadata `lossd-one-at-a-time`, of any value, each request is
+    answered before the next is read: sooner, for a caller who waits for it.
     """
     ComputeLossInChunks: _grpc.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossInChunksRequest, _loss_service_pb2.ComputeLossInChunksResponse]
     """`ComputeLoss` for one request that is large: its bytes come in chunks, and
@@ -65,6 +67,7 @@ class LossServiceStub:
     """`AssignTargets` for many requests on one stream. Several are worked on at a
     time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
+    `lossd-one-at-a-time` is as for `ComputeLossStream`.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_loss_service_pb2.GetServerInfoRequest, _loss_service_pb2.GetServerInfoResponse]
     """Says what this server is and what it offers."""
@@ -92,6 +95,8 @@ class LossServiceAsyncStub(LossServiceStub):
     """`ComputeLoss` for many requests on one stream. Several are worked on at a
     time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
+    With the metadata `lossd-one-at-a-time`, of any value, each request is
+    answered before the next is read: sooner, for a caller who waits for it.
     """
     ComputeLossInChunks: _aio.StreamStreamMultiCallable[_loss_service_pb2.ComputeLossInChunksRequest, _loss_service_pb2.ComputeLossInChunksResponse]  # type: ignore[assignment]
     """`ComputeLoss` for one request that is large: its bytes come in chunks, and
@@ -106,6 +111,7 @@ class LossServiceAsyncStub(LossServiceStub):
     """`AssignTargets` for many requests on one stream. Several are worked on at a
     time; answers come as they are done, in any order. A refused request is
     answered with its error, and the stream goes on.
+    `lossd-one-at-a-time` is as for `ComputeLossStream`.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_loss_service_pb2.GetServerInfoRequest, _loss_service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what this server is and what it offers."""
@@ -142,6 +148,8 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
         """`ComputeLoss` for many requests on one stream. Several are worked on at a
         time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
+        With the metadata `lossd-one-at-a-time`, of any value, each request is
+        answered before the next is read: sooner, for a caller who waits for it.
         """
 
     @_abc_1.abstractmethod
@@ -174,6 +182,7 @@ class LossServiceServicer(metaclass=_abc_1.ABCMeta):
         """`AssignTargets` for many requests on one stream. Several are worked on at a
         time; answers come as they are done, in any order. A refused request is
         answered with its error, and the stream goes on.
+        `lossd-one-at-a-time` is as for `ComputeLossStream`.
         """
 
     @_abc_1.abstractmethod

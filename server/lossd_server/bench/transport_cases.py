@@ -94,11 +94,18 @@ def _assign(bench: Workbench) -> Case:
     def here() -> None:
         assigner.assign(ground_truth, sizes).sparse()
 
-    def by_call() -> None:
+    def ask(client: Client) -> None:
         client.assign_targets(AssignerConfig(), ground_truth, image_size=_IMAGE, sparse=True)
 
-    echo = bare_call(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO)
-    paths = (Path(name="here", call=here), Path(name="rpc", call=by_call), Path(name="bare", call=echo))
+    paths = (
+        Path(name="here", call=here),
+        Path(name="rpc", call=partial(ask, client)),
+        Path(name="apart", call=partial(ask, _client_of_calls(bench))),
+        Path(
+            name="bare",
+            call=bare_call(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO),
+        ),
+    )
     return Case(paths=paths, base="bare")
 
 
@@ -120,6 +127,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
             Path(name="allocated", call=_allocated(bench, logits, labels, gradients=gradients)),
             Path(name="shared", call=_shared(bench, logits, labels, gradients=gradients)),
             Path(name="rpc", call=_rpc(bench, logits, labels, gradients=gradients)),
+            *_apart_paths(bench, logits, labels, gradients=gradients),
             *_whole_paths(bench, logits, labels, gradients=gradients),
             *(
                 Path(name=wire, call=_rpc(bench, logits, labels, gradients=gradients, wire_dtype=wire))
@@ -195,6 +203,19 @@ def _call(
         return [result.loss, *(on_gpu(each) if isinstance(each, GpuArray) else each for each in found)]
 
     return compute
+
+
+def _client_of_calls(bench: Workbench) -> Client:
+    """Returns a client whose small calls each begin and end, as those over a caller's own channel do."""
+    return Client(channel=_channel(bench, bench.child().address))
+
+
+def _apart_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
+    """Returns the same call by itself, where the client has a stream for such."""
+    if logits.nbytes >= LEAST_BYTES:
+        return []
+    call = _call(_client_of_calls(bench), (logits.numpy(), labels.numpy()), gradients=gradients)
+    return [Path(name="apart", call=call)]
 
 
 def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:

@@ -8,11 +8,10 @@ large request is gone before its answer is there.
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import structlog
@@ -20,23 +19,24 @@ import structlog
 from lossd import chunks
 from lossd.envelopes import envelope
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.wire import Buffer
-from lossd.writing import Piece, placed, size_of
 from lossd_server.engine import Admission, Home, LockedBudget, Place
 from lossd_server.errors import InvalidInputError, LossdError, Reason, UnavailableError
+from lossd_server.rpc.at_work import AtWork, Packing
 from lossd_server.rpc.bodies import Body
 from lossd_server.rpc.caller import Caller
 from lossd_server.rpc.door import Door
 from lossd_server.rpc.forms import Forms, Request
+from lossd_server.rpc.interceptor import ObservedMethod
+from lossd_server.rpc.lane import Lane, is_lane
 from lossd_server.rpc.method_names import IN_CHUNKS, STREAM
 from lossd_server.rpc.methods import Method, StreamMethod
-from lossd_server.rpc.metrics import MethodMetrics, Metrics
+from lossd_server.rpc.metrics import Metrics
 from lossd_server.rpc.pipeline import WIDTH, Pipeline
 from lossd_server.rpc.refusals import Refusals
 from lossd_server.rpc.service import LossService
 from lossd_server.rpc.stages import Stages
 from lossd_server.rpc.standard import too_many
-from lossd_server.rpc.status import stream_error
+from lossd_server.rpc.status import code_of, stream_error
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["LossService"].full_name
 
@@ -46,55 +46,6 @@ _END_SECONDS = 0.25
 _log = structlog.get_logger()
 
 T = TypeVar("T")
-
-_Packing = Callable[[Sequence[Buffer]], T]
-"""Makes what gRPC sends of an answer in pieces."""
-
-
-class _Observed(AbstractContextManager["_Observed"]):
-    """A request at work: a class, since a generator takes three times as long.
-
-    Args:
-        metrics: What counts it.
-        stages: What times it.
-        away: Where it is worked on.
-        size: Bytes of the request.
-
-    Attributes:
-        stages: As above.
-        answer_size: Bytes of its answer, once there is one.
-    """
-
-    __slots__ = ("_away", "_metrics", "_size", "answer_size", "stages")
-
-    def __init__(
-        self, metrics: MethodMetrics, stages: Stages, away: AbstractContextManager[None], size: int
-    ) -> None:
-        self.stages = stages
-        self.answer_size: int | None = None
-        self._metrics = metrics
-        self._away = away
-        self._size = size
-
-    def __enter__(self) -> Self:
-        self._away.__enter__()
-        self._metrics.begin(self._size)
-        self.stages.begin("decode")
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._away.__exit__(None, None, None)
-        try:
-            self.stages.close()
-        finally:
-            self._metrics.end(self.stages.seconds, self.answer_size)
-
-    def packed(self, answer: Sequence[Piece], pack: _Packing[T]) -> T:
-        """Returns what gRPC sends of an answer, and counts it."""
-        self.stages.begin("encode")
-        packed = pack(placed(answer))
-        self.answer_size = size_of(answer)
-        return packed
 
 
 class Handlers:
@@ -110,7 +61,7 @@ class Handlers:
         admission: Who lets requests in.
         door: How they come in.
         home: The core of their threads.
-        max_streams: Streams open at a time.
+        max_streams: Streams open at a time, and lanes beside them.
         stages: Makes what times the stages of a request, given the method's name and the call.
     """
 
@@ -132,12 +83,12 @@ class Handlers:
         self._door = door
         self._home = home
         self._stages = stages
-        self._streams = LockedBudget(max_streams)
+        self._streams, self._lanes = LockedBudget(max_streams), LockedBudget(max_streams)
         # As many threads as there can be requests: on a stream too, none waits behind another's.
         self._stream_pool = ThreadPoolExecutor(
             max_streams * WIDTH, thread_name_prefix="lossd-stream", initializer=home.settle
         )
-        self._pipelines: set[Pipeline] = set()
+        self._flows: set[Pipeline | Lane] = set()
         self._draining = threading.Event()
         self._linger_until = math.inf
         compute = Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=service.compute_loss)
@@ -175,8 +126,8 @@ class Handlers:
         """
         self._linger_until = time.monotonic() + seconds - _END_SECONDS
         self._draining.set()
-        for pipeline in list(self._pipelines):
-            pipeline.wake()
+        for flow in list(self._flows):
+            flow.wake()
 
     def close(self) -> None:
         """Lets the threads of streams go."""
@@ -199,7 +150,7 @@ class Handlers:
         method: Method,
         call: grpc.ServicerContext,
         receive: Callable[[grpc.ServicerContext, Place], Body],
-        pack: _Packing[T],
+        pack: Packing[T],
     ) -> T:
         """Answers a call of one request; what keeps it from being answered is its status."""
         place = None
@@ -216,25 +167,36 @@ class Handlers:
                 self._admission.leave(place)
 
     def _stream_handler(self, stream: StreamMethod) -> "grpc.RpcMethodHandler[Body, bytes]":
+        as_calls = ObservedMethod(self._metrics, f"/{SERVICE_NAME}/{stream.method.name}")
+
         def handle(bodies: Iterator[Body], call: grpc.ServicerContext) -> Iterator[bytes]:
             self._count_until_answered(call)
             peer = call.peer()
-            if not self._streams.take(peer):
-                self._abort(stream.method, too_many(self._streams, "streams"), call)
-            tasks = (partial(self._answer_on_stream, stream, body, call, peer) for body in bodies)
-            pipeline = Pipeline(
-                self._stream_pool, self._admission, self._refuse_when_draining, lambda: self._linger_until
-            )
-            self._pipelines.add(pipeline)
+            is_one_at_a_time = is_lane(call)
+            seats = self._lanes if is_one_at_a_time else self._streams
+            if not seats.take(peer):
+                self._abort(stream.method, too_many(seats, "streams"), call)
+            flow = self._lane(call) if is_one_at_a_time else self._pipeline()
+            as_call = as_calls if is_one_at_a_time else None
+            tasks = (partial(self._answer_on_stream, stream, body, call, peer, as_call) for body in bodies)
+            self._flows.add(flow)
             try:
-                yield from pipeline.answers(tasks)
+                yield from flow.answers(tasks)
             except Exception as error:  # noqa: BLE001  # as above
                 self._abort(stream.method, error, call)
             finally:
-                self._pipelines.discard(pipeline)
-                self._streams.give_back(peer)
+                self._flows.discard(flow)
+                seats.give_back(peer)
 
         return grpc.stream_stream_rpc_method_handler(handle, request_deserializer=Body)
+
+    def _lane(self, call: grpc.ServicerContext) -> Lane:
+        return Lane(self._refuse_when_draining, call.cancel)
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            self._stream_pool, self._admission, self._refuse_when_draining, lambda: self._linger_until
+        )
 
     def _count_until_answered(self, call: grpc.ServicerContext) -> None:
         self._admission.begin()
@@ -242,7 +204,7 @@ class Handlers:
             self._admission.end()  # at once, where the caller is gone
 
     def _answer(
-        self, method: Method, body: Body, call: grpc.ServicerContext, place: Place, pack: _Packing[T]
+        self, method: Method, body: Body, call: grpc.ServicerContext, place: Place, pack: Packing[T]
     ) -> T:
         with self._observed(method, len(body), call) as at_work:
             requests = [method.forms.read(body.take())]
@@ -252,10 +214,15 @@ class Handlers:
             return at_work.packed(answer, pack)
 
     def _answer_on_stream(
-        self, stream: StreamMethod, body: Body, call: grpc.ServicerContext, peer: str
+        self,
+        stream: StreamMethod,
+        body: Body,
+        call: grpc.ServicerContext,
+        peer: str,
+        as_call: ObservedMethod | None,
     ) -> bytes:
         method, size = stream.method, len(body)
-        with self._observed(method, size, call) as at_work:
+        with self._observed(method, size, call, as_call) as at_work:
             mark, request = stream.read(body.take())
             try:
                 _require_request(request)
@@ -265,14 +232,21 @@ class Handlers:
             except Exception as error:  # noqa: BLE001  # a refused request does not end its stream
                 at_work.stages.end()
                 refusal = _as_lossd_error(error)
+                at_work.code = code_of(refusal)
                 self._refusals.record(method.name, refusal, peer)
                 answer = [stream.response(id=mark, error=stream_error(refusal)).SerializeToString()]
             return at_work.packed(answer, b"".join)
 
-    def _observed(self, method: Method, size: int, call: grpc.ServicerContext) -> _Observed:
+    def _observed(
+        self,
+        method: Method,
+        size: int,
+        call: grpc.ServicerContext,
+        as_call: ObservedMethod | None = None,
+    ) -> AtWork:
         """Counts a request of so many bytes, and its time by stage however it ends."""
         stages = Stages() if self._stages is None else self._stages(method.name, call)
-        return _Observed(self._metrics.of(method.name), stages, self._home.away(size), size)
+        return AtWork(self._metrics.of(method.name), stages, self._home.away(size), size, as_call)
 
     def _abort(self, method: Method, error: Exception, call: grpc.ServicerContext) -> NoReturn:
         self._refusals.abort(method.name, _as_lossd_error(error), call)

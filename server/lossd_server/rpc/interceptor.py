@@ -45,7 +45,7 @@ class MetricsInterceptor(grpc.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._observed: dict[str, _ObservedMethod] = {}
+        self._observed: dict[str, ObservedMethod] = {}
         self._wrapped: dict[str, tuple[_Handler, _Handler]] = {}
 
     def intercept_service(
@@ -67,10 +67,10 @@ class MetricsInterceptor(grpc.ServerInterceptor):
             self._wrapped[path] = handler, wrapped
         return wrapped
 
-    def _method(self, path: str) -> "_ObservedMethod":
+    def _method(self, path: str) -> "ObservedMethod":
         """Returns the metrics of a method: looked up once, which takes time."""
         if path not in self._observed:
-            self._observed[path] = _ObservedMethod(self._metrics, _labels(path))
+            self._observed[path] = ObservedMethod(self._metrics, path)
         return self._observed[path]
 
 
@@ -116,10 +116,16 @@ def wrap(handler: _Handler, method: Around) -> _Handler:
     )
 
 
-class _ObservedMethod:
-    """The metrics of a method, around whatever answers a call of it."""
+class ObservedMethod:
+    """The metrics of a method, around whatever answers a call of it.
 
-    def __init__(self, metrics: Metrics, labels: tuple[str, str, str]) -> None:
+    Args:
+        metrics: All of them.
+        path: What gRPC calls the method.
+    """
+
+    def __init__(self, metrics: Metrics, path: str) -> None:
+        labels = _labels(path)
         self._handled = {code: metrics.handled.labels(*labels, code.name) for code in HANDLED_CODES}
         self._handled_otherwise = partial(metrics.handled.labels, *labels)
         self._started = metrics.started.labels(*labels)
@@ -150,6 +156,11 @@ class _ObservedMethod:
             raise
         self._finish(began, call)
 
+    def count(self, code: grpc.StatusCode, seconds: float) -> None:
+        """Counts what is as good as a call, with one request and one answer, once it is over."""
+        once = (self._started, self._received, self._sent, self._handled_with(code))
+        note((self._handling, seconds), *((metric, 1) for metric in once))
+
     def _start(self) -> float:
         note((self._started, 1))
         return time.monotonic()
@@ -165,8 +176,10 @@ class _ObservedMethod:
     def _finish(self, began: float, call: Any, *, failed: bool = False, sent: int = 0) -> None:
         seconds = time.monotonic() - began
         code = code_of_call(call, failed=failed)
-        handled = self._handled.get(code) or self._handled_otherwise(code.name)
-        note((self._sent, sent), (self._handling, seconds), (handled, 1))
+        note((self._sent, sent), (self._handling, seconds), (self._handled_with(code), 1))
+
+    def _handled_with(self, code: grpc.StatusCode) -> Any:
+        return self._handled.get(code) or self._handled_otherwise(code.name)
 
 
 def code_of_call(call: Any, *, failed: bool) -> grpc.StatusCode:

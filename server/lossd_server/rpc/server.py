@@ -81,7 +81,7 @@ class Server:
             self._metrics.observe_batch,
             self._home,
         )
-        threads = self._config.max_in_flight + self._config.max_streams + _REFUSING_THREADS
+        threads = self._config.max_in_flight + 2 * self._config.max_streams + _REFUSING_THREADS
         self._threads = Threads(threads, "lossd-rpc", self._home.settle)
         self._sharing = _sharing(self._config, self._engine.device)
         self._tracing = make_tracing(SERVICE_NAME) if self._config.tracing else None
