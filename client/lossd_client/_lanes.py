@@ -14,10 +14,11 @@ from typing import Any, Generic, TypeVar
 
 from lossd.envelopes import envelope, opened
 from lossd.headers import ONE_AT_A_TIME
+from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd.writing import placed
 from lossd_client._calls import Call, method_path, read_answer, read_result
-from lossd_client._errors import error_of_answer
+from lossd_client._errors import LossdError, UnavailableError, error_of_answer
 from lossd_client._retries import Deadline
 
 R = TypeVar("R")
@@ -60,7 +61,7 @@ class Lane:
         channel: As above.
         give_back: As above.
         is_open: Whether another request may be sent.
-        has_failed: Whether it has ended with an error.
+        has_failed: Whether it has ended with an error, or for one.
     """
 
     def __init__(self, channel: Any, method: str, deadline: Deadline, give_back: Callable[[], None]) -> None:
@@ -112,12 +113,19 @@ class Lane:
             self.close()
             return None
         if answer.message.WhichOneof("outcome") == "error":
-            raise error_of_answer(answer.message.error)
+            raise self._refusal(answer.message.error)
         return read_result(call.method, call.read, Parcel(answer.message.response, answer.payloads))
 
     def close(self) -> None:
         """Ends it, once what was sent is answered."""
         raise NotImplementedError
+
+    def _refusal(self, error: pb.Error) -> LossdError:
+        refusal = error_of_answer(error)
+        if isinstance(refusal, UnavailableError):  # this server is: a call may find another
+            self.has_failed = True
+            self.close()
+        return refusal
 
 
 L = TypeVar("L", bound=Lane)

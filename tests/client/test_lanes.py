@@ -152,12 +152,24 @@ def test_one_that_breaks_is_not_missed(target, kind, twin, answers):
         assert proxy.calls.count("ComputeLossStream") == 1  # another one is not tried so soon
 
 
-def test_a_server_that_is_busy_is_asked_again(target, kind):
-    actions = [*UNTIL_THEN, turn_away(2, 3)]
+def test_a_server_that_is_busy_is_left_alone_and_asked_again_by_call(target, kind):
+    actions = [*UNTIL_THEN, turn_away(2)]
     policy = RetryPolicy(initial_backoff=0.01)
     with proxy_of(target, *actions) as proxy, open_twin(kind, proxy.address, retries=policy) as twin:
         assert len({float(evaluate(twin).loss) for _ in range(ENOUGH)}) == 1
-        assert proxy.items == [[*range(1, ENOUGH - lanes.RAPID_CALLS + 3)]]
+        assert proxy.items == [[1, 2]]
+        assert proxy.calls.count("ComputeLoss") == ENOUGH - 1
+
+
+def test_one_after_the_other_go_round_all_servers(target, kind, monkeypatch):
+    monkeypatch.setattr(lanes, "LIFE_SECONDS", 0.1)
+    with proxy_of(target) as one, proxy_of(target) as other:
+        with open_twin(kind, [one.address, other.address]) as twin:
+            ends = time.monotonic() + 20
+            while time.monotonic() < ends and not (one.items and other.items):
+                evaluate(twin)
+        assert one.items
+        assert other.items
 
 
 def test_a_server_that_dies_and_comes_back_is_not_missed(kind):
