@@ -44,6 +44,9 @@ LEAST_SECONDS = 1.0
 REFUSED_SECONDS = 10.0
 """For how long none is opened after one that failed: the server has no more to give, or is going away."""
 
+_MOST_MARKS = 100
+"""Requests are marked from 1 to this, and then anew: there is one at a time."""
+
 METHODS = ("ComputeLoss", "AssignTargets")
 """Those that have lanes."""
 
@@ -96,7 +99,7 @@ class Lane:
 
     def next_message(self, request: bytes) -> bytes:
         """Returns what is sent for a request."""
-        self._mark += 1
+        self._mark = self._mark % _MOST_MARKS + 1
         return b"".join(placed(envelope(self._mark, [request])))
 
     def result(self, call: Call[R], data: bytes) -> R | None:
@@ -107,7 +110,7 @@ class Lane:
         """
         found = opened(data)
         if found is not None and found[0] == self._mark:
-            return call.result(found[1])
+            return call.result(data[found[1] :])
         answer = read_answer(self._name, data)
         if answer.message.id != self._mark:
             self.close()

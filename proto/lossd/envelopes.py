@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.varints import NoVarintError, read_varint, varint
-from lossd.wire import LARGE_BYTES, Buffer
+from lossd.wire import Buffer
 from lossd.writing import Piece, size_of
 
 _MARK_TAG = varint(pb.ComputeLossStreamRequest.ID_FIELD_NUMBER << 3)
@@ -25,8 +25,8 @@ def envelope(mark: int, content: Sequence[Piece]) -> list[Piece]:
     return [_head(mark, size_of(content)), *content]
 
 
-def opened(data: Buffer) -> tuple[int, Buffer] | None:
-    """Returns the mark of an envelope, and the bytes of what is in it.
+def opened(data: Buffer) -> tuple[int, int] | None:
+    """Returns the mark of an envelope, and where what is in it begins: it goes to the end.
 
     None where it is not what `envelope` writes, and so better left to protobuf.
     """
@@ -41,7 +41,7 @@ def opened(data: Buffer) -> tuple[int, Buffer] | None:
         mark -= 1 << 64
     if start + length != len(data) or data[:start] != _head(mark, length):
         return None
-    return mark, data[start:] if len(data) < LARGE_BYTES else memoryview(data)[start:]
+    return mark, start
 
 
 def _head(mark: int, length: int) -> bytes:

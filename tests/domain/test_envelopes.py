@@ -40,6 +40,12 @@ def exact(message):
     return message.SerializeToString(deterministic=True)
 
 
+def taken_out(data):
+    """The mark and the content of an envelope; None where it is left to protobuf."""
+    parts = opened(data)
+    return None if parts is None else (parts[0], data[parts[1] :])
+
+
 @kinds({**REQUESTS, **ANSWERS})
 def test_what_is_written_is_the_envelope_that_protobuf_reads(kind, content):
     @many
@@ -52,7 +58,7 @@ def test_what_is_written_is_the_envelope_that_protobuf_reads(kind, content):
         written = b"".join(placed(envelope(mark, [message.SerializeToString()])))
         read = kind.FromString(written)
         assert (read.id, exact(content_of(read))) == (mark, exact(message))
-        assert opened(written) == (mark, message.SerializeToString())
+        assert taken_out(written) == (mark, message.SerializeToString())
 
     agrees()
 
@@ -62,7 +68,7 @@ def test_what_is_opened_holds_what_protobuf_says(kind, content):
     @many
     @given(message_bytes(kind.DESCRIPTOR))
     def agrees(data):
-        parts = opened(data)
+        parts = taken_out(data)
         try:
             expected = kind.FromString(data)
         except DecodeError:
@@ -87,7 +93,7 @@ def is_malformed(kind, data):
 def test_an_envelope_of_protobufs_own_is_opened(kind, content):
     for mark in (0, 1, -1, 127, 128, 2**63 - 1, -(2**63)):
         data = kind(id=mark, request=content()).SerializeToString()
-        assert opened(data) == (mark, b"")
+        assert taken_out(data) == (mark, b"")
 
 
 @pytest.mark.parametrize(
@@ -121,10 +127,9 @@ def test_large_tensors_are_neither_copied_nor_moved_out_of_line(mark):
         item = message_field(tags_of(pb.LossItem.DESCRIPTOR)["focal"], logits)
         items = message_field(tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"], item)
         data = b"".join(placed(envelope(mark, [request, *items])))
-        found, content = opened(data)
+        found, start = opened(data)
         assert found == mark
-        assert isinstance(content, memoryview)
-        read = Parcel.read(pb.ComputeLossRequest, content)
+        read = Parcel.read(pb.ComputeLossRequest, memoryview(data)[start:])
         view = unpack(read.message.items[0].focal.inputs, read.payloads)
         assert np.array_equal(view, array)
         begins = view.__array_interface__["data"][0] - np.frombuffer(data, np.uint8).ctypes.data

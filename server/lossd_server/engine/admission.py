@@ -3,8 +3,8 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import takewhile
 
 from lossd_server.errors import Reason, UnavailableError
@@ -204,20 +204,18 @@ class Admission:
                 self._mean_seconds += _SMOOTHING * (self._last_left - place.received - self._mean_seconds)
                 self._end()
 
-    @contextmanager
-    def holding(self, peer: str, size: int) -> Iterator[Place]:
-        """Counts the bytes of a request on a stream until the block ends.
+    def holding(self, peer: str, size: int) -> "Holding":
+        """Returns what counts the bytes of a request on a stream: a context manager.
 
         Raises:
-            UnavailableError: There is no room for them.
+            UnavailableError: There is no room for them; raised where the block begins.
         """
-        place = Place(peer, 0)
-        self.grow(place, size)
-        try:
-            yield place
-        finally:
-            with self._lock:
-                self._bytes.give_back(peer, place.size)
+        return Holding(self, Place(peer, 0), size)
+
+    def give_back(self, place: Place) -> None:
+        """Takes the bytes of a place back that is no request's."""
+        with self._lock:
+            self._bytes.give_back(place.peer, place.size)
 
     def begin(self) -> None:
         """Counts something else that is to be answered before the server stops."""
@@ -270,3 +268,21 @@ class Admission:
         """
         expected = max(self._mean_seconds, self._clock() - self._last_left)
         return min(max(expected, _LEAST_RETRY), _MOST_RETRY) * random.uniform(0.75, 1.25)  # noqa: S311
+
+
+class Holding(AbstractContextManager[Place]):
+    """Bytes that count until a block ends: a class, since a generator takes three times as long."""
+
+    __slots__ = ("_admission", "_place", "_size")
+
+    def __init__(self, admission: Admission, place: Place, size: int) -> None:
+        self._admission = admission
+        self._place = place
+        self._size = size
+
+    def __enter__(self) -> Place:
+        self._admission.grow(self._place, self._size)
+        return self._place
+
+    def __exit__(self, *_exception: object) -> None:
+        self._admission.give_back(self._place)

@@ -69,9 +69,9 @@ class AtWork(AbstractContextManager["AtWork"]):
         try:
             self.stages.close()
         finally:
-            self._metrics.end(self.stages.seconds, self.answer_size)
-            if self._as_call is not None:
-                self._as_call.count(self.code, time.monotonic() - self._began)
+            call = self._as_call
+            also = () if call is None else call.whole(self.code, time.monotonic() - self._began)
+            self._metrics.end(self.stages.seconds, self.answer_size, also)
 
     def packed(self, answer: Sequence[Piece], pack: Packing[T]) -> T:
         """Returns what gRPC sends of an answer, and counts it."""

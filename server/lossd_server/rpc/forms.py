@@ -66,12 +66,17 @@ class Form(Generic[M]):
         """How many bytes are the same in each request."""
         return sum(len(fixed) for _, fixed in self._fixed)
 
-    def payloads_of(self, data: bytes) -> Payloads | None:
-        """Returns what stand-ins stand for in a request as long as this; None where its form is another."""
+    def payloads_of(self, data: bytes, at: int) -> Payloads | None:
+        """Returns what stand-ins stand for in a request as long as this; None where its form is another.
+
+        Args:
+            data: Bytes that end with it.
+            at: Where it begins.
+        """
         for start, fixed in self._fixed:
-            if not data.startswith(fixed, start):
+            if not data.startswith(fixed, at + start):
                 return None
-        return Payloads([data[start:stop] for start, stop in self._places])
+        return Payloads([data[at + start : at + stop] for start, stop in self._places])
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes four times as long to make
@@ -141,28 +146,32 @@ class Forms(Generic[M]):
         self._known: dict[tuple[int, bytes], _Alike] = {}
         self._lock = threading.Lock()
 
-    def read(self, data: Buffer) -> Request[M]:
-        """Returns the request that bytes hold; raises `MALFORMED_REQUEST` when they hold none."""
+    def read(self, data: Buffer, at: int = 0) -> Request[M]:
+        """Returns the request that bytes hold from some place to their end.
+
+        Raises:
+            InvalidInputError: `MALFORMED_REQUEST`: they hold none.
+        """
         if isinstance(data, bytes) and len(data) < LARGE_BYTES:
-            key = len(data), data[:_BEGINNING]
+            key = len(data) - at, data[at : at + _BEGINNING]
             alike = self._known.get(key)
             if alike is None:
                 self._remember(key)  # one that comes once need not be learned
-            elif (found := self._again(data, alike)) is not None:
+            elif (found := self._again(data, at, alike)) is not None:
                 return found
-        parcel = parse(self._type, data)
+        parcel = parse(self._type, memoryview(data)[at:] if at else data)
         return Request(parcel.message, parcel.payloads)
 
-    def _again(self, data: bytes, alike: _Alike) -> Request[M] | None:
+    def _again(self, data: bytes, at: int, alike: _Alike) -> Request[M] | None:
         """Returns a request of a form that is known, or is now; None where that is not to be."""
         for form in alike.forms:
-            payloads = form.payloads_of(data)
+            payloads = form.payloads_of(data, at)
             if payloads is not None:
                 alike.credit = min(alike.credit + 1, _CREDIT)
                 alike.is_wanted = True
                 return Request(form.message, payloads, form)
-        learned = self._learn(data, alike) if alike.credit >= _PRICE else None
-        if learned is None or (payloads := learned.payloads_of(data)) is None:
+        learned = self._learn(data[at:], alike) if alike.credit >= _PRICE else None
+        if learned is None or (payloads := learned.payloads_of(data, at)) is None:
             return None
         return Request(learned.message, payloads, learned)
 

@@ -9,7 +9,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from lossd_server.rpc.metrics import HANDLED_CODES, Metrics
-from lossd_server.rpc.series import note
+from lossd_server.rpc.series import Series, note
 
 _Handler = Any
 """A `grpc.RpcMethodHandler`; only its stub is generic, and only at run time are its attributes known."""
@@ -156,10 +156,10 @@ class ObservedMethod:
             raise
         self._finish(began, call)
 
-    def count(self, code: grpc.StatusCode, seconds: float) -> None:
-        """Counts what is as good as a call, with one request and one answer, once it is over."""
+    def whole(self, code: grpc.StatusCode, seconds: float) -> list[tuple[Series, float]]:
+        """Returns what is to be noted of something that is as good as a call, once it is over."""
         once = (self._started, self._received, self._sent, self._handled_with(code))
-        note((self._handling, seconds), *((metric, 1) for metric in once))
+        return [(self._handling, seconds), *((metric, 1) for metric in once)]
 
     def _start(self) -> float:
         note((self._started, 1))
@@ -178,7 +178,7 @@ class ObservedMethod:
         code = code_of_call(call, failed=failed)
         note((self._sent, sent), (self._handling, seconds), (self._handled_with(code), 1))
 
-    def _handled_with(self, code: grpc.StatusCode) -> Any:
+    def _handled_with(self, code: grpc.StatusCode) -> Series:
         return self._handled.get(code) or self._handled_otherwise(code.name)
 
 

@@ -33,8 +33,8 @@ class StreamMethod:
         """Returns the mark and the request, None where there is none, that the bytes of an envelope hold."""
         parts = opened(data)
         if parts is not None:
-            mark, content = parts
-            return mark, self.method.forms.read(content)
+            mark, start = parts
+            return mark, self.method.forms.read(data, start)
         parcel = parse(self.request, data)
         message, request = parcel.message, None
         if message.HasField("request"):

@@ -1,6 +1,6 @@
 """The server's Prometheus metrics. No label has values that a caller can choose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import grpc
@@ -10,7 +10,7 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd_server.errors import Reason
 from lossd_server.losses import LossOutcome
 from lossd_server.rpc.collectors import register_process
-from lossd_server.rpc.series import Counter, Histogram, Level, note
+from lossd_server.rpc.series import Counter, Histogram, Level, Series, note
 from lossd_server.rpc.stages import STAGES
 from lossd_server.rpc.status import CODES
 from lossd_server.targets import Assignment
@@ -214,14 +214,17 @@ class MethodMetrics:
         positives = sum(found.positive_count for found in assignments)
         note((self._items, len(assignments)), (self._positives, positives))
 
-    def end(self, seconds: Mapping[str, float], size: int | None) -> None:
+    def end(
+        self, seconds: Mapping[str, float], size: int | None, also: Iterable[tuple[Series, float]] = ()
+    ) -> None:
         """Counts a request as served, however it ended.
 
         Args:
             seconds: What each stage of it took.
             size: Bytes of its answer; None where it has none.
+            also: What else is noted of it.
         """
         values = [(self._stages[stage], spent) for stage, spent in seconds.items()]
         if size is not None:
             values.append((self._response_bytes, size))
-        note((self._in_flight, -1), *values)
+        note((self._in_flight, -1), *values, *also)
