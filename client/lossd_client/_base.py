@@ -97,7 +97,7 @@ class ClientBase(Generic[C]):
         keeper = self._lanes.get(call.method)
         if keeper is None or size >= LARGEST_BYTES_ON_LANE:
             return None
-        if call.storage.shares_memory or self._access.metadata() is not None:
+        if self._access.metadata() is not None:
             return None
         return keeper.take(self._channels.get(), deadline)
 

@@ -26,7 +26,7 @@ R = TypeVar("R")
 LARGEST_BYTES = 128 << 10
 """Of requests that go on a lane: with larger ones it is not the call that takes the time."""
 
-RAPID_CALLS = 8
+RAPID_CALLS = 4
 """Calls that follow one another before the next has a lane opened."""
 
 RAPID_SECONDS = 0.02

@@ -230,6 +230,8 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
             result: R | None = await lane.ask(call, request)
             if result is not None:
                 return result
+            if call.storage.is_written_to:
+                raise MemoryInUseError
         return call.result(await self._send(call, request, deadline))
 
     async def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:

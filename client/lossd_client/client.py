@@ -327,6 +327,8 @@ class Client(ClientBase[grpc.Channel]):
             result: R | None = lane.ask(call, request)
             if result is not None:
                 return result
+            if call.storage.is_written_to:
+                raise MemoryInUseError
         return call.result(self._send(call, request, deadline))
 
     def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:

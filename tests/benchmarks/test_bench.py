@@ -164,13 +164,14 @@ def test_calls_of_a_server_in_a_child_process(tmp_path):
         "allocated",
         "shared",
         "rpc",
+        "apart",
         "bfloat16",
         "float16",
         "stock",
         "bare",
         "copy",
     ]
-    for name in ("allocated", "shared", "rpc", "stock"):
+    for name in ("allocated", "shared", "rpc", "apart", "stock"):
         assert case.path(name).gradient_error == case.path("evaluate").gradient_error
     for name in ("bfloat16", "float16"):
         assert 1e-4 < case.path(name).gradient_error < 1e-2

@@ -34,6 +34,9 @@ _CALLS = 100
 _IMAGE, _BOXES, _ECHO_BYTES = (800, 1333), 20, 1000
 _WIRE_TYPES = ("bfloat16", "float16")
 
+_NEVER = 3600.0
+"""Seconds after which a call is made again: a client that may do so has no stream for small calls."""
+
 
 def transport_cases() -> list[CaseSpec]:
     """Returns the cases of the transports, small ones first."""
@@ -71,18 +74,24 @@ def stream_cases() -> list[CaseSpec]:
 
 def _stream_or_calls(bench: Workbench, *, shared: bool) -> Case:
     logits, labels = (tensor.numpy() for tensor in inputs.logits_and_labels(inputs.SHAPES["M"]))
-    child = bench.child()
-    client = bench.resources.enter_context(Client(child.unix_address if shared else child.address))
+    address = bench.child().unix_address if shared else bench.child().address
+    client = bench.resources.enter_context(Client(address))
+    apart = bench.resources.enter_context(Client(address, hedge_after=_NEVER))
     loss, items = FocalConfig(), [(logits, labels)] * _CALLS
 
-    def calls() -> None:
+    def calls(client: Client) -> None:
         for item in items:
             client.compute_loss(loss, *item, gradients=True)
 
     def stream() -> None:
         collections.deque(client.compute_loss_stream(loss, items, gradients=True), maxlen=0)
 
-    return Case(paths=(Path(name="calls", call=calls), Path(name="stream", call=stream)), base="calls")
+    paths = (
+        Path(name="apart", call=partial(calls, apart)),
+        Path(name="calls", call=partial(calls, client)),
+        Path(name="stream", call=stream),
+    )
+    return Case(paths=paths, base="apart")
 
 
 def _assign(bench: Workbench) -> Case:
@@ -100,7 +109,7 @@ def _assign(bench: Workbench) -> Case:
     paths = (
         Path(name="here", call=here),
         Path(name="rpc", call=partial(ask, client)),
-        Path(name="apart", call=partial(ask, _client_of_calls(bench))),
+        Path(name="apart", call=partial(ask, _apart(bench))),
         Path(
             name="bare",
             call=bare_call(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO),
@@ -205,8 +214,8 @@ def _call(
     return compute
 
 
-def _client_of_calls(bench: Workbench) -> Client:
-    """Returns a client whose small calls each begin and end, as those over a caller's own channel do."""
+def _apart(bench: Workbench) -> Client:
+    """Returns a client whose small calls each begin and end, as all do over a channel of the caller's."""
     return Client(channel=_channel(bench, bench.child().address))
 
 
@@ -214,7 +223,7 @@ def _apart_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients:
     """Returns the same call by itself, where the client has a stream for such."""
     if logits.nbytes >= LEAST_BYTES:
         return []
-    call = _call(_client_of_calls(bench), (logits.numpy(), labels.numpy()), gradients=gradients)
+    call = _call(_apart(bench), (logits.numpy(), labels.numpy()), gradients=gradients)
     return [Path(name="apart", call=call)]
 
 

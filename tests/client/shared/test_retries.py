@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lossd_client import Client, CustomLoss, FocalLoss, RetryPolicy
+from tests.client.lane_support import ENOUGH
 from tests.client.shared.relay import Relay
 from tests.client.shared.support import LABELS, LOGITS, assert_same, is_shared
 from tests.client.twins import KINDS, open_twin
@@ -34,20 +35,22 @@ def cut_and_release(server, relay):
     custom_modules.release.set()
 
 
-@pytest.mark.parametrize("method", ["call", "stream"])
+@pytest.mark.parametrize("method", ["call", "lane", "stream"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_is_never_written_to_by_an_earlier_attempt(both, relay, held, kind, method):
+def test_an_answer_is_never_written_to_by_an_earlier_attempt(both, relay, held, rapid, kind, method):
     with Client(both.addresses[1]) as other:
         custom_modules.release.set()
         expected = other.compute_loss(HELD, ARGUMENTS, gradients=True)
     custom_modules.release.clear()
     custom_modules.entered.clear()
     with open_twin(kind, relay.target, retries=QUICK) as twin:
-        twin.call("compute_loss", FocalLoss(), LOGITS, LABELS, gradients=True)
+        for _ in range(ENOUGH if method == "lane" else 1):
+            twin.call("compute_loss", FocalLoss(), LOGITS, LABELS, gradients=True)
+        assert both._handlers._lanes.used == (method == "lane")
         (region,) = twin.client._sharing.pool()._regions
         cutter = threading.Thread(target=cut_and_release, args=(both, relay))
         cutter.start()
-        if method == "call":
+        if method != "stream":
             result = twin.call("compute_loss", HELD, ARGUMENTS, gradients=True)
         else:
             (result,) = twin.stream("compute_loss_stream", HELD, [(ARGUMENTS,)], gradients=True)
