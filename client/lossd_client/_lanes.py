@@ -1,7 +1,7 @@
 """Small calls that follow one another closely, on a stream that stays open for them.
 
-To begin and end a call takes gRPC longer than to carry a small message: on a stream that is open already the
-same is answered in about half the time. Such a stream, a lane, holds a thread of the server. So it is opened
+To begin and end a call takes gRPC about as long as to carry a small message: an echo of 54 kB by call takes
+0.47 ms, on a stream that is open already 0.33 (`lossd bench rpc-S`). Such a stream, a lane, holds a thread of the server. So it is opened
 when it pays, is one caller's at a time, and does not stay for long. Whatever ends it, a request that has no
 answer then is made again as a call of its own.
 """

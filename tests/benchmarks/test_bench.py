@@ -169,6 +169,7 @@ def test_calls_of_a_server_in_a_child_process(tmp_path):
         "float16",
         "stock",
         "bare",
+        "open",
         "copy",
     ]
     for name in ("allocated", "shared", "rpc", "apart", "stock"):

@@ -24,10 +24,15 @@ from lossd_server.rpc.forms import Request
 
 ECHO = "/lossd.bench.Bare/Echo"
 """Answers with the bytes that it was sent."""
+ECHO_STREAM = "/lossd.bench.Bare/EchoStream"
+"""The same for each message of a stream."""
 SINK = "/lossd.bench.Bare/Sink"
 """Answers with nothing."""
 STOCK = "/lossd.bench.Bare/Stock"
 """`ComputeLoss` with no codec but protobuf's own."""
+
+_BARE_THREADS = 8
+"""One for a call at a time, and one for each stream that a case leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +76,7 @@ def main(device: str) -> None:
 
 
 def _serve(config: ServerConfig) -> None:
-    bare = grpc.server(ThreadPoolExecutor(2), options=server_options(config.max_message_bytes))
+    bare = grpc.server(ThreadPoolExecutor(_BARE_THREADS), options=server_options(config.max_message_bytes))
     bare.add_generic_rpc_handlers((_Bare(Engine(resolve_device(config.device))),))
     port = bare.add_insecure_port("127.0.0.1:0")
     bare.start()
@@ -95,6 +100,8 @@ class _Bare(grpc.GenericRpcHandler):
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[bytes, bytes] | None":
+        if handler_call_details.method == ECHO_STREAM:
+            return grpc.stream_stream_rpc_method_handler(lambda requests, _call: requests)
         answers = {ECHO: lambda data, _call: data, SINK: lambda _data, _call: b"", STOCK: self._stock}
         answer = answers.get(handler_call_details.method)
         return None if answer is None else grpc.unary_unary_rpc_method_handler(answer)

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from lossd_client import FCOSAssigner as AssignerConfig
 from lossd_client import FocalLoss as FocalConfig
 from lossd_server.bench import inputs, reference
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
-from lossd_server.bench.child import ECHO, SINK, STOCK
+from lossd_server.bench.child import ECHO, ECHO_STREAM, SINK, STOCK
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.engine.transfer import on_gpu
@@ -106,14 +107,13 @@ def _assign(bench: Workbench) -> Case:
     def ask(client: Client) -> None:
         client.assign_targets(AssignerConfig(), ground_truth, image_size=_IMAGE, sparse=True)
 
+    echoed = [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)]
     paths = (
         Path(name="here", call=here),
         Path(name="rpc", call=partial(ask, client)),
         Path(name="apart", call=partial(ask, _apart(bench))),
-        Path(
-            name="bare",
-            call=bare_call(bench, [torch.zeros(_ECHO_BYTES, dtype=torch.uint8)], method=ECHO),
-        ),
+        Path(name="bare", call=bare_call(bench, echoed, method=ECHO)),
+        Path(name="open", call=_open_echo(bench, echoed)),
     )
     return Case(paths=paths, base="bare")
 
@@ -144,6 +144,7 @@ def _transport(bench: Workbench, *, shape: Sequence[int], gradients: bool) -> Ca
             ),
             Path(name="stock", call=_stock(bench, logits, labels, gradients=gradients)),
             Path(name="bare", call=bare_call(bench, [logits, labels], method=ECHO if gradients else SINK)),
+            *_open_paths(bench, logits, labels, gradients=gradients),
             copy_path([logits]),
         ),
         base="bare",
@@ -288,12 +289,39 @@ def bare_call(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Ca
     """Returns a call that sends the same bytes to a handler that makes nothing of them."""
     channel = _channel(bench, bench.child().bare_address)
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
-    payload = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+    payload = _bytes_of(tensors)
 
     def send() -> None:
         call(payload)
 
     return send
+
+
+def _open_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
+    """Returns the same echo on a stream that is open already, where a client's small calls go on one."""
+    if not gradients or logits.nbytes >= LEAST_BYTES:
+        return []
+    return [Path(name="open", call=_open_echo(bench, [logits, labels]))]
+
+
+def _open_echo(bench: Workbench, tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Returns what sends the same bytes on an open stream, and waits until they are back."""
+    requests: SimpleQueue[bytes | None] = SimpleQueue()
+    channel = _channel(bench, bench.child().bare_address)
+    stream: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(ECHO_STREAM)
+    answers = stream(iter(requests.get, None))
+    bench.resources.callback(requests.put, None)
+    payload = _bytes_of(tensors)
+
+    def send() -> None:
+        requests.put(payload)
+        next(answers)
+
+    return send
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
 def _channel(bench: Workbench, address: str) -> grpc.Channel:
