@@ -92,18 +92,15 @@ class ClientBase(Generic[C]):
         """Returns the attempts at a call that may take so many seconds."""
         return Attempts(self._retries, self._deadline(timeout))
 
-    def _lane(self, call: Call[Any], size: int, deadline: Deadline) -> Any:
-        """Returns the lane that a call of so many bytes goes on; None where it goes by itself."""
-        keeper = self._lanes.get(call.method)
-        if keeper is None or size >= LARGEST_BYTES_ON_LANE:
+    def _lane_keeper(self, call: Call[Any], size: int) -> LaneKeeper[Any] | None:
+        """Returns what may have a lane for a call of so many bytes; None where it goes by itself."""
+        if size >= LARGEST_BYTES_ON_LANE or self._access.metadata() is not None:
             return None
-        if self._access.metadata() is not None:
-            return None
-        return keeper.take(self._channels.get(), deadline)
+        return self._lanes.get(call.method)
 
-    def _close_lanes(self) -> None:
+    def _close_lanes(self, channel: C) -> None:
         for keeper in self._lanes.values():
-            keeper.close()
+            keeper.close(channel)
 
     def _hedge(self, call: Call[Any], data: bytes) -> float | None:
         """Returns after how many seconds without an answer a request is sent a second time, if it is."""

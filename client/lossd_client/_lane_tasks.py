@@ -1,7 +1,7 @@
 """A lane for asyncio."""
 
 import asyncio
-from collections.abc import Callable
+import time
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -20,54 +20,61 @@ _ENDED = (grpc.RpcError, asyncio.InvalidStateError)
 class LaneOfTasks(_lanes.Lane):
     """A lane on which a task waits for its answer."""
 
-    def __init__(
-        self, channel: grpc.aio.Channel, method: str, deadline: Deadline, give_back: Callable[[], None]
-    ) -> None:
-        super().__init__(channel, method, deadline, give_back)
+    def __init__(self, channel: grpc.aio.Channel, method: str) -> None:
+        super().__init__(channel, method)
         stream: Any = channel.stream_stream(self.path)
-        self._call = stream(**self.settings)
-        self._loop = asyncio.get_running_loop()
-        self._idle = self._loop.call_later(_lanes.IDLE_SECONDS, self.close)
-        self._ending: asyncio.Task[None] | None = None
+        self._call = stream(**_lanes.SETTINGS)
+        self._idle_since = time.monotonic()
+        self._is_busy = False
+        self._closed = asyncio.Event()
+        self._end = asyncio.create_task(self._end_in_time())
 
-    async def ask(self, call: Call[R], request: bytes) -> R | None:
-        """Returns the result of a call; None where the lane has ended without an answer.
+    async def ask(self, call: Call[R], request: bytes, deadline: Deadline) -> R | None:
+        """Returns the result of a call; None where it is to be made by itself.
 
         Raises:
-            LossdError: The request was refused.
+            LossdError: The request was refused, or the deadline has passed.
         """
-        self._idle.cancel()
-        try:
-            data = await self._exchange(self.next_message(request))
-            return None if data is None else self.result(call, data)
-        finally:
-            if self.is_open:
-                self._idle = self._loop.call_later(_lanes.IDLE_SECONDS, self.close)
-            self.give_back()
+        data = await self._exchange(self.message(request), self.patience(deadline))
+        return self.result(call, data, deadline)
 
     def close(self) -> None:
         """Ends it, once what was sent is answered."""
-        if self.is_open:
-            self.is_open = False
-            self._idle.cancel()
-            self._ending = self._loop.create_task(self._finish())
+        self.is_open = False
+        self._closed.set()
 
-    async def _exchange(self, message: bytes) -> bytes | None:
-        """Returns what comes for a message; None where the lane has ended."""
+    async def _exchange(self, message: bytes, patience: float | None) -> bytes | None:
+        """Returns what comes for a message; None where nothing does."""
         data = None
+        self.is_sent = self._is_busy = self.is_open
         try:
-            await self._call.write(message)
-            answer = await self._call.read()
-            data = None if answer is grpc.aio.EOF else answer
-        except _ENDED:
+            if self.is_sent:
+                async with asyncio.timeout(patience):
+                    await self._call.write(message)
+                    answer = await self._call.read()
+                data = None if answer is grpc.aio.EOF else answer
+                self.has_failed = data is None
+        except (*_ENDED, TimeoutError):
             self.has_failed = True
         finally:
-            if data is None:  # also where the task was cancelled: the answer would be taken for the next
+            self._is_busy, self._idle_since = False, time.monotonic()
+            if data is None:  # also where the task was cancelled: an answer would be taken for the next
                 self.close()
                 self._call.cancel()
         return data
 
-    async def _finish(self) -> None:
-        with suppress(*_ENDED, asyncio.CancelledError):
+    async def _end_in_time(self) -> None:
+        """Ends it when it was closed, or nobody has used it for some time, or with its loop."""
+        try:
+            while self.is_open:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_lanes.IDLE_SECONDS / 4):
+                        await self._closed.wait()
+                if not self._is_busy and time.monotonic() - self._idle_since > _lanes.IDLE_SECONDS:
+                    self.is_open = False
             await self._call.done_writing()
             await self._call.read()
+        except _ENDED:
+            return
+        finally:
+            self._call.cancel()

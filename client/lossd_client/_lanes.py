@@ -1,9 +1,9 @@
 """Small calls that follow one another closely, on a stream that stays open for them.
 
 To begin and end a call takes gRPC about as long as to carry a small message: an echo of 54 kB by call takes
-0.47 ms, on a stream that is open already 0.33 (`lossd bench rpc-S`). Such a stream, a lane, holds a thread of the server. So it is opened
-when it pays, is one caller's at a time, and does not stay for long. Whatever ends it, a request that has no
-answer then is made again as a call of its own.
+0.47 ms, on a stream that is open already 0.33 (`lossd bench rpc-S`). Such a stream, a lane, holds a thread of
+the server. So it is opened when it pays, is one caller's at a time, and does not stay for long. Whatever ends
+it, a request that has no answer then is made again as a call of its own.
 """
 
 import math
@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import grpc
+
 from lossd.envelopes import envelope, opened
 from lossd.headers import ONE_AT_A_TIME
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
 from lossd.writing import placed
 from lossd_client._calls import Call, method_path, read_answer, read_result
-from lossd_client._errors import LossdError, UnavailableError, error_of_answer
+from lossd_client._errors import DeadlineError, LossdError, UnavailableError, at_item, error_of_answer
 from lossd_client._retries import Deadline
 
 R = TypeVar("R")
@@ -35,20 +37,26 @@ RAPID_SECONDS = 0.02
 IDLE_SECONDS = 1.0
 """After which a lane that nobody uses ends."""
 
-LIFE_SECONDS = 10.0
-"""How long a lane lasts at most. It is used for the first half of that, so that every call has the other."""
+USE_SECONDS = 5.0
+"""After which no call begins on a lane any more: the next may find another server."""
 
-LEAST_SECONDS = 1.0
-"""A call that may take no longer has no lane opened."""
+FIRST_SECONDS = 1.0
+"""How long the first answer may take, and not more than a quarter of its call's time: there are proxies that
+hand requests on when all of them have come."""
 
-REFUSED_SECONDS = 10.0
-"""For how long none is opened after one that failed: the server has no more to give, or is going away."""
+LEAST_PAUSE, MOST_PAUSE = 10.0, 600.0
+"""For how long none is opened after one that failed, as the server has no more to give, or is going away: for
+longer each time, until one has answered."""
+
+METHODS = ("ComputeLoss", "AssignTargets")
+"""Those that have lanes."""
 
 _MOST_MARKS = 100
 """Requests are marked from 1 to this, and then anew: there is one at a time."""
 
-METHODS = ("ComputeLoss", "AssignTargets")
-"""Those that have lanes."""
+SETTINGS: Mapping[str, Any] = {"metadata": ((ONE_AT_A_TIME, "1"),), "timeout": 60.0}
+"""What goes with the call that is a lane; it has ended before, unless its client is gone but its connection
+is not."""
 
 
 class Lane:
@@ -57,57 +65,58 @@ class Lane:
     Args:
         channel: Where it is.
         method: The method whose requests it takes.
-        deadline: That of the call that it is opened for.
-        give_back: Called when a call on it is over.
 
     Attributes:
         channel: As above.
-        give_back: As above.
+        path: What gRPC calls its method.
         is_open: Whether another request may be sent.
-        has_failed: Whether it has ended with an error, or for one.
+        is_proven: Whether an answer has come.
+        is_sent: Whether the latest request was sent.
+        has_failed: Whether it ended when an answer was due, or turned a request away.
     """
 
-    def __init__(self, channel: Any, method: str, deadline: Deadline, give_back: Callable[[], None]) -> None:
-        now, remaining = time.monotonic(), deadline.remaining()
+    def __init__(self, channel: Any, method: str) -> None:
         self.channel = channel
-        self.give_back = give_back
         self.is_open = True
-        self.has_failed = False
-        self._life = LIFE_SECONDS if remaining is None else min(LIFE_SECONDS, remaining / 2)
-        self._last_use, self._end = now + self._life / 2, now + self._life
+        self.is_proven = self.is_sent = self.has_failed = False
         self._name = f"{method}Stream"
+        self.path = method_path(self._name)
+        self._last_use = time.monotonic() + USE_SECONDS
         self._mark = 0
-
-    @property
-    def path(self) -> str:
-        """What gRPC calls its method."""
-        return method_path(self._name)
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """What goes with its call."""
-        return {"timeout": self._life, "metadata": ((ONE_AT_A_TIME, "1"),)}
 
     @property
     def is_fresh(self) -> bool:
         """Whether another call may begin on it."""
         return self.is_open and time.monotonic() < self._last_use
 
-    def ends_by(self, deadline: Deadline) -> bool:
-        """Whether a call is over at its deadline even if only the end of the lane ends it."""
-        return not deadline.is_before(self._end)
+    def patience(self, deadline: Deadline) -> float | None:
+        """Returns for how many seconds the next answer is waited for; None for no end."""
+        remaining = deadline.remaining()
+        if self.is_proven:
+            return remaining
+        return FIRST_SECONDS if remaining is None else min(FIRST_SECONDS, remaining / 4)
 
-    def next_message(self, request: bytes) -> bytes:
-        """Returns what is sent for a request."""
+    def message(self, request: bytes) -> bytes:
+        """Returns what is sent for the next request."""
         self._mark = self._mark % _MOST_MARKS + 1
         return b"".join(placed(envelope(self._mark, [request])))
 
-    def result(self, call: Call[R], data: bytes) -> R | None:
-        """Returns the result of a call; None where this is not the answer to its request.
+    def result(self, call: Call[R], data: bytes | None, deadline: Deadline) -> R | None:
+        """Returns the result of a call; None where it is to be made by itself.
+
+        Args:
+            call: The call.
+            data: What came for its request; None where nothing did.
+            deadline: When it is to be over.
 
         Raises:
-            LossdError: The request was refused.
+            LossdError: The request was refused, or the deadline has passed.
         """
+        if data is None:
+            if deadline.remaining() == 0:
+                raise DeadlineError(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+            return None
+        self.is_proven = True
         found = opened(data)
         if found is not None and found[0] == self._mark:
             return call.result(data[found[1] :])
@@ -116,15 +125,15 @@ class Lane:
             self.close()
             return None
         if answer.message.WhichOneof("outcome") == "error":
-            raise self._refusal(answer.message.error)
+            raise self._refusal(answer.message.error, call)
         return read_result(call.method, call.read, Parcel(answer.message.response, answer.payloads))
 
     def close(self) -> None:
         """Ends it, once what was sent is answered."""
         raise NotImplementedError
 
-    def _refusal(self, error: pb.Error) -> LossdError:
-        refusal = error_of_answer(error)
+    def _refusal(self, error: pb.Error, call: Call[Any]) -> LossdError:
+        refusal = at_item(error_of_answer(error), call.first_item)
         if isinstance(refusal, UnavailableError):  # this server is: a call may find another
             self.has_failed = True
             self.close()
@@ -139,51 +148,61 @@ class LaneKeeper(Generic[L]):
 
     Args:
         method: The method.
-        make: Opens a lane; takes what `Lane` does.
+        make: Opens a lane, of a channel and the method; raises `RuntimeError` where there are no threads.
     """
 
-    def __init__(self, method: str, make: Callable[[Any, str, Deadline, Callable[[], None]], L]) -> None:
+    def __init__(self, method: str, make: Callable[[Any, str], L]) -> None:
         self._method = method
         self._make = make
         self._taken = threading.Lock()
         self._lane: L | None = None
         self._in_a_row = 0
         self._last_call = -math.inf
-        self._refused_until = -math.inf
+        self._opens_from = -math.inf
+        self._pause = LEAST_PAUSE
 
-    def take(self, channel: Any, deadline: Deadline) -> L | None:
-        """Returns a lane for a call; None where it goes by itself."""
+    def take(self, channel: Any) -> L | None:
+        """Returns a lane for a call, to be given back after it; None where the call goes by itself."""
         if not self._taken.acquire(blocking=False):
             return None
         lane = None
         try:
-            lane = self._lane_for(channel, deadline)
+            lane = self._lane_for(channel)
         finally:
             if lane is None:
                 self._taken.release()
         return lane
 
-    def close(self) -> None:
-        """Ends the lane, if there is one."""
-        lane, self._lane = self._lane, None
-        if lane is not None:
+    def give_back(self, lane: L) -> None:
+        """Takes a lane back."""
+        if lane.has_failed:
+            self._opens_from = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, MOST_PAUSE)
+        elif lane.is_proven:
+            self._pause = LEAST_PAUSE
+        self._taken.release()
+
+    def close(self, channel: Any) -> None:
+        """Ends the lane of a channel, if there is one; one of another was made elsewhere, as that was."""
+        lane = self._lane
+        if lane is not None and lane.channel is channel:
+            self._lane = None
             lane.close()
 
-    def _lane_for(self, channel: Any, deadline: Deadline) -> L | None:
+    def _lane_for(self, channel: Any) -> L | None:
         now = time.monotonic()
         self._in_a_row = self._in_a_row + 1 if now - self._last_call < RAPID_SECONDS else 0
         self._last_call = now
-        if self._lane is not None and self._lane.channel is not channel:
-            self._lane = None  # made elsewhere, like its channel, and so not closed
-        if self._lane is None or not self._lane.is_fresh:
-            self.close()
-            is_worth_it = self._in_a_row >= RAPID_CALLS and deadline.leaves(LEAST_SECONDS)
-            if not is_worth_it or now < self._refused_until:
-                return None
-            self._lane = self._make(channel, self._method, deadline, self._give_back)
-        return self._lane if self._lane.ends_by(deadline) else None
-
-    def _give_back(self) -> None:
-        if self._lane is not None and self._lane.has_failed:
-            self._refused_until = time.monotonic() + REFUSED_SECONDS
-        self._taken.release()
+        lane = self._lane
+        if lane is not None and lane.channel is channel:
+            if lane.is_fresh:
+                return lane
+            self.close(channel)
+        if self._in_a_row < RAPID_CALLS or now < self._opens_from:
+            return None
+        try:
+            self._lane = lane = self._make(channel, self._method)
+        except RuntimeError:
+            self._opens_from = now + MOST_PAUSE
+            return None
+        return lane

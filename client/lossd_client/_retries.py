@@ -66,10 +66,6 @@ class Deadline:
         """Returns the seconds that are left, none below 0; None for no end."""
         return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
-    def is_before(self, moment: float) -> bool:
-        """Returns whether it comes before a moment of the monotonic clock."""
-        return self._end is not None and self._end < moment
-
     def leaves(self, seconds: float) -> bool:
         """Returns whether there is time for a pause, and some after it."""
         remaining = self.remaining()

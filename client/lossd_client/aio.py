@@ -192,8 +192,8 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def close(self) -> None:
         """Closes the connection, if this client made one here; a later call makes another."""
-        self._close_lanes()
         if channel := self._channels.take():
+            self._close_lanes(channel)
             await channel.close()
         self._sharing.close()
 
@@ -226,13 +226,24 @@ class AsyncClient(ClientBase[grpc.aio.Channel]):
 
     async def _result(self, call: Call[R], request: bytes | list[Buffer], deadline: Deadline) -> R:
         """Returns what comes of one attempt at a call."""
-        if isinstance(request, bytes) and (lane := self._lane(call, len(request), deadline)) is not None:
-            result: R | None = await lane.ask(call, request)
-            if result is not None:
-                return result
-            if call.storage.is_written_to:
-                raise MemoryInUseError
-        return call.result(await self._send(call, request, deadline))
+        result: R | None = None
+        if isinstance(request, bytes):
+            result = await self._on_lane(call, request, deadline)
+        return call.result(await self._send(call, request, deadline)) if result is None else result
+
+    async def _on_lane(self, call: Call[R], request: bytes, deadline: Deadline) -> R | None:
+        """Returns the result of a small call that closely follows others; None where it is to be sent."""
+        keeper = self._lane_keeper(call, len(request))
+        lane: LaneOfTasks | None = None if keeper is None else keeper.take(self._channels.get())
+        if keeper is None or lane is None:
+            return None
+        try:
+            result = await lane.ask(call, request, deadline)
+        finally:
+            keeper.give_back(lane)
+        if result is None and lane.is_sent and call.storage.is_written_to:
+            raise MemoryInUseError
+        return result
 
     async def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:
         if isinstance(request, bytes):

@@ -44,6 +44,8 @@ class Client(ClientBase[grpc.Channel]):
     Connects when first used, and anew in every process: an instance made before a fork, or pickled,
     works in the child. Threads may share one. Use it as a context manager, or call `close`.
 
+    Small calls that closely follow one another go on a stream that stays open for them, for seconds at most.
+
     Args:
         target: Where the server listens: `host:port`, `unix:///path`, or any gRPC target. Calls go round
             all addresses of one: those of a name (`dns:///name:port`), or several as `ip:port,ip:port`
@@ -289,8 +291,8 @@ class Client(ClientBase[grpc.Channel]):
 
     def close(self) -> None:
         """Closes the connection, if this client made one in this process; a later call makes another."""
-        self._close_lanes()
         if channel := self._channels.take():
+            self._close_lanes(channel)
             channel.close()
         self._sharing.close()
 
@@ -323,13 +325,22 @@ class Client(ClientBase[grpc.Channel]):
 
     def _result(self, call: Call[R], request: bytes | list[Buffer], deadline: Deadline) -> R:
         """Returns what comes of one attempt at a call."""
-        if isinstance(request, bytes) and (lane := self._lane(call, len(request), deadline)) is not None:
-            result: R | None = lane.ask(call, request)
-            if result is not None:
-                return result
-            if call.storage.is_written_to:
-                raise MemoryInUseError
-        return call.result(self._send(call, request, deadline))
+        result = self._on_lane(call, request, deadline) if isinstance(request, bytes) else None
+        return call.result(self._send(call, request, deadline)) if result is None else result
+
+    def _on_lane(self, call: Call[R], request: bytes, deadline: Deadline) -> R | None:
+        """Returns the result of a small call that closely follows others; None where it is to be sent."""
+        keeper = self._lane_keeper(call, len(request))
+        lane: LaneOfThreads | None = None if keeper is None else keeper.take(self._channels.get())
+        if keeper is None or lane is None:
+            return None
+        try:
+            result = lane.ask(call, request, deadline)
+        finally:
+            keeper.give_back(lane)
+        if result is None and lane.is_sent and call.storage.is_written_to:
+            raise MemoryInUseError
+        return result
 
     def _send(self, call: Call[Any], request: bytes | list[Buffer], deadline: Deadline) -> Buffer:
         if isinstance(request, bytes):

@@ -71,3 +71,10 @@ def test_every_loop_has_its_own(lane_server):
     assert len(set(found)) == 1
     assert opened(lane_server) == 3
     eventually(lambda: in_use(lane_server) == 0)
+
+
+def test_a_client_is_closed_in_another_loop_than_it_was_used_in(lane_server):
+    client = AsyncClient(lane_server.addresses[0])
+    asyncio.run(open_lane(client))
+    asyncio.run(client.close())
+    eventually(lambda: in_use(lane_server) == 0)

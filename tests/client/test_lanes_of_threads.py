@@ -46,9 +46,44 @@ def test_no_thread_is_left_when_it_has_ended(lane_server):
     before = set(threading.enumerate())
     with Client(lane_server.addresses[0]) as client:
         open_lane(Sync(client))
-        made = client._lanes["ComputeLoss"]._lane._threads
+        made = {*client._lanes["ComputeLoss"]._lane._threads, _named("lossd-lanes")}
         assert made <= set(threading.enumerate()) - before
     eventually(lambda: not any(thread.is_alive() for thread in made))
+
+
+def _named(name):
+    return next(thread for thread in threading.enumerate() if thread.name == name)
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_where_a_thread_cannot_be_made_calls_are(lane_server, twin, monkeypatch, fails):
+    start, made = threading.Thread.start, []
+
+    def start_if_possible(thread):
+        if "lossd" not in thread.name or thread.name == "lossd-lanes":
+            made.append(thread)
+            if len(made) == fails:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    for _ in range(lanes.RAPID_CALLS):
+        evaluate(twin)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_if_possible)
+        for _ in range(ENOUGH):
+            assert evaluate(twin, timeout=20).loss > 0
+        assert len(made) >= fails
+    for _ in range(ENOUGH):
+        assert evaluate(twin, timeout=20).loss > 0
+
+
+def test_one_that_is_ended_by_a_thread_that_was_made_with_it_has_ended(lane_server, twin):
+    open_lane(twin)
+    lane = twin.client._lanes["ComputeLoss"]._lane
+    lane._threads.append(threading.current_thread())
+    lane.end()
+    eventually(lambda: in_use(lane_server) == 0)
+    assert evaluate(twin).loss > 0
 
 
 def test_a_client_that_is_forgotten_leaves_nothing_behind(lane_server):

@@ -1,11 +1,12 @@
 """Calls that are made again, and whose memory a server may still write to."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from lossd_client import Client, CustomLoss, FocalLoss, RetryPolicy
+from lossd_client import Client, CustomLoss, FocalLoss, RetryPolicy, _lanes
 from tests.client.lane_support import ENOUGH
 from tests.client.shared.relay import Relay
 from tests.client.shared.support import LABELS, LOGITS, assert_same, is_shared
@@ -91,3 +92,20 @@ def test_a_stream_to_a_server_that_knows_no_region_at_last_sends_messages(both, 
         (result,) = twin.stream("compute_loss_stream", FocalLoss(), [(LOGITS, LABELS)], gradients=True)
         assert not is_shared(twin.client, result.gradients["inputs"])
         assert np.isfinite(result.loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lane_that_ends_when_nothing_was_asked_costs_no_memory(both, target, rapid, monkeypatch, kind):
+    monkeypatch.setattr(_lanes, "IDLE_SECONDS", 0.05)
+    with open_twin(kind, target) as twin:
+        kept = []
+        for _ in range(3):
+            kept += [evaluate(twin) for _ in range(ENOUGH)]
+            time.sleep(0.3)
+        (region,) = twin.client._sharing.pool()._regions
+        assert not region.is_retired
+        assert all(is_shared(twin.client, result.gradients["inputs"]) for result in kept)
+
+
+def evaluate(twin):
+    return twin.call("compute_loss", FocalLoss(), LOGITS, LABELS, gradients=True)
