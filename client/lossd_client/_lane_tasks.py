@@ -13,6 +13,9 @@ from lossd_client._retries import Deadline
 
 R = TypeVar("R")
 
+_END_SECONDS = 0.2
+"""How long the end of a loop waits for a lane to end."""
+
 _ENDED = (grpc.RpcError, asyncio.InvalidStateError)
 """What gRPC raises where a call has ended."""
 
@@ -72,9 +75,14 @@ class LaneOfTasks(_lanes.Lane):
                         await self._closed.wait()
                 if not self._is_busy and time.monotonic() - self._idle_since > _lanes.IDLE_SECONDS:
                     self.is_open = False
-            await self._call.done_writing()
-            await self._call.read()
-        except _ENDED:
-            return
         finally:
-            self._call.cancel()
+            self.is_open = False
+            await self._finish()
+
+    async def _finish(self) -> None:
+        """Ends the call, and waits until it has: what comes when the loop is closed fails there."""
+        with suppress(*_ENDED, TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await self._call.done_writing()
+                await self._call.read()
+        self._call.cancel()
