@@ -75,9 +75,11 @@ class LaneOfTasks(_lanes.Lane):
                         await self._closed.wait()
                 if not self._is_busy and time.monotonic() - self._idle_since > _lanes.IDLE_SECONDS:
                     self.is_open = False
-        finally:
+        except asyncio.CancelledError:
             self.is_open = False
             await self._finish()
+            raise
+        await self._finish()
 
     async def _finish(self) -> None:
         """Ends the call, and waits until it has: what comes when the loop is closed fails there."""
