@@ -21,7 +21,6 @@ _LOOK_SECONDS = 0.05
 _END_SECONDS = 0.2
 """How long a fork waits for lanes to end."""
 
-
 _THREADS = 3
 """Of a lane: gRPC's two, and the one that watches."""
 
@@ -88,11 +87,8 @@ class LaneOfThreads(_lanes.Lane):
         finally:
             with self._lock:
                 self._late_from, self._idle_since = None, time.monotonic()
-                if (
-                    data is None
-                ):  # also where the caller was interrupted: the answer would be taken for the next
-                    self._close()
-            if data is None:
+            if data is None:  # also where the caller was interrupted: an answer would be taken for the next
+                self.close()
                 self._answers.cancel()
         return data
 

@@ -72,7 +72,7 @@ class Lane:
         is_open: Whether another request may be sent.
         is_proven: Whether an answer has come.
         is_sent: Whether the latest request was sent.
-        has_failed: Whether it ended when an answer was due, or turned a request away.
+        has_failed: Whether it ended when an answer was due, or gave none that was asked for.
     """
 
     def __init__(self, channel: Any, method: str) -> None:
@@ -122,6 +122,7 @@ class Lane:
             return call.result(data[found[1] :])
         answer = read_answer(self._name, data)
         if answer.message.id != self._mark:
+            self.has_failed = True
             self.close()
             return None
         if answer.message.WhichOneof("outcome") == "error":

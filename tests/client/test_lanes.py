@@ -6,6 +6,7 @@ import time
 import grpc
 import pytest
 
+from lossd.v1 import loss_service_pb2 as pb
 from lossd_client import (
     Client,
     CustomLoss,
@@ -233,6 +234,19 @@ def test_what_lets_no_request_through_before_all_have_come_is_found_out(target, 
         for _ in range(5):
             open_lane(twin)
         assert time.monotonic() - began < 20
+        assert proxy.calls.count("ComputeLossStream") == 1
+
+
+def test_an_answer_to_another_request_is_no_answer(target, kind, twin):
+    def confuse(proxy, method, requests, call):
+        for data in forward_stream(proxy, method, requests, call):
+            answer = pb.ComputeLossStreamResponse.FromString(data)
+            answer.id += 1
+            yield answer.SerializeToString()
+
+    expected = evaluate(twin).loss
+    with proxy_of(target, *UNTIL_THEN, confuse) as proxy, open_twin(kind, proxy.address) as through:
+        assert all(evaluate(through).loss == expected for _ in range(2 * ENOUGH))
         assert proxy.calls.count("ComputeLossStream") == 1
 
 
