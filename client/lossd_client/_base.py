@@ -15,6 +15,7 @@ from lossd_client._lanes import LARGEST_BYTES as LARGEST_BYTES_ON_LANE
 from lossd_client._lanes import METHODS, LaneKeeper
 from lossd_client._retries import ONCE, Attempts, Deadline, RetryPolicy
 from lossd_client._sharing import Sharing
+from lossd_client._tracing import with_trace
 
 C = TypeVar("C")
 
@@ -66,8 +67,9 @@ class ClientBase(Generic[C]):
         self._channels: ChannelKeeper[C] = ChannelKeeper(
             channel, partial(self._open, self._access), self._place
         )
-        # A channel of the caller's carries the caller's calls and nothing else, and so do calls that race.
-        methods = () if self._channels.is_given or hedge_after is not None else METHODS
+        # What holds for each call holds for calls alone: a token, a race, what the caller's channel does.
+        makes_calls = channel is not None or hedge_after is not None or token is not None
+        methods = () if makes_calls else METHODS
         self._lanes = {method: LaneKeeper[Any](method, self._open_lane) for method in methods}
         self._sharing = Sharing(address, wanted=shared_memory and channel is None)
 
@@ -94,9 +96,10 @@ class ClientBase(Generic[C]):
 
     def _lane_keeper(self, call: Call[Any], size: int) -> LaneKeeper[Any] | None:
         """Returns what may have a lane for a call of so many bytes; None where it goes by itself."""
-        if size >= LARGEST_BYTES_ON_LANE or self._access.metadata() is not None:
+        keeper = self._lanes.get(call.method)
+        if keeper is None or size >= LARGEST_BYTES_ON_LANE or with_trace(None) is not None:
             return None
-        return self._lanes.get(call.method)
+        return keeper
 
     def _close_lanes(self, channel: C) -> None:
         for keeper in self._lanes.values():

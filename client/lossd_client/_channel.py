@@ -24,11 +24,6 @@ class ChannelKeeper(Generic[C]):
         self._home: object = None
         self._methods: dict[str, tuple[C, Any]] = {}
 
-    @property
-    def is_given(self) -> bool:
-        """Whether the channel is the caller's."""
-        return self._given is not None
-
     def get(self) -> C:
         """Returns the channel to use here."""
         if self._given is not None:

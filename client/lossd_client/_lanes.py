@@ -55,8 +55,8 @@ _MOST_MARKS = 100
 """Requests are marked from 1 to this, and then anew: there is one at a time."""
 
 SETTINGS: Mapping[str, Any] = {"metadata": ((ONE_AT_A_TIME, "1"),), "timeout": 60.0}
-"""What goes with the call that is a lane; it has ended before, unless its client is gone but its connection
-is not."""
+"""What goes with the call that is a lane. It has ended before, unless its client is gone but its connection
+is not, or an answer takes so long: then its request is made again as a call."""
 
 
 class Lane:

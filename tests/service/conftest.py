@@ -35,6 +35,19 @@ def fresh() -> Iterator[Server]:
 
 
 @pytest.fixture
+def small_server() -> Iterator[Server]:
+    """A server that nobody else talks to and that has few streams."""
+    with make_server(max_streams=3) as running:
+        yield running
+
+
+@pytest.fixture
+def small_stub(small_server: Server) -> Iterator[LossServiceStub]:
+    with connect(small_server) as made:
+        yield made
+
+
+@pytest.fixture
 def device_held() -> Iterator[threading.Event]:
     """Lets `Held` go at the end, whatever happens; set when it has the device."""
     custom_modules.entered.clear()

@@ -264,7 +264,7 @@ def test_watchers_whose_bodies_are_all_late_are_all_served():
     with make_server(read_seconds=600) as server, withheld(server) as calls:
         body = health_pb2.HealthCheckRequest().SerializeToString()
         watches = [calls.stream(f"{HEALTH}/Watch", body) for _ in range(MAX_WATCHERS // 2)]
-        eventually(lambda: server._standard._reader.waiting_count == len(watches))
+        eventually(lambda: len(server._standard._reader._waits) == len(watches))
         calls.release()
         for watch in watches:
             found = health_pb2.HealthCheckResponse.FromString(next(watch))

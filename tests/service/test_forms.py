@@ -180,6 +180,19 @@ def test_requests_on_a_stream_are_known_again_as_those_of_calls_are(rng):
     assert method.forms.read(focal(rng).SerializeToString()).form is request.form
 
 
+def test_a_large_tensor_on_a_stream_is_read_where_it_came():
+    method = Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=None)
+    stream = StreamMethod(
+        method=method, request=pb.ComputeLossStreamRequest, response=pb.ComputeLossStreamResponse
+    )
+    data = pb.ComputeLossStreamRequest(id=7, request=LARGE).SerializeToString()
+    mark, request = stream.read(data)
+    assert mark == 7
+    views = [memoryview(buffer).obj for buffer in request.payloads.buffers]
+    assert len(views) == 2
+    assert all(view is data for view in views)
+
+
 FINE = pb.ComputeLossRequest(gradients=[""] * (module._MOST_FIELDS + 1))
 LONG = pb.ComputeLossRequest(gradients=["x" * module._MOST_FIXED_BYTES])
 LARGE = loss_request(

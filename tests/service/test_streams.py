@@ -61,18 +61,6 @@ def readers():
     return [thread for thread in threading.enumerate() if thread.name == "lossd-reader"]
 
 
-@pytest.fixture
-def small_server():
-    with make_server(max_streams=3) as running:
-        yield running
-
-
-@pytest.fixture
-def small_stub(small_server):
-    with connect(small_server) as made:
-        yield made
-
-
 def test_losses_are_answered_by_id(stub):
     rng = np.random.default_rng(5)
     requests = {

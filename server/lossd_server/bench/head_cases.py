@@ -7,10 +7,11 @@ import torch
 from lossd_client import Client
 from lossd_client import FCOSLoss as FCOSConfig
 from lossd_server.bench import inputs
+from lossd_server.bench.bare_calls import bare_call
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, eager_call
 from lossd_server.bench.child import ECHO
 from lossd_server.bench.loss_cases import eager_documented, evaluate
-from lossd_server.bench.transport_cases import bare_call, engine_call
+from lossd_server.bench.transport_cases import engine_call
 from lossd_server.losses import FCOSLoss
 from lossd_server.targets import DEFAULT_STRIDES, feature_sizes
 

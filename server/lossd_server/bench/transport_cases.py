@@ -3,14 +3,12 @@
 import collections
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import grpc
 import torch
 from torch import Tensor
 
-from lossd.channel_options import client_options
 from lossd.chunks import LEAST_BYTES
 from lossd.gpu_memory import GpuArray
 from lossd.tensors import Array, pack, unpack
@@ -22,8 +20,9 @@ from lossd_client import Client
 from lossd_client import FCOSAssigner as AssignerConfig
 from lossd_client import FocalLoss as FocalConfig
 from lossd_server.bench import inputs, reference
+from lossd_server.bench.bare_calls import bare_call, channel_to, open_echo
 from lossd_server.bench.case import Case, CaseSpec, Outcome, Path, Workbench, copy_path, eager_call
-from lossd_server.bench.child import ECHO, ECHO_STREAM, SINK, STOCK
+from lossd_server.bench.child import ECHO, SINK, STOCK
 from lossd_server.bench.loss_cases import evaluate
 from lossd_server.engine import Engine, LossItem, LossJob
 from lossd_server.engine.transfer import on_gpu
@@ -113,7 +112,7 @@ def _assign(bench: Workbench) -> Case:
         Path(name="rpc", call=partial(ask, client)),
         Path(name="apart", call=partial(ask, _apart(bench))),
         Path(name="bare", call=bare_call(bench, echoed, method=ECHO)),
-        Path(name="open", call=_open_echo(bench, echoed)),
+        Path(name="open", call=open_echo(bench, echoed)),
     )
     return Case(paths=paths, base="bare")
 
@@ -217,7 +216,7 @@ def _call(
 
 def _apart(bench: Workbench) -> Client:
     """Returns a client whose small calls each begin and end, as all do over a channel of the caller's."""
-    return Client(channel=_channel(bench, bench.child().address))
+    return Client(channel=channel_to(bench, bench.child().address))
 
 
 def _apart_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
@@ -232,7 +231,7 @@ def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients:
     """Returns the same call in one message, where the client sends it in chunks."""
     if logits.nbytes < LEAST_BYTES:
         return []
-    channel = _channel(bench, bench.child().address)
+    channel = channel_to(bench, bench.child().address)
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_COMPUTE_LOSS)
 
     def compute() -> Outcome:
@@ -244,7 +243,7 @@ def _whole_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients:
 
 def _stock(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> Callable[[], Outcome]:
     """Returns the same call with stock protobuf on both sides."""
-    channel = _channel(bench, bench.child().bare_address)
+    channel = channel_to(bench, bench.child().bare_address)
     call: grpc.UnaryUnaryMultiCallable[pb.ComputeLossRequest, pb.ComputeLossResponse] = channel.unary_unary(
         STOCK,
         request_serializer=pb.ComputeLossRequest.SerializeToString,
@@ -285,46 +284,8 @@ def _outcome(answer: Parcel[pb.ComputeLossResponse]) -> Outcome:
     return [unpack(result.loss, answer.payloads), *gradients]
 
 
-def bare_call(bench: Workbench, tensors: Sequence[Tensor], *, method: str) -> Callable[[], None]:
-    """Returns a call that sends the same bytes to a handler that makes nothing of them."""
-    channel = _channel(bench, bench.child().bare_address)
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
-    payload = _bytes_of(tensors)
-
-    def send() -> None:
-        call(payload)
-
-    return send
-
-
 def _open_paths(bench: Workbench, logits: Tensor, labels: Tensor, *, gradients: bool) -> list[Path]:
     """Returns the same echo on a stream that is open already, where a client's small calls go on one."""
     if not gradients or logits.nbytes >= LEAST_BYTES:
         return []
-    return [Path(name="open", call=_open_echo(bench, [logits, labels]))]
-
-
-def _open_echo(bench: Workbench, tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Returns what sends the same bytes on an open stream, and waits until they are back."""
-    requests: SimpleQueue[bytes | None] = SimpleQueue()
-    channel = _channel(bench, bench.child().bare_address)
-    stream: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(ECHO_STREAM)
-    answers = stream(iter(requests.get, None))
-    bench.resources.callback(requests.put, None)
-    payload = _bytes_of(tensors)
-
-    def send() -> None:
-        requests.put(payload)
-        next(answers)
-
-    return send
-
-
-def _bytes_of(tensors: Sequence[Tensor]) -> bytes:
-    return b"".join(tensor.numpy().tobytes() for tensor in tensors)
-
-
-def _channel(bench: Workbench, address: str) -> grpc.Channel:
-    channel = grpc.insecure_channel(address, options=client_options())
-    bench.resources.callback(channel.close)
-    return channel
+    return [Path(name="open", call=open_echo(bench, [logits, labels]))]

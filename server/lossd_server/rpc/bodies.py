@@ -86,11 +86,6 @@ class BodyReader:
         self._watch: threading.Thread | None = None
         self._closed = threading.Event()
 
-    @property
-    def waiting_count(self) -> int:
-        """How many calls wait for their bodies."""
-        return len(self._waits)
-
     def read(self, take: Callable[[Callable[[], None]], T], call: grpc.ServicerContext) -> T:
         """Returns the body of a call.
 
