@@ -15,7 +15,7 @@ from lossd_client._maps import DenseForm, dense_targets
 from lossd_client._packing import pack_ground_truth
 from lossd_client._storage import Storage
 from lossd_client._streams import Stream
-from lossd_client._targets import DenseTargets, SparseTargets, read_targets
+from lossd_client._targets import DenseTargets, SparseTargets, read_targets, read_usual_targets
 
 _ITEM = tags_of(pb.AssignTargetsRequest.DESCRIPTOR)["items"]
 _GROUND_TRUTH = tags_of(pb.AssignItem.DESCRIPTOR)["ground_truth"]
@@ -31,6 +31,7 @@ def assign_call(
         request=assign_request(assigner, ground_truth, storage=storage, **settings),
         read=partial(_read_targets, storage=storage),
         storage=storage,
+        read_usual=partial(_read_usual, storage=storage),
     )
 
 
@@ -92,7 +93,16 @@ def _about(image_size: tuple[int, int] | None, feature_sizes: tuple[tuple[int, i
 
 
 def _read_targets(answer: Parcel[pb.AssignTargetsResponse], storage: Storage) -> DenseTargets | SparseTargets:
-    targets = read_targets(answer)
+    return _as_asked(read_targets(answer), storage)
+
+
+def _read_usual(data: bytes, storage: Storage) -> DenseTargets | SparseTargets | None:
+    targets = read_usual_targets(data)
+    return None if targets is None else _as_asked(targets, storage)
+
+
+def _as_asked(targets: DenseTargets | SparseTargets, storage: Storage) -> DenseTargets | SparseTargets:
+    """Returns targets as the caller wants them, who was sent what is smaller."""
     if storage.dense_form is None or isinstance(targets, DenseTargets):
         return targets
     return dense_targets(targets, storage.dense_form)

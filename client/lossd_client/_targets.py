@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lossd.tensors import unpack
+from lossd.target_answers import read_sparse_targets
+from lossd.tensors import TensorError, unpack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd.v1.tensor_pb2 import Tensor
@@ -18,6 +19,8 @@ from lossd_client._reading import optional_array, preset_name, timings_of
 _read_size = attrgetter("height", "width")
 
 _INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
+
+_NONE_IGNORED: Array = np.ndarray((0, 4), _INT32, b"")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,13 +107,10 @@ class SparseTargets:
 def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | SparseTargets:
     """Returns the targets of the one item of a request; raises `TensorError` where they are none."""
     response, payloads = answer.message, answer.payloads
+    if len(response.results) != 1:
+        raise TensorError("INVALID_TENSOR", f"it has {len(response.results)} results, want 1")
     (result,) = response.results
-    about: dict[str, Any] = {
-        "positive_counts": tuple(result.positive_counts),
-        "feature_sizes": tuple(map(_read_size, result.feature_sizes)),
-        "preset": preset_name(losses_pb2.AssignerPreset, result.preset),
-        "timings": timings_of(response.timings),
-    }
+    about = _about(result, response)
     if result.WhichOneof("targets") == "dense":
         levels = tuple(_dense_level(level, payloads) for level in result.dense.levels)
         return DenseTargets(levels=levels, **about)
@@ -124,6 +124,33 @@ def read_targets(answer: Parcel[pb.AssignTargetsResponse]) -> DenseTargets | Spa
         ignored=_integers(sparse.ignored, payloads, _INT32),
         **about,
     )
+
+
+def read_usual_targets(data: bytes) -> SparseTargets | None:
+    """Returns the targets that an answer of one item holds; None where their layout is not the usual."""
+    found = read_sparse_targets(data)
+    if found is None:
+        return None
+    locations, labels, ltrb, centerness, matched = found.tensors
+    return SparseTargets(
+        locations=locations,
+        labels=labels,
+        ltrb=ltrb,
+        centerness=centerness,
+        matched=matched,
+        ignored=_NONE_IGNORED,
+        **_about(found.about, found.rest),
+    )
+
+
+def _about(result: pb.TargetResult, answer: pb.AssignTargetsResponse) -> dict[str, Any]:
+    """Returns what there is to targets beside tensors."""
+    return {
+        "positive_counts": tuple(result.positive_counts),
+        "feature_sizes": tuple(map(_read_size, result.feature_sizes)),
+        "preset": preset_name(losses_pb2.AssignerPreset, result.preset),
+        "timings": timings_of(answer.timings),
+    }
 
 
 def _dense_level(level: pb.DenseLevel, payloads: Payloads) -> DenseLevel:

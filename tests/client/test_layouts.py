@@ -26,6 +26,7 @@ from lossd_client._options import EvaluationOptions
 from lossd_client._storage import LEAST_BYTES, Storage
 from lossd_server.losses import LossOutcome, LossPreset, NonFinite
 from lossd_server.rpc.encode import loss_result
+from tests.client.damage import damaged
 from tests.client.support import SIMPLE, same_bits
 from tests.service.support import make_server
 
@@ -116,26 +117,6 @@ def answers(draw, shape):
     with suppress(DecodeError):
         stock = pb.ComputeLossResponse.FromString(data).SerializeToString()
         data = draw(st.sampled_from([data, stock]))
-    return data
-
-
-@st.composite
-def damaged(draw, whole):
-    """Bytes that may have lost some, or had some changed, put in or sent twice."""
-    data = draw(whole)
-    for _ in range(draw(st.integers(0, 3))):
-        first, second = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))
-        piece = draw(
-            st.sampled_from([b"", data[first:second] * 2, b"\x0a\x00", b"\x32\x00", b"\x0b", b"\x0c"])
-        )
-        some = draw(st.binary(min_size=1, max_size=2))
-        edited = {
-            "replaced": data[:first] + piece + data[second:],
-            "inserted": data[:first] + piece + data[first:],
-            "changed": data[:first] + some + data[first + len(some) :],
-            "cut": data[:first],
-        }
-        data = edited[draw(st.sampled_from([*edited]))]
     return data
 
 

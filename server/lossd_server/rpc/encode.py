@@ -10,6 +10,7 @@ from lossd.answers import result_layout
 from lossd.narrow import narrowed_integers
 from lossd.scalars import Scalars
 from lossd.sparse import is_smaller, sparse_tensor_field
+from lossd.target_answers import has_layout, targets_layout
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.varints import varint
@@ -17,7 +18,7 @@ from lossd.wire import LARGE_BYTES, Buffer
 from lossd.writing import Piece, message_field, shared_tensor_field, tags_of, tensor_field
 from lossd_server.losses import LossOutcome, NonFinite
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
-from lossd_server.targets import AssignerPreset, Assignment, DenseLevel, SparseTargets
+from lossd_server.targets import BYTES_OF_POSITIVE, AssignerPreset, Assignment, DenseLevel, SparseTargets
 from lossd_server.targets.pyramid import Pyramid
 
 _SPARSE_FORMATS = {pb.TARGET_FORMAT_SPARSE, pb.TARGET_FORMAT_SMALLER}
@@ -149,6 +150,8 @@ def target_result(
     """
     counts = message_field(_TARGET_RESULT["positive_counts"], [*map(varint, assignment.positive_counts())])
     pieces: list[Piece] = [_about_targets(assignment.pyramid, preset), *counts]
+    if _are_usual(assignment, target_format):
+        return _usual_targets(assignment) + pieces
     targets = _targets(assignment, target_format, narrow=narrow)
     if isinstance(targets, SparseTargets):
         return pieces + message_field(_TARGET_RESULT["sparse"], _tensors(_SPARSE, targets))
@@ -164,6 +167,23 @@ def _about_targets(pyramid: Pyramid, preset: AssignerPreset) -> bytes:
     sizes = [pb.Size(height=height, width=width) for height, width in pyramid.sizes]
     about = pb.TargetResult(feature_sizes=sizes, preset=number_of(ASSIGNER_PRESETS, preset))
     return about.SerializeToString()
+
+
+def _are_usual(assignment: Assignment, target_format: int) -> bool:
+    """Whether targets go in their usual layout: those of few locations, and none of them ignored."""
+    count = assignment.positive_count
+    if assignment.ignored is not None or not has_layout(count):
+        return False
+    if target_format == pb.TARGET_FORMAT_SMALLER:
+        least = assignment.dense_bytes - assignment.location_count * _NARROWED_BYTES
+        return count * BYTES_OF_POSITIVE < least
+    return target_format == pb.TARGET_FORMAT_SPARSE
+
+
+def _usual_targets(assignment: Assignment) -> list[Piece]:
+    found = assignment.found
+    arrays = found.cells, found.labels, found.ltrb, found.centerness, found.matched
+    return [*targets_layout(len(found.labels)).pieces(arrays)]
 
 
 def _targets(assignment: Assignment, target_format: int, *, narrow: bool) -> SparseTargets | list[DenseLevel]:
