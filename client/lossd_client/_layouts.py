@@ -6,24 +6,24 @@ evaluation, and most of that is code that has left the processor's caches since 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossd.answers import ResultLayout, result_layout
+from lossd.answers import ResultLayout, result_layout, shared_result_layout
 from lossd.narrow import type_depends_on_values
 from lossd.tensors import DTYPES, MAX_DIMENSIONS, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.writing import elements_of, message_head, tags_of, tensor_head
-from lossd_client._arrays import Array
+from lossd_client._arrays import AnyArray, Array
 from lossd_client._calls import Call
 from lossd_client._config import LossConfig, tags_of_inputs
 from lossd_client._gradients import GradientArrays
 from lossd_client._results import LossResult, read_loss_results
-from lossd_client._storage import Storage
+from lossd_client._storage import Storage, read_only
 from lossd_client._wire_form import Layout
 
 _REQUEST = tags_of(pb.ComputeLossRequest.DESCRIPTOR)
@@ -39,17 +39,20 @@ class AnswerLayout(NamedTuple):
     Attributes:
         name: The input whose gradient was asked for, where one was.
         result: The layout of its result.
+        written: The gradient, where the server writes it to shared memory.
     """
 
     name: str
     result: ResultLayout
+    written: AnyArray | None = None
 
     def read(self, data: bytes) -> list[LossResult] | None:
         """Returns the one result of an answer; None where it has another layout, or is none."""
         found = self.result.read(data)
         if found is None:
             return None
-        about, loss, gradient, rest = found
+        about, loss, sent, rest = found
+        gradient = sent if self.written is None else read_only(self.written)
         gradients = {} if gradient is None else {self.name: gradient}
         return [LossResult(loss, GradientArrays(gradients), None, about, rest)]
 
@@ -70,6 +73,24 @@ class CallLayout(NamedTuple):
     def request(self, arrays: Sequence[Array]) -> bytes:
         """Returns the request with arrays of these types and shapes, in order."""
         return b"".join(chain.from_iterable(zip(self.heads, map(elements_of, arrays), strict=True)))
+
+
+def shared_answer(name: str, storage: Storage) -> Callable[[bytes], list[LossResult] | None] | None:
+    """Returns what reads the usual answer to a call of one evaluation whose gradient is in shared memory.
+
+    None where it is not, or is not handed out as it lies there.
+
+    Args:
+        name: The input whose gradient was asked for.
+        storage: What the request was packed into.
+    """
+    written = storage.written()
+    if len(written) != 1 or storage.form.is_narrow:
+        return None
+    ((place, array),) = written.items()
+    loss = _FLOAT64 if array.dtype == _FLOAT64 else _FLOAT32
+    layout = shared_result_layout(loss, name, array.dtype, tuple(array.shape), *place)
+    return AnswerLayout(name, layout, array).read
 
 
 def layout_of_call(

@@ -1,6 +1,6 @@
 """What both clients send of losses: builds requests, and splits those that are too large."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ from lossd_client._configs import CenternessLoss, CustomLoss, FocalLoss, GIoULos
 from lossd_client._errors import refused_here, too_large
 from lossd_client._fcos_configs import FCOSLoss
 from lossd_client._heads import config_field, gradient_dtype_of, gradient_names, wanted_fields
-from lossd_client._layouts import CallLayout, layout_of_call
+from lossd_client._layouts import CallLayout, layout_of_call, shared_answer
 from lossd_client._narrow import wire_type
 from lossd_client._options import EvaluationOptions, Gradients
 from lossd_client._results import LossResult, read_loss_results
-from lossd_client._storage import FLOAT_TYPES, Storage
+from lossd_client._storage import FLOAT_TYPES, Output, Storage
 from lossd_client._storage import LEAST_BYTES as SHARED_BYTES
 from lossd_client._streams import Stream
 from lossd_client._wire_form import Layout, WireForm
@@ -44,6 +44,7 @@ class LossBatch(NamedTuple):
         items: The items, each as a field.
         size: How long all of it is in one message.
         storage: Where its tensors lie, and those of its answer.
+        read_usual: Reads its answer, if that is in its usual layout; None where there is no usual one.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class LossBatch(NamedTuple):
     items: Sequence[Sequence[Piece]]
     size: int
     storage: Storage
+    read_usual: Callable[[bytes], list[LossResult] | None] | None = None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -84,6 +86,7 @@ class LossBatch(NamedTuple):
             storage=self.storage,
             first_item=first_item,
             goes_in_chunks=size >= LEAST_BYTES,
+            read_usual=self.read_usual,
         )
 
     def _parts(self, max_bytes: int) -> Iterator[tuple[int, list[Sequence[Piece]]]]:
@@ -171,7 +174,9 @@ def loss_batch(
     head = config + wanted
     fields = [message_field(_ITEM, [*pieces, about]) for pieces, about in zip(inputs, abouts, strict=True)]
     size = len(head) + sum(map(size_of, fields))
-    return LossBatch(kind=loss.kind, head=head, items=fields, size=size, storage=storage)
+    is_single = type(loss) in _WITHOUT_LEVELS and len(items) == len(names) == 1
+    read_usual = shared_answer(names[0], storage) if is_single else None
+    return LossBatch(loss.kind, head, fields, size, storage, read_usual)
 
 
 def _usual_arrays(
@@ -221,13 +226,26 @@ def _about(
     storage: Storage,
 ) -> bytes:
     """Returns what an item holds beside its inputs."""
-    outputs: list[pb.GradientOutput] = []
+    outputs: tuple[Output, ...] = ()
     if storage.has_pool:
         known = (name for name in names if name in loss.differentiable or isinstance(loss, CustomLoss))
         outputs = storage.outputs([(name, loss.input_path(path, name)) for name in known], gradient_dtype)
     if normalizer is None and not outputs:
         return b""
-    return pb.LossItem(normalizer=normalizer, outputs=outputs).SerializeToString()
+    return _written_about(normalizer, outputs)
+
+
+@lru_cache(maxsize=1024)
+def _written_about(normalizer: float | None, outputs: tuple[Output, ...]) -> bytes:
+    """Returns a normalizer and where gradients are written; the same memory is used time after time."""
+    places = [
+        pb.GradientOutput(
+            input=name,
+            slices=[tensor_pb2.SharedSlice(region_id=region_id, offset=offset) for region_id, offset in some],
+        )
+        for name, some in outputs
+    ]
+    return pb.LossItem(normalizer=normalizer, outputs=places).SerializeToString()
 
 
 def loss_stream(

@@ -1,10 +1,10 @@
 """Where the tensors of a call lie: in memory that the server shares, or in the messages."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count, takewhile
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import grpc
 import ml_dtypes
@@ -12,7 +12,6 @@ import numpy as np
 
 from lossd.gpu_memory import GpuArray
 from lossd.tensors import DTYPES, data_type_of, layout, unpack
-from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import tensor_pb2
 from lossd.wire import Payloads
 from lossd.writing import Piece, shared_tensor_field, tensor_field
@@ -34,6 +33,17 @@ FLOAT_TYPES = frozenset(data_type_of(np.dtype(name)) for name in ("f2", "f4", "f
 """The types that an input with a gradient may have."""
 
 _UNKNOWN_REGION = "UNKNOWN_REGION"
+
+
+Place = tuple[bytes, int]
+"""Where an array lies in shared memory: the region, and the offset in bytes."""
+
+
+class Output(NamedTuple):
+    """Where the gradient of an input is written, one place or one a level."""
+
+    name: str
+    places: tuple[Place, ...]
 
 
 class MemoryInUseError(Exception):
@@ -63,7 +73,7 @@ class Storage:
         self._regions: set[bytes] = set()
         # As they are sent, by path. The pool uses shared memory again when nothing refers to its array.
         self._inputs: dict[str, AnyArray] = {}
-        self._written: dict[tuple[bytes, int], AnyArray] = {}
+        self._written: dict[Place, AnyArray] = {}
         self._is_known = True
         self.form = WireForm()
         self.dense_form: DenseForm | None = None
@@ -144,7 +154,8 @@ class Storage:
                 return tensor_field(tag, sent)
         self._inputs[path] = place.array
         self._note(place)
-        return shared_tensor_field(tag, place.array, _message(place))
+        array = place.array
+        return [shared_tensor_field(tag, array.dtype, tuple(array.shape), place.region_id, place.offset)]
 
     def floats_at(self, path: str) -> list[AnyArray]:
         """Returns an input as it is sent, one array or one a level; none where it is no input of floats."""
@@ -153,7 +164,7 @@ class Storage:
         arrays = [self._inputs[each] for each in paths]
         return arrays if all(data_type_of(array.dtype) in FLOAT_TYPES for array in arrays) else []
 
-    def outputs(self, wanted: Iterable[tuple[str, str]], gradient_dtype: Any) -> list[pb.GradientOutput]:
+    def outputs(self, wanted: Iterable[tuple[str, str]], gradient_dtype: Any) -> tuple[Output, ...]:
         """Gives the gradients of an item that are worth it a place in shared memory.
 
         Args:
@@ -161,8 +172,12 @@ class Storage:
             gradient_dtype: A `DataType`, or 0 for that of each input.
         """
         paths = dict(wanted)
-        found = (self._output(name, self.floats_at(path), gradient_dtype) for name, path in paths.items())
-        return [output for output in found if output is not None]
+        found = [self._output(name, self.floats_at(path), gradient_dtype) for name, path in paths.items()]
+        return tuple([output for output in found if output.places])
+
+    def written(self) -> Mapping[Place, AnyArray]:
+        """Returns the arrays that the server writes to, by where they lie."""
+        return self._written
 
     def wait_for_gpu(self) -> None:
         """Waits until memory of the GPU that the request names may be read, and is read by nobody else."""
@@ -184,11 +199,7 @@ class Storage:
         array = self._written.get((tensor.shared.region_id, tensor.shared.offset))
         if array is None or layout(tensor) != (array.dtype, array.shape):
             raise ServerError(grpc.StatusCode.INTERNAL, "the answer lies in memory that it was not given")
-        if isinstance(array, GpuArray):
-            return array
-        view = array.view()
-        view.flags.writeable = False
-        return view
+        return read_only(array)
 
     def _found(self, array: AnyArray) -> "Slice | None":
         """Returns where an array lies in shared memory, if it does."""
@@ -210,17 +221,17 @@ class Storage:
     def _is_worth_it(self, array: Array) -> bool:
         return LEAST_BYTES <= array.nbytes <= self._room
 
-    def _output(self, name: str, inputs: Sequence[AnyArray], gradient_dtype: Any) -> pb.GradientOutput | None:
+    def _output(self, name: str, inputs: Sequence[AnyArray], gradient_dtype: Any) -> Output:
         layouts = [(DTYPES[gradient_dtype or data_type_of(array.dtype)], array.shape) for array in inputs]
         length = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
         on_gpu = any(isinstance(array, GpuArray) for array in inputs)
         if not (on_gpu or length >= LEAST_BYTES) or length > self._room:
-            return None
-        places = self._allocate(layouts, on_gpu=on_gpu)
-        for place in places:
+            return Output(name, ())
+        slices = self._allocate(layouts, on_gpu=on_gpu)
+        for place in slices:
             self._written[place.region_id, place.offset] = place.array
             self._note(place)
-        return pb.GradientOutput(input=name, slices=map(_message, places)) if places else None
+        return Output(name, tuple([(place.region_id, place.offset) for place in slices]))
 
     def _note(self, place: "Slice") -> None:
         self._regions.add(place.region_id)
@@ -240,8 +251,13 @@ class Storage:
         return places
 
 
-def _message(place: "Slice") -> tensor_pb2.SharedSlice:
-    return tensor_pb2.SharedSlice(region_id=place.region_id, offset=place.offset)
+def read_only(array: AnyArray) -> AnyArray:
+    """Returns an array of shared memory as it is handed out: nobody writes to it, but on a GPU."""
+    if isinstance(array, GpuArray):
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _is_as_sent(array: Array) -> bool:

@@ -16,7 +16,14 @@ from lossd.tensors import Array, aligned
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.varints import NoVarintError, read_varint
 from lossd.wire import Buffer
-from lossd.writing import ALIGNMENT, elements_of, message_head, tags_of, tensor_head
+from lossd.writing import (
+    ALIGNMENT,
+    elements_of,
+    message_head,
+    shared_tensor_field,
+    tags_of,
+    tensor_head,
+)
 
 _RESULTS = tags_of(pb.ComputeLossResponse.DESCRIPTOR)["results"]
 _RESULT = tags_of(pb.LossResult.DESCRIPTOR)
@@ -63,12 +70,14 @@ class ResultLayout(NamedTuple):
 
     Attributes:
         loss: The loss.
-        gradient: The gradient; None where none was asked for. Elements of up to four bytes lie mostly where
-            they can be used, in the first result of an answer.
+        gradient: The gradient; None where none is sent. Elements of up to four bytes lie mostly where they
+            can be used, in the first result of an answer.
+        shared: What says of a gradient where it lies in shared memory; empty where none does.
     """
 
     loss: TensorLayout
     gradient: TensorLayout | None
+    shared: bytes = b""
 
     @property
     def gradient_size(self) -> int:
@@ -83,8 +92,8 @@ class ResultLayout(NamedTuple):
             loss: The loss.
             gradient: The gradient, where there is one in this layout.
         """
-        pieces = [self.loss.head, elements_of(loss), about]
-        size = len(self.loss.head) + self.loss.size + len(about)
+        pieces = [self.shared + self.loss.head, elements_of(loss), about]
+        size = len(self.shared) + len(self.loss.head) + self.loss.size + len(about)
         if self.gradient is not None and gradient is not None:
             pieces = [self.gradient.head, elements_of(gradient), *pieces]
             size += len(self.gradient.head) + self.gradient.size
@@ -95,13 +104,14 @@ class ResultLayout(NamedTuple):
         try:
             size, start = read_varint(data, len(_RESULTS))
             gradient_at = start if self.gradient is None else start + len(self.gradient.head)
-            loss_at = gradient_at + self.gradient_size + len(self.loss.head)
+            loss_head = self.shared + self.loss.head
+            loss_at = gradient_at + self.gradient_size + len(loss_head)
             at, end = loss_at + self.loss.size, start + size
             if not (
                 data.startswith(_RESULTS)
                 and data[start - 1]  # else it is padded, and whether it may be is protobuf's to say
                 and (self.gradient is None or data.startswith(self.gradient.head, start))
-                and data.startswith(self.loss.head, loss_at - len(self.loss.head))
+                and data.startswith(loss_head, loss_at - len(loss_head))
                 and at <= end <= len(data)
             ):
                 return None
@@ -134,7 +144,7 @@ def result_layout(
         dtype: The type of the gradient.
         shape: Its shape.
     """
-    number = TensorLayout(tensor_head(_RESULT["loss"], loss, ()), loss.itemsize, loss, ())
+    number = _number(loss)
     if name is None or dtype is None:
         return ResultLayout(number, None)
     size = math.prod(shape) * dtype.itemsize
@@ -143,6 +153,35 @@ def result_layout(
     if padding := -(after + len(head)) % ALIGNMENT:
         head = _gradient_head(name, dtype, shape, padding)
     return ResultLayout(number, TensorLayout(head, size, dtype, shape))
+
+
+@lru_cache(maxsize=1024)
+def shared_result_layout(
+    loss: np.dtype[Any],
+    name: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    region_id: bytes,
+    offset: int,
+) -> ResultLayout:
+    """Returns the layout of a result whose gradient lies in shared memory: it says where.
+
+    Args:
+        loss: The type of its loss, which is one number.
+        name: The input whose gradient it is.
+        dtype: The type of the gradient.
+        shape: Its shape.
+        region_id: The region that it lies in.
+        offset: Where it begins there, in bytes.
+    """
+    about = pb.Gradient(input=name).SerializeToString()
+    tensor = shared_tensor_field(_GRADIENT["tensors"], dtype, shape, region_id, offset)
+    head = message_head(_RESULT["gradients"], len(about) + len(tensor))
+    return ResultLayout(_number(loss), None, head + about + tensor)
+
+
+def _number(dtype: np.dtype[Any]) -> TensorLayout:
+    return TensorLayout(tensor_head(_RESULT["loss"], dtype, ()), dtype.itemsize, dtype, ())
 
 
 def _gradient_head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], padding: int) -> bytes:

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lossd.gpu_memory import GpuArray
 from lossd.tensors import DTYPES, Array, check_dimensions, data_type_of
 from lossd.v1 import tensor_pb2 as pb
 from lossd.varints import varint
@@ -138,15 +137,26 @@ def elements_of(array: Array) -> Buffer:
     return np.asarray(array).tobytes() if array.nbytes < _VIEWED_BYTES else _bytes_of(array)
 
 
-def shared_tensor_field(tag: bytes, array: Array | GpuArray, place: pb.SharedSlice) -> list[Piece]:
+@lru_cache(maxsize=4096)
+def shared_tensor_field(
+    tag: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], region_id: bytes, offset: int
+) -> bytes:
     """Returns the `Tensor` of an array which lies in a shared region, as a field of a message.
+
+    Args:
+        tag: The tag of the field.
+        dtype: The type of the array.
+        shape: Its shape.
+        region_id: The region.
+        offset: Where in the region it begins, in bytes.
 
     Raises:
         TensorError: The dtype is not one of the contract's, or there are too many dimensions.
     """
-    check_dimensions(array.shape)
-    held = pb.Tensor(dtype=data_type_of(array.dtype), shape=array.shape, shared=place)
-    return message_field(tag, [held.SerializeToString()])
+    check_dimensions(shape)
+    place = pb.SharedSlice(region_id=region_id, offset=offset)
+    held = pb.Tensor(dtype=data_type_of(dtype), shape=shape, shared=place).SerializeToString()
+    return message_head(tag, len(held)) + held
 
 
 def placed(pieces: Sequence[Piece]) -> list[Buffer]:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from lossd.answers import shared_result_layout
 from lossd.tensors import DTYPES, pack
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.writing import message_field, placed, tags_of
@@ -376,9 +377,41 @@ def test_small_calls_through_a_unix_socket_have_the_layout_too(local_target, not
     with Client(local_target) as client:
         result = client.compute_loss(FocalLoss(), LOGITS, LABELS, gradients=True)
         assert noted == [[result]]
-        shared = np.zeros((LEAST_BYTES // 8, 2), np.float32), np.zeros(LEAST_BYTES // 8, np.int8)
-        client.compute_loss(FocalLoss(), *shared, gradients=True)
-        # A gradient that is worth it has its place there, also where its prediction is not.
-        half = np.zeros((LEAST_BYTES // 8, 2), np.float16), shared[1]
-        client.compute_loss(FocalLoss(), *half, gradients=True, gradient_dtype="float64")
-        assert len(noted) == 1
+
+
+@pytest.mark.parametrize("settings_of_call", [{}, {"gradient_dtype": "float64"}, {"strict": True}])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("name", USUAL)
+def test_a_gradient_in_shared_memory_is_the_one_that_is_sent(
+    client, local_target, noted, name, dtype, settings_of_call
+):
+    case = USUAL[name]
+    first, *others = case.arguments(n=LEAST_BYTES // 2)
+    arguments = [first.astype(dtype), *others]
+    expected = client.compute_loss(case.config, *arguments, gradients=True, **settings_of_call)
+    noted.clear()
+    with Client(local_target) as sharing:
+        found = sharing.compute_loss(case.config, *arguments, gradients=True, **settings_of_call)
+        (gradient,) = found.gradients.values()
+        assert not gradient.flags.writeable
+        assert not isinstance(gradient.base, bytes)
+        # Nobody guesses the type of the loss where the gradient's is not its prediction's.
+        is_guessed = settings_of_call.get("gradient_dtype") != "float64" or dtype is np.float64
+        assert noted == [[found] if is_guessed else None]
+        assert same_bits(found.loss, expected.loss)
+        assert same_bits(gradient, *expected.gradients.values())
+        assert found.raw_sums == expected.raw_sums
+
+
+def test_an_answer_that_names_other_memory_is_refused():
+    shared, elsewhere = [
+        shared_result_layout(np.dtype("f4"), "inputs", np.dtype("f4"), (4, 3), b"r" * 16, offset)
+        for offset in (0, 64)
+    ]
+    storage = Storage(None)
+    read = AnswerLayout("inputs", shared, np.zeros((4, 3), np.float32)).read
+    answers = [b"".join(layout.pieces(b"", np.float32(1))) for layout in (shared, elsewhere)]
+    assert [read(answer) is None for answer in answers] == [False, True]
+    call, _ = usual(FocalLoss(), (LOGITS, LABELS), EvaluationOptions(gradients=True))
+    with pytest.raises(ServerError, match="memory that it was not given"):
+        call._replace(storage=storage).result(answers[1])

@@ -109,7 +109,7 @@ def test_elements_that_look_like_a_stand_in_are_elements():
 
 def test_a_tensor_that_lies_elsewhere_is_named_by_its_place():
     place = tensor_pb2.SharedSlice(region_id=b"r" * 16, offset=128)
-    data = written(shared_tensor_field(FCOS["cls_preds"], np.zeros((2, 3), np.float32), place))
+    data = shared_tensor_field(FCOS["cls_preds"], np.dtype("f4"), (2, 3), place.region_id, place.offset)
     (tensor,) = losses_pb2.FCOSInputs.FromString(data).cls_preds
     assert (tensor.dtype, tensor.shape, tensor.shared) == (tensor_pb2.DATA_TYPE_FLOAT32, [2, 3], place)
 

@@ -9,6 +9,7 @@ import pytest
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.v1 import losses_pb2
 from lossd.v1.loss_service_pb2_grpc import LossServiceStub
+from lossd_server.rpc import decode
 from tests.domain.regions import wait_until
 from tests.service import custom_modules, support
 from tests.service.sharing import REGION_BYTES, answer_inline, focal, shared, sharing_caller, tensors_of
@@ -25,11 +26,17 @@ from tests.service.support import (
     scene,
 )
 
+TIMES_UNTIL_KNOWN = 4
+"""Of a request, until it is answered by what was learned from it."""
+
 
 def same_answer(caller, request):
-    inline = caller.stub.ComputeLoss(request)
+    """Whether a request is answered in shared memory as in messages, also when it is known from before."""
+    inline, again = caller.stub.ComputeLoss(request), shared(caller, request)
     inline.ClearField("timings")
-    return answer_inline(caller, caller.stub.ComputeLoss(shared(caller, request))) == inline
+    return all(
+        answer_inline(caller, caller.stub.ComputeLoss(again)) == inline for _ in range(TIMES_UNTIL_KNOWN)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -150,15 +157,49 @@ def test_predictions_may_be_anything_at_any_time(caller):
         meddling.join(30)
 
 
-def test_a_region_that_was_released_is_unknown(caller):
-    request, _ = focal(caller)
-    caller.stub.ComputeLoss(request)
-    caller.peer.release(caller.region_id)
-    assert refusal(caller.stub.ComputeLoss, request).reason == "UNKNOWN_REGION"
-
-
-def test_a_caller_over_tcp_shares_nothing(both, caller):
+@pytest.mark.parametrize("times", [1, TIMES_UNTIL_KNOWN])
+@pytest.mark.parametrize("places", [["inputs", "targets", "output"], ["targets", "output"], ["output"]])
+def test_a_region_that_was_released_is_unknown(caller, places, times):
     request, item = focal(caller)
+    for name in {"inputs", "targets"} - {*places}:
+        tensor, place = getattr(item.focal, name), getattr(item.focal, name).shared
+        length = 40 * (8 if name == "targets" else 20)
+        tensor.inline = caller.memory[place.offset :][:length].tobytes()
+    for _ in range(times):
+        caller.stub.ComputeLoss(request)
+    caller.peer.release(caller.region_id)
+    refused = refusal(caller.stub.ComputeLoss, request)
+    path = "items[0].outputs[0].slices[0]" if places[0] == "output" else f"items[0].focal.{places[0]}"
+    assert (refused.reason, refused.violations) == ("UNKNOWN_REGION", (path,))
+
+
+def test_what_a_known_request_names_is_checked_every_time(caller):
+    request, item = focal(caller)
+    place = item.focal.targets.shared.offset
+    labels = caller.memory[place : place + 40 * 8].view(np.int64)
+    for _ in range(TIMES_UNTIL_KNOWN):
+        caller.stub.ComputeLoss(request)
+    labels[7] = 1 << 40
+    refused = refusal(caller.stub.ComputeLoss, request)
+    assert (refused.reason, refused.violations) == ("LABEL_OUT_OF_RANGE", ("items[0].focal.targets",))
+    labels[7] = 0
+    assert caller.stub.ComputeLoss(request).results
+
+
+def test_a_request_in_shared_memory_is_planned_once(caller, monkeypatch):
+    planned, read = [], decode.read_loss_job
+    monkeypatch.setattr(decode, "read_loss_job", lambda *given: planned.append(given) or read(*given))
+    request, _ = focal(caller)
+    for _ in range(3 * TIMES_UNTIL_KNOWN):
+        caller.stub.ComputeLoss(request)
+    assert len(planned) < TIMES_UNTIL_KNOWN
+
+
+@pytest.mark.parametrize("times", [0, TIMES_UNTIL_KNOWN])
+def test_a_caller_over_tcp_shares_nothing(both, caller, times):
+    request, item = focal(caller)
+    for _ in range(times):
+        caller.stub.ComputeLoss(request)
     with grpc.insecure_channel(both.addresses[1]) as channel:
         stub = LossServiceStub(channel)
         info = stub.GetServerInfo(pb.GetServerInfoRequest())

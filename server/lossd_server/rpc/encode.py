@@ -1,23 +1,23 @@
 """From outcomes to the messages of answers, in pieces that refer to the arrays; see `lossd.writing`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from lossd.answers import result_layout
+from lossd.answers import result_layout, shared_result_layout
 from lossd.narrow import narrowed_integers
 from lossd.scalars import Scalars
 from lossd.sparse import is_smaller, sparse_tensor_field
 from lossd.target_answers import has_layout, targets_layout
 from lossd.v1 import loss_service_pb2 as pb
-from lossd.v1 import tensor_pb2
 from lossd.varints import varint
 from lossd.wire import LARGE_BYTES, Buffer
 from lossd.writing import Piece, message_field, shared_tensor_field, tags_of, tensor_field
 from lossd_server.losses import LossOutcome, NonFinite
 from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, number_of
+from lossd_server.rpc.outputs import NOWHERE, Place, Places
 from lossd_server.targets import BYTES_OF_POSITIVE, AssignerPreset, Assignment, DenseLevel, SparseTargets
 from lossd_server.targets.pyramid import Pyramid
 
@@ -38,18 +38,16 @@ _DENSE = tags_of(pb.DenseTargets.DESCRIPTOR)
 _DENSE_LEVEL = tags_of(pb.DenseLevel.DESCRIPTOR)
 
 
-def loss_results(
-    outcomes: Iterable[LossOutcome], outputs: Iterable[Iterable[pb.GradientOutput]]
-) -> list[Piece]:
+def loss_results(outcomes: Iterable[LossOutcome], places: Iterable[Places]) -> list[Piece]:
     """Returns the results of evaluations as fields of an answer; arguments as for `loss_result`, of each."""
     pieces: list[Piece] = []
-    for found, places in zip(outcomes, outputs, strict=True):
-        usual = None if places else _usual_result(found)
-        pieces += usual or message_field(_LOSS_RESULTS, loss_result(found, places))
+    for found, written in zip(outcomes, places, strict=True):
+        usual = _usual_result(found, written)
+        pieces += usual or message_field(_LOSS_RESULTS, loss_result(found, written))
     return pieces
 
 
-def _usual_result(outcome: LossOutcome) -> list[Buffer] | None:
+def _usual_result(outcome: LossOutcome, places: Places) -> list[Buffer] | None:
     """Returns a result in its usual layout, as a field; None where it has none."""
     loss = outcome.loss
     if loss.shape or outcome.kept_rows is not None or outcome.nonzero_rows or len(outcome.gradients) > 1:
@@ -57,21 +55,25 @@ def _usual_result(outcome: LossOutcome) -> list[Buffer] | None:
     if not outcome.gradients:
         return result_layout(loss.dtype).pieces(_about(outcome), loss)
     ((name, arrays),) = outcome.gradients.items()
+    if len(arrays) > 1:
+        return None
     gradient = arrays[0]
-    if len(arrays) > 1 or not isinstance(gradient, np.ndarray) or gradient.nbytes >= LARGE_BYTES:
+    if name in places:
+        layout = shared_result_layout(loss.dtype, name, gradient.dtype, gradient.shape, *places[name][0])
+        return layout.pieces(_about(outcome), loss)
+    if not isinstance(gradient, np.ndarray) or gradient.nbytes >= LARGE_BYTES:
         return None
     layout = result_layout(loss.dtype, name, gradient.dtype, gradient.shape)
     return layout.pieces(_about(outcome), loss, gradient)
 
 
-def loss_result(outcome: LossOutcome, outputs: Iterable[pb.GradientOutput] = ()) -> list[Piece]:
+def loss_result(outcome: LossOutcome, places: Places = NOWHERE) -> list[Piece]:
     """Returns the `LossResult` of one evaluation.
 
     Args:
         outcome: What the engine found.
-        outputs: Where gradients were written, which are not sent then.
+        places: Where gradients were written, which are not sent then.
     """
-    places = {output.input: output.slices for output in outputs}
     pieces: list[Piece] = [_about(outcome), *tensor_field(_LOSS_RESULT["loss"], outcome.loss)]
     for name in outcome.gradients:
         pieces += message_field(_LOSS_RESULT["gradients"], _gradient(name, outcome, places.get(name)))
@@ -118,13 +120,11 @@ def _about_gradient(name: str) -> bytes:
     return pb.Gradient(input=name).SerializeToString()
 
 
-def _gradient(
-    name: str, outcome: LossOutcome, places: Iterable[tensor_pb2.SharedSlice] | None
-) -> list[Piece]:
+def _gradient(name: str, outcome: LossOutcome, places: Sequence[Place] | None) -> list[Piece]:
     pieces: list[Piece] = [_about_gradient(name)]
     if places is not None:
         for held, place in zip(outcome.gradients[name], places, strict=True):
-            pieces += shared_tensor_field(_GRADIENT["tensors"], held, place)
+            pieces.append(shared_tensor_field(_GRADIENT["tensors"], held.dtype, held.shape, *place))
         return pieces
     arrays = [array for array in outcome.gradients[name] if isinstance(array, np.ndarray)]
     rows = outcome.nonzero_rows.get(name)

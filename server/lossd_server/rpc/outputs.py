@@ -1,6 +1,6 @@
 """Where the gradients of an item are to be written: slices of shared memory that the caller names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lossd.tensors import DTYPES
@@ -8,6 +8,22 @@ from lossd.v1 import loss_service_pb2 as pb
 from lossd_server import checks
 from lossd_server.errors import InvalidInputError, Reason, errors_within
 from lossd_server.shared_memory import AnyArray, Slices
+
+Place = tuple[bytes, int]
+"""Where an array lies in shared memory: the region, and the offset in bytes."""
+
+Places = Mapping[str, Sequence[Place]]
+"""Where the gradients of an item are written, by input name, one or one a level."""
+
+NOWHERE: Places = {}
+
+
+def places_of(item: pb.LossItem) -> Places:
+    """Returns the places that an item names."""
+    return {
+        output.input: [(wanted.region_id, wanted.offset) for wanted in output.slices]
+        for output in item.outputs
+    }
 
 
 def read_outputs(

@@ -4,21 +4,27 @@ Their tensors have the same types, shapes and sizes, which were found to go toge
 read and checked in each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Payloads
 from lossd_server.engine import AssignItem, AssignJob, LossItem, LossJob
 from lossd_server.engine.steps import Load
 from lossd_server.errors import errors_within
 from lossd_server.losses import EvaluationOptions, LossModule
+from lossd_server.rpc.outputs import Place, Places, places_of
 from lossd_server.rpc.plans import AssignPlan, LossPlan
-from lossd_server.rpc.sources import Source
+from lossd_server.rpc.sources import Source, is_read_in_place
+from lossd_server.shared_memory import AnyArray, Regions, Slices
 from lossd_server.targets import GroundTruth
 from lossd_server.targets.pyramid import Pyramid
+
+_NO_SLICES = Slices(None)
 
 
 class _Tensor(NamedTuple):
@@ -36,17 +42,64 @@ class _Tensor(NamedTuple):
         payload = payloads.place_of(source.tensor.inline)
         return None if payload is None else cls(source.dtype, source.shape, payload)
 
-    def array(self, payloads: Payloads) -> NDArray[Any]:
+    def array(self, payloads: Payloads, _slices: Slices = _NO_SLICES) -> NDArray[Any]:
         """Returns the array of a request."""
         return np.ndarray(self.shape, self.dtype, payloads.buffers[self.payload])
 
 
-class _Evaluation(NamedTuple):
-    """A `PlannedEvaluation` of tensors in the message; None stands for arguments that are not given."""
+class _SharedTensor(NamedTuple):
+    """A tensor in shared memory.
+
+    Attributes:
+        field: Where it stands, for errors.
+        place: Where it lies, if it still does: that is looked up for each request.
+        dtype: Its type.
+        shape: Its shape.
+        in_place: Whether it is read where it lies.
+    """
+
+    field: str
+    place: Place
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    in_place: bool
+
+    @classmethod
+    def of(cls, source: Any, predictions: Collection[str]) -> "_SharedTensor | None":
+        """Returns the tensor of a source; None of levels and objects, and where it lies in the message."""
+        if not isinstance(source, Source) or not source.is_shared or source.dtype.kind == "b":
+            return None
+        place = source.tensor.shared.region_id, source.tensor.shared.offset
+        in_place = is_read_in_place(source, predictions)
+        return cls(source.field, place, source.dtype, source.shape, in_place)
+
+    def array(self, _payloads: Payloads, slices: Slices) -> AnyArray:
+        """Returns the array of a request; raises `InvalidInputError` where the memory is gone."""
+        with errors_within(self.field):
+            return slices.read(*self.place, self.dtype, self.shape, in_place=self.in_place)
+
+
+class _Output(NamedTuple):
+    """Where a gradient, or a level of one, is written; the path is that of its place in the request."""
 
     path: str
-    tensors: Mapping[str, _Tensor | None]
+    place: Place
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def array(self, slices: Slices) -> AnyArray:
+        """Returns the array of a request; raises `InvalidInputError` where the memory is gone."""
+        with errors_within(self.path):
+            return slices.write(self.path, *self.place, self.dtype, self.shape)
+
+
+class _Evaluation(NamedTuple):
+    """A `PlannedEvaluation` of plain tensors; None stands for arguments that are not given."""
+
+    path: str
+    tensors: Mapping[str, _Tensor | _SharedTensor | None]
     options: EvaluationOptions
+    outputs: Mapping[str, Sequence[_Output]]
 
 
 class LossRecipe:
@@ -54,51 +107,102 @@ class LossRecipe:
 
     Attributes:
         load: What each asks of the device.
+        places: Where the gradients of each item are written, as far as that is in shared memory.
     """
 
-    __slots__ = ("_items", "_loss", "_strict", "load")
+    __slots__ = ("_items", "_loss", "_shares_memory", "_strict", "load", "places")
 
-    def __init__(self, loss: LossModule, items: Sequence[_Evaluation], load: Load, *, strict: bool) -> None:
+    def __init__(
+        self,
+        loss: LossModule,
+        items: Sequence[_Evaluation],
+        places: Sequence[Places],
+        load: Load,
+        *,
+        strict: bool,
+    ) -> None:
         self.load = load
+        self.places = places
         self._loss = loss
         self._items = items
         self._strict = strict
+        tensors = chain.from_iterable(item.tensors.values() for item in items)
+        self._shares_memory = any(places) or any(isinstance(each, _SharedTensor) for each in tensors)
 
     @classmethod
-    def of(cls, plan: LossPlan, payloads: Payloads, load: Load) -> "LossRecipe | None":
-        """Returns the recipe of a form; None where there is more to it than tensors in the message.
+    def of(
+        cls, plan: LossPlan, payloads: Payloads, message: pb.ComputeLossRequest, job: LossJob, load: Load
+    ) -> "LossRecipe | None":
+        """Returns the recipe of a form; None where there are levels in it, or objects.
 
         Args:
             plan: Its plan.
             payloads: Those of a request that was read without fault.
-            load: That of its job.
+            message: The message of all of its requests.
+            job: The job of that request.
+            load: What it asks of the device.
         """
-        if not isinstance(plan.loss, LossModule) or any(planned.has_outputs for planned in plan.items):
+        if not isinstance(plan.loss, LossModule):
             return None
-        items = []
-        for planned in plan.items:
+        predictions, items = plan.loss.differentiable, []
+        for index, planned in enumerate(plan.items):
             given = {name: source for name, source in planned.sources.items() if source is not None}
-            tensors = {name: _Tensor.of(source, payloads) for name, source in given.items()}
+            tensors = {
+                name: _Tensor.of(source, payloads) or _SharedTensor.of(source, predictions)
+                for name, source in given.items()
+            }
             if None in tensors.values():
                 return None
             absent = dict.fromkeys(planned.sources.keys() - given.keys())
-            items.append(_Evaluation(planned.path, {**tensors, **absent}, planned.options))
-        return cls(plan.loss, items, load, strict=plan.strict)
+            outputs = _outputs(index, message.items[index], job.items[index])
+            items.append(_Evaluation(planned.path, {**tensors, **absent}, planned.options, outputs))
+        places = [*map(places_of, message.items)]
+        return cls(plan.loss, items, places, load, strict=plan.strict)
 
-    def job(self, payloads: Payloads) -> LossJob:
+    def job(self, payloads: Payloads, regions: Regions | None) -> LossJob:
         """Returns the checked work of a request.
 
+        Args:
+            payloads: Those of the request.
+            regions: The shared memory that it may name; None where its caller can have passed none.
+
         Raises:
-            InvalidInputError: A value is refused.
+            InvalidInputError: A value is refused, or memory is gone.
         """
+        slices = Slices(regions) if self._shares_memory else _NO_SLICES
         loss, items = self._loss, []
-        for path, tensors, options in self._items:
+        for path, tensors, options, outputs in self._items:
             arguments: dict[str, Any] = {}
-            for name, tensor in tensors.items():
-                arguments[name] = None if tensor is None else tensor.array(payloads)
             with errors_within(path):
-                items.append(LossItem(path, loss.read(arguments), options))
-        return LossJob(loss, items, self._strict)
+                for name, tensor in tensors.items():
+                    arguments[name] = None if tensor is None else tensor.array(payloads, slices)
+                item = LossItem(path, loss.read(arguments), options)
+            if outputs:
+                written = {name: [each.array(slices) for each in some] for name, some in outputs.items()}
+                item = item._replace(outputs=written)
+            items.append(item)
+        if not self._shares_memory:
+            return LossJob(loss, items, self._strict)
+        slices.check_overlaps()
+        return LossJob(loss, items, self._strict, slices.owner())
+
+
+def _outputs(index: int, message: pb.LossItem, item: LossItem) -> dict[str, list[_Output]]:
+    """Returns where the gradients of an item are written, given its job in a request without fault."""
+    return {
+        output.input: [
+            _Output(
+                path=f"items[{index}].outputs[{order}].slices[{level}]",
+                place=(wanted.region_id, wanted.offset),
+                dtype=array.dtype,
+                shape=tuple(array.shape),
+            )
+            for level, (wanted, array) in enumerate(
+                zip(output.slices, item.outputs[output.input], strict=True)
+            )
+        ]
+        for order, output in enumerate(message.outputs)
+    }
 
 
 class _Assignment(NamedTuple):

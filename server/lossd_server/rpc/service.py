@@ -14,6 +14,7 @@ from lossd_server.rpc.enums import ASSIGNER_PRESETS, LOSS_PRESETS, numbers_of
 from lossd_server.rpc.forms import Request
 from lossd_server.rpc.losses import LOSS_KINDS
 from lossd_server.rpc.metrics import Metrics
+from lossd_server.rpc.outputs import places_of
 from lossd_server.rpc.recipes import AssignRecipe, LossRecipe
 from lossd_server.rpc.stages import Stages
 from lossd_server.shared_memory import RegionListener, Regions
@@ -44,9 +45,11 @@ class LossService:
         if recipe is None:
             job = decode.read_loss_job(request, self._engine.custom_losses, self._regions(caller))
             load = self._engine.load_of(job)
-            request.mark_as_checked(partial(LossRecipe.of, load=load))
+            request.mark_as_checked(partial(LossRecipe.of, message=request.message, job=job, load=load))
+            places = [*map(places_of, request.message.items)]
         else:
-            job, load = recipe.job(request.payloads), recipe.load
+            job, load = recipe.job(request.payloads, self._regions(caller)), recipe.load
+            places = recipe.places
         request.payloads.clear()
         stages.end()
         outcomes, timing = self._engine.compute(job, caller.asker, load)
@@ -54,7 +57,6 @@ class LossService:
         stages.add("queue", timing.queue)
         stages.add("compute", timing.compute)
         stages.begin("encode")
-        places = [()] * len(outcomes) if recipe else [item.outputs for item in request.message.items]
         answer = encode.loss_results(outcomes, places)
         self._metrics.of("ComputeLoss").count_outcomes(outcomes)
         return answer + message_field(_LOSS_TIMINGS, [stages.timings()])

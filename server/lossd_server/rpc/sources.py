@@ -129,13 +129,18 @@ class SourceReader:
             raise _refused(source.field, error) from error
 
     def _shared(self, source: Source) -> AnyArray:
-        in_place = source.name in self._predictions and source.dtype.name in checks.FLOATS
+        in_place = is_read_in_place(source, self._predictions)
         place, dtype, shape = source.tensor.shared, source.dtype, source.shape
         with errors_within(source.field):
             array = self._slices.read(place.region_id, place.offset, dtype, shape, in_place=in_place)
         if isinstance(array, np.ndarray):
             check_bools(array)
         return array
+
+
+def is_read_in_place(source: Source, predictions: Collection[str]) -> bool:
+    """Whether an array of shared memory is read where it lies: a prediction, whose values cannot do harm."""
+    return source.name in predictions and source.dtype.name in checks.FLOATS
 
 
 def _refused(field: str, error: TensorError) -> InvalidInputError:
