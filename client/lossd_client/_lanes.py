@@ -14,11 +14,10 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from lossd.envelopes import envelope, opened
+from lossd.envelopes import envelope_head, opened
 from lossd.headers import ONE_AT_A_TIME
 from lossd.v1 import loss_service_pb2 as pb
 from lossd.wire import Parcel
-from lossd.writing import placed
 from lossd_client._calls import Call, method_path, read_answer, read_result
 from lossd_client._errors import DeadlineError, LossdError, UnavailableError, at_item, error_of_answer
 from lossd_client._retries import Deadline
@@ -99,7 +98,7 @@ class Lane:
     def message(self, request: bytes) -> bytes:
         """Returns what is sent for the next request."""
         self._mark = self._mark % _MOST_MARKS + 1
-        return b"".join(placed(envelope(self._mark, [request])))
+        return envelope_head(self._mark, len(request)) + request
 
     def result(self, call: Call[R], data: bytes | None, deadline: Deadline) -> R | None:
         """Returns the result of a call; None where it is to be made by itself.

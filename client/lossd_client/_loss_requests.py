@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ from lossd_client._streams import Stream
 from lossd_client._wire_form import Layout, WireForm
 
 _ITEM = tags_of(pb.ComputeLossRequest.DESCRIPTOR)["items"]
+
+_bytes_of = attrgetter("nbytes")
 
 _WITHOUT_LEVELS = frozenset({FocalLoss, GIoULoss, CenternessLoss})
 """Losses that may have a usual layout. Not those derived from them, which may pack an item as they like."""
@@ -191,7 +194,7 @@ def _usual_arrays(
     if not isinstance(arguments, tuple | list) or len(arguments) > len(loss.inputs):
         return None
     arrays = host_arrays(arguments)
-    return None if arrays is None or sum(array.nbytes for array in arrays) >= LARGE_BYTES else arrays
+    return None if arrays is None or sum(map(_bytes_of, arrays)) >= LARGE_BYTES else arrays
 
 
 def _are_plain(options: EvaluationOptions) -> bool:

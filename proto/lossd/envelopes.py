@@ -22,7 +22,13 @@ def envelope(mark: int, content: Sequence[Piece]) -> list[Piece]:
         mark: The caller's mark, an int64.
         content: What is in it.
     """
-    return [_head(mark, size_of(content)), *content]
+    return [envelope_head(mark, size_of(content)), *content]
+
+
+def envelope_head(mark: int, length: int) -> bytes:
+    """Returns what comes before content of so many bytes; protobuf writes no 0."""
+    number = _MARK_TAG + varint(mark % (1 << 64)) if mark else b""
+    return number + _CONTENT_TAG + varint(length)
 
 
 def opened(data: Buffer) -> tuple[int, int] | None:
@@ -39,12 +45,6 @@ def opened(data: Buffer) -> tuple[int, int] | None:
         return None
     if mark >= 1 << 63:
         mark -= 1 << 64
-    if start + length != len(data) or data[:start] != _head(mark, length):
+    if start + length != len(data) or data[:start] != envelope_head(mark, length):
         return None
     return mark, start
-
-
-def _head(mark: int, length: int) -> bytes:
-    """Returns what comes before the content; protobuf writes no 0."""
-    number = _MARK_TAG + varint(mark % (1 << 64)) if mark else b""
-    return number + _CONTENT_TAG + varint(length)

@@ -111,13 +111,11 @@ class LossdError(Exception):
         self.field = f"{prefix}.{self.field}" if self.field else prefix
 
 
-def errors_within(path: str) -> AbstractContextManager[None]:
-    """Puts a path before the field of whatever is refused inside."""
-    return _Within(path)
+class errors_within(AbstractContextManager[None]):  # noqa: N801  # it is used as those of contextlib are
+    """Puts a path before the field of whatever is refused inside.
 
-
-class _Within(AbstractContextManager[None]):
-    """A class, because a request enters many of these, and a generator takes five times as long."""
+    A class, because a request enters many of these, and a generator takes five times as long.
+    """
 
     __slots__ = ("_path",)
 

@@ -77,5 +77,5 @@ class AtWork(AbstractContextManager["AtWork"]):
         """Returns what gRPC sends of an answer, and counts it."""
         self.stages.begin("encode")
         packed = pack(placed(answer))
-        self.answer_size = size_of(answer)
+        self.answer_size = len(packed) if isinstance(packed, bytes) else size_of(answer)
         return packed

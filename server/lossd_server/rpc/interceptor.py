@@ -132,6 +132,7 @@ class ObservedMethod:
         self._received = metrics.received.labels(*labels)
         self._sent = metrics.sent.labels(*labels)
         self._handling = metrics.handling.labels(*labels)
+        self._once = (self._started, 1), (self._received, 1), (self._sent, 1)
 
     def unary(self, behaviour: _Behaviour, request: Any, call: grpc.ServicerContext) -> Any:
         """Runs a behaviour with one answer."""
@@ -158,8 +159,7 @@ class ObservedMethod:
 
     def whole(self, code: grpc.StatusCode, seconds: float) -> list[tuple[Series, float]]:
         """Returns what is to be noted of something that is as good as a call, once it is over."""
-        once = (self._started, self._received, self._sent, self._handled_with(code))
-        return [(self._handling, seconds), *((metric, 1) for metric in once)]
+        return [*self._once, (self._handling, seconds), (self._handled_with(code), 1)]
 
     def _start(self) -> float:
         note((self._started, 1))

@@ -206,10 +206,10 @@ def _outputs(index: int, message: pb.LossItem, item: LossItem) -> dict[str, list
 
 
 class _Assignment(NamedTuple):
-    """A `PlannedAssignment` of tensors in the message: boxes and labels of each image."""
+    """A `PlannedAssignment` of tensors in the message: path, boxes and labels of each image."""
 
     path: str
-    images: Sequence[tuple[_Tensor, _Tensor]]
+    images: Sequence[tuple[str, _Tensor, _Tensor]]
     levels: Pyramid
 
 
@@ -234,11 +234,11 @@ class AssignRecipe:
         items = []
         for planned in plan.items:
             images = []
-            for boxes, labels, iscrowd in planned.sources:
-                pair = _Tensor.of(boxes, payloads), _Tensor.of(labels, payloads)
-                if iscrowd is not None or pair[0] is None or pair[1] is None:
+            for index, (boxes, labels, iscrowd) in enumerate(planned.sources):
+                found = _Tensor.of(boxes, payloads), _Tensor.of(labels, payloads)
+                if iscrowd is not None or found[0] is None or found[1] is None:
                     return None
-                images.append((pair[0], pair[1]))
+                images.append((f"ground_truth[{index}]", found[0], found[1]))
             items.append(_Assignment(planned.path, images, planned.levels))
         return cls(items, job._replace(items=[]))
 
@@ -248,9 +248,13 @@ class AssignRecipe:
         Raises:
             InvalidInputError: A value is refused.
         """
-        job, items = self._job, []
+        assigner, _, max_positives, answer_bytes = self._job
+        items = []
         for path, images, levels in self._items:
-            objects = [GroundTruth(boxes.array(payloads), labels.array(payloads)) for boxes, labels in images]
+            objects = []
             with errors_within(path):
-                items.append(AssignItem(path, job.assigner.read(objects), levels))
-        return job._replace(items=items)
+                for field, boxes, labels in images:
+                    image = GroundTruth(boxes.array(payloads), labels.array(payloads))
+                    objects.append(assigner.read_image(image, field))
+            items.append(AssignItem(path, objects, levels))
+        return AssignJob(assigner, items, max_positives, answer_bytes)

@@ -27,21 +27,18 @@ class Stages:
     def begin(self, stage: str) -> None:
         """Ends the stage that the call is in, and begins another, unless it is in that one."""
         if stage != self._stage:
-            self._go_on_to(stage)
+            self.end()
+            self._stage, self._since = stage, time.monotonic()
 
     def end(self) -> None:
         """Ends the stage that the call is in, if it is in any."""
-        self._go_on_to(None)
+        if self._stage is not None:
+            self.add(self._stage, time.monotonic() - self._since)
+            self._stage = None
 
     def add(self, stage: str, seconds: float) -> None:
         """Adds time measured elsewhere to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-    def _go_on_to(self, stage: str | None) -> None:
-        now = time.monotonic()
-        if self._stage is not None:
-            self.add(self._stage, now - self._since)
-        self._stage, self._since = stage, now
 
     def close(self) -> None:
         """Ends the request."""

@@ -120,11 +120,15 @@ class FCOSAssigner:
             raise InvalidInputError(
                 Reason.INVALID_SHAPE, "is one mapping, want a list with one an image", field="ground_truth"
             )
-        fields = (f"ground_truth[{index}]" for index in range(len(ground_truth)))
+        fields = [f"ground_truth[{index}]" for index in range(len(ground_truth))]
         return [
-            read_objects(GroundTruth.of(image, field), self.box_format, field=field, num_classes=num_classes)
+            self.read_image(GroundTruth.of(image, field), field, num_classes)
             for field, image in zip(fields, ground_truth, strict=True)
         ]
+
+    def read_image(self, image: GroundTruth, field: str, num_classes: int | None = None) -> Objects:
+        """Does the same with one image, whose path is `field` for errors."""
+        return read_objects(image, self.box_format, field=field, num_classes=num_classes)
 
     def assign_objects(
         self,
