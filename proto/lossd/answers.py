@@ -69,15 +69,13 @@ class ResultLayout(NamedTuple):
     """Where the tensors of a result lie: first in it, the gradient before the loss.
 
     Attributes:
-        loss: The loss.
+        loss: The loss. Before it stands, where a gradient lies in shared memory, what says so.
         gradient: The gradient; None where none is sent. Elements of up to four bytes lie mostly where they
             can be used, in the first result of an answer.
-        shared: What says of a gradient where it lies in shared memory; empty where none does.
     """
 
     loss: TensorLayout
     gradient: TensorLayout | None
-    shared: bytes = b""
 
     @property
     def gradient_size(self) -> int:
@@ -92,8 +90,8 @@ class ResultLayout(NamedTuple):
             loss: The loss.
             gradient: The gradient, where there is one in this layout.
         """
-        pieces = [self.shared + self.loss.head, elements_of(loss), about]
-        size = len(self.shared) + len(self.loss.head) + self.loss.size + len(about)
+        pieces = [self.loss.head, elements_of(loss), about]
+        size = len(self.loss.head) + self.loss.size + len(about)
         if self.gradient is not None and gradient is not None:
             pieces = [self.gradient.head, elements_of(gradient), *pieces]
             size += len(self.gradient.head) + self.gradient.size
@@ -103,15 +101,17 @@ class ResultLayout(NamedTuple):
         """Returns the one result of an answer; None where it has another layout, or is none."""
         try:
             size, start = read_varint(data, len(_RESULTS))
-            gradient_at = start if self.gradient is None else start + len(self.gradient.head)
-            loss_head = self.shared + self.loss.head
-            loss_at = gradient_at + self.gradient_size + len(loss_head)
+            gradient_at = loss_head_at = start
+            if self.gradient is not None:
+                gradient_at = start + len(self.gradient.head)
+                loss_head_at = gradient_at + self.gradient.size
+            loss_at = loss_head_at + len(self.loss.head)
             at, end = loss_at + self.loss.size, start + size
             if not (
                 data.startswith(_RESULTS)
                 and data[start - 1]  # else it is padded, and whether it may be is protobuf's to say
                 and (self.gradient is None or data.startswith(self.gradient.head, start))
-                and data.startswith(loss_head, loss_at - len(loss_head))
+                and data.startswith(self.loss.head, loss_head_at)
                 and at <= end <= len(data)
             ):
                 return None
@@ -177,11 +177,11 @@ def shared_result_layout(
     about = pb.Gradient(input=name).SerializeToString()
     tensor = shared_tensor_field(_GRADIENT["tensors"], dtype, shape, region_id, offset)
     head = message_head(_RESULT["gradients"], len(about) + len(tensor))
-    return ResultLayout(_number(loss), None, head + about + tensor)
+    return ResultLayout(_number(loss, before=head + about + tensor), None)
 
 
-def _number(dtype: np.dtype[Any]) -> TensorLayout:
-    return TensorLayout(tensor_head(_RESULT["loss"], dtype, ()), dtype.itemsize, dtype, ())
+def _number(dtype: np.dtype[Any], before: bytes = b"") -> TensorLayout:
+    return TensorLayout(before + tensor_head(_RESULT["loss"], dtype, ()), dtype.itemsize, dtype, ())
 
 
 def _gradient_head(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], padding: int) -> bytes:

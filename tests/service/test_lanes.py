@@ -161,7 +161,7 @@ def test_a_stopping_server_answers_what_it_works_on(device_held):
         assert device_held.wait(30)
         stopping = threading.Thread(target=server.stop)
         stopping.start()
-        eventually(server._handlers._draining.is_set)
+        eventually(lambda: server._handlers._is_draining)
         custom_modules.release.set()
         assert next(lane.answers).WhichOneof("outcome") == "response"
         with pytest.raises(grpc.RpcError) as caught:

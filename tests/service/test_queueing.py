@@ -233,7 +233,7 @@ def test_a_server_that_stops_stays_out_of_service_when_its_device_is_back(held):
         assert next(watch).status == NOT_SERVING
         stopping = threading.Thread(target=server.stop)
         stopping.start()
-        wait_until(server._engine._draining.is_set)
+        wait_until(lambda: server._engine._is_draining)
         custom_modules.release.set()
         assert call.result(30).results
         assert set(statuses(watch)) == {NOT_SERVING}

@@ -254,7 +254,7 @@ def test_a_stopping_server_answers_what_it_read_and_ends_the_stream(device_held)
         assert device_held.wait(30)
         stopping = threading.Thread(target=server.stop)
         stopping.start()
-        eventually(server._engine._draining.is_set)
+        eventually(lambda: server._engine._is_draining)
         stream.send(*(loss_envelope(mark, good_loss_request()) for mark in range(2, 40)))
         custom_modules.release.set()
         answers = []

@@ -1,6 +1,5 @@
 """The engine: what is done on the device or for it, and nothing once it drains."""
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +91,7 @@ class Engine:
         )
         self._cores = Cores(granted_cores(), cheap=_CHEAP, home=self._home)
         self._watchdog: Watchdog | None = None
-        self._draining = threading.Event()
+        self._is_draining = False
         for loss in self.custom_losses.values():
             loss.to(device)
 
@@ -198,7 +197,7 @@ class Engine:
 
     def drain(self) -> None:
         """Refuses work from now on; what runs or waits goes on to its end."""
-        self._draining.set()
+        self._is_draining = True
 
     def close(self) -> None:
         """Refuses what waits too, and lets the thread go when it is done."""
@@ -246,7 +245,7 @@ class Engine:
             raise _stopping() from error
 
     def _refuse_when_draining(self) -> None:
-        if self._draining.is_set():
+        if self._is_draining:
             raise _stopping()
 
 

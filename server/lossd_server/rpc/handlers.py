@@ -6,7 +6,6 @@ large request is gone before its answer is there.
 """
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +88,7 @@ class Handlers:
             max_streams * WIDTH, thread_name_prefix="lossd-stream", initializer=home.settle
         )
         self._flows: set[Pipeline | Lane] = set()
-        self._draining = threading.Event()
+        self._is_draining = False
         self._linger_until = math.inf
         compute = Method(name="ComputeLoss", forms=Forms(pb.ComputeLossRequest), answer=service.compute_loss)
         assign = Method(
@@ -125,7 +124,7 @@ class Handlers:
             seconds: How long that may take.
         """
         self._linger_until = time.monotonic() + seconds - _END_SECONDS
-        self._draining.set()
+        self._is_draining = True
         for flow in list(self._flows):
             flow.wake()
 
@@ -252,7 +251,7 @@ class Handlers:
         self._refusals.abort(method.name, _as_lossd_error(error), call)
 
     def _refuse_when_draining(self) -> None:
-        if self._draining.is_set():
+        if self._is_draining:
             raise UnavailableError(Reason.DRAINING, "the server is stopping")
 
 
