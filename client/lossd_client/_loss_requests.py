@@ -233,14 +233,13 @@ def _about(
     if storage.has_pool:
         known = (name for name in names if name in loss.differentiable or isinstance(loss, CustomLoss))
         outputs = storage.outputs([(name, loss.input_path(path, name)) for name in known], gradient_dtype)
-    if normalizer is None and not outputs:
-        return b""
-    return _written_about(normalizer, outputs)
+    about = b"" if normalizer is None else pb.LossItem(normalizer=normalizer).SerializeToString()
+    return about + _written_outputs(outputs) if outputs else about
 
 
 @lru_cache(maxsize=1024)
-def _written_about(normalizer: float | None, outputs: tuple[Output, ...]) -> bytes:
-    """Returns a normalizer and where gradients are written; the same memory is used time after time."""
+def _written_outputs(outputs: tuple[Output, ...]) -> bytes:
+    """Returns where gradients are written, as an item has it: the same memory is used time after time."""
     places = [
         pb.GradientOutput(
             input=name,
@@ -248,7 +247,7 @@ def _written_about(normalizer: float | None, outputs: tuple[Output, ...]) -> byt
         )
         for name, some in outputs
     ]
-    return pb.LossItem(normalizer=normalizer, outputs=places).SerializeToString()
+    return pb.LossItem(outputs=places).SerializeToString()
 
 
 def loss_stream(

@@ -55,7 +55,7 @@ class ResultParts(NamedTuple):
     Attributes:
         about: All of the result but its tensors.
         loss: The loss.
-        gradient: The gradient, a view of the answer; None where none was asked for.
+        gradient: The gradient, a view of the answer; None where none was sent.
         rest: What the answer has beside the result.
     """
 

@@ -310,6 +310,15 @@ def test_options_reach_the_server(client, rng):
         client.compute_loss(FocalLoss(), logits, labels, strict=True)
 
 
+def test_a_normalizer_that_is_a_tensor_is_read_for_every_call(client, rng):
+    logits, labels = focal(rng)
+    count = torch.tensor(0.0)
+    for number in (3.0, 7.0, 4.0):
+        count.fill_(number)  # as an all-reduce does
+        result = client.compute_loss(FocalLoss(), logits, labels, normalizer=count)
+        assert float(result.loss) == pytest.approx(result.raw_sums["cls_loss"] / number)
+
+
 def test_a_large_batch_is_split(small_target, client, rng):
     items = [focal(rng, n) for n in (9_000, 10, 12_000, 15_000, 9_000, 1, 20_000)]
     normalizers = [None, 3.0, None, 7.0, None, None, 11.0]

@@ -66,7 +66,7 @@ class _SharedTensor(NamedTuple):
 
     @classmethod
     def of(cls, source: Any, predictions: Collection[str]) -> "_SharedTensor | None":
-        """Returns the tensor of a source; None of levels and objects, and where it lies in the message."""
+        """Returns the tensor of a source; None of levels, objects and bools, and if it is in the message."""
         if not isinstance(source, Source) or not source.is_shared or source.dtype.kind == "b":
             return None
         place = source.tensor.shared.region_id, source.tensor.shared.offset
