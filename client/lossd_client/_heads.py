@@ -1,4 +1,4 @@
-"""What a request of losses has beside its items: which loss it is, and what is wanted of it."""
+"""What a request of losses has beside tensors: which loss it is, what is wanted of it, and where."""
 
 from functools import lru_cache
 from typing import Any
@@ -7,9 +7,11 @@ import numpy as np
 
 from lossd.tensors import TensorError, data_type_of
 from lossd.v1 import loss_service_pb2 as pb
+from lossd.v1 import tensor_pb2
 from lossd_client._config import LossConfig
 from lossd_client._errors import refused_here
 from lossd_client._options import Gradients
+from lossd_client._storage import Output
 
 
 @lru_cache(maxsize=64)
@@ -35,6 +37,19 @@ def wanted_fields(
         sparse_gradients=sparse_gradients,
     )
     return request.SerializeToString()
+
+
+@lru_cache(maxsize=1024)
+def output_fields(outputs: tuple[Output, ...]) -> bytes:
+    """Returns the part of an item that says where gradients are written: in the same memory, mostly."""
+    places = [
+        pb.GradientOutput(
+            input=name,
+            slices=[tensor_pb2.SharedSlice(region_id=region_id, offset=offset) for region_id, offset in some],
+        )
+        for name, some in outputs
+    ]
+    return pb.LossItem(outputs=places).SerializeToString()
 
 
 def gradient_names(loss: LossConfig, gradients: Gradients) -> tuple[str, ...]:

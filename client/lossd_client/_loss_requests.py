@@ -20,7 +20,7 @@ from lossd_client._config import LossConfig
 from lossd_client._configs import CenternessLoss, CustomLoss, FocalLoss, GIoULoss
 from lossd_client._errors import refused_here, too_large
 from lossd_client._fcos_configs import FCOSLoss
-from lossd_client._heads import config_field, gradient_dtype_of, gradient_names, wanted_fields
+from lossd_client._heads import config_field, gradient_dtype_of, gradient_names, output_fields, wanted_fields
 from lossd_client._layouts import CallLayout, layout_of_call, shared_answer
 from lossd_client._narrow import wire_type
 from lossd_client._options import EvaluationOptions, Gradients
@@ -234,20 +234,7 @@ def _about(
         known = (name for name in names if name in loss.differentiable or isinstance(loss, CustomLoss))
         outputs = storage.outputs([(name, loss.input_path(path, name)) for name in known], gradient_dtype)
     about = b"" if normalizer is None else pb.LossItem(normalizer=normalizer).SerializeToString()
-    return about + _written_outputs(outputs) if outputs else about
-
-
-@lru_cache(maxsize=1024)
-def _written_outputs(outputs: tuple[Output, ...]) -> bytes:
-    """Returns where gradients are written, as an item has it: the same memory is used time after time."""
-    places = [
-        pb.GradientOutput(
-            input=name,
-            slices=[tensor_pb2.SharedSlice(region_id=region_id, offset=offset) for region_id, offset in some],
-        )
-        for name, some in outputs
-    ]
-    return pb.LossItem(outputs=places).SerializeToString()
+    return about + output_fields(outputs) if outputs else about
 
 
 def loss_stream(
