@@ -206,7 +206,7 @@ def _outputs(index: int, message: pb.LossItem, item: LossItem) -> dict[str, list
 
 
 class _Assignment(NamedTuple):
-    """A `PlannedAssignment` of tensors in the message: path, boxes and labels of each image."""
+    """A `PlannedAssignment` of tensors in the message: of each image its field, its boxes and labels."""
 
     path: str
     images: Sequence[tuple[str, _Tensor, _Tensor]]
